@@ -1,0 +1,1 @@
+"""The data: records, loss mask, data set and collation."""

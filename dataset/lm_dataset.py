@@ -1,0 +1,116 @@
+"""Owns `VLMDataset`: a record becomes the tensors of one training sample.
+
+Shapes: T tokens, I images, S image side in pixels.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dataset.loss_mask import supervised_mask
+from dataset.records import BadRecordError, Record, open_records
+
+IGNORE_INDEX = -100  # label of a position that is not supervised
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """Stands for a sample that could not be made; `reason` begins with where it stands."""
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample.
+
+    input_ids (T,) int64; labels (T,) int64, -100 where not supervised; image_mask (T,) bool;
+    pixel_values (I, 3, S, S) float32.
+    """
+
+    index: int
+    where: str
+    input_ids: Tensor
+    labels: Tensor
+    image_mask: Tensor
+    pixel_values: Tensor
+    is_truncated: bool
+
+
+class VLMDataset(Dataset):
+    """Records of a JSONL or Parquet file as training samples.
+
+    Args:
+        data_path: `.jsonl` or `.parquet`.
+        images_path: folder or zip of the images; None for Parquet or text-only records.
+        processor: `(messages, images, max_length=...)` -> `input_ids`, `image_mask`,
+            `pixel_values`, `is_truncated`; has `tokenizer`.
+        max_length: tokens per sample; a longer one is cut behind that many.
+        on_bad_sample: "error" raises `BadRecordError`; "return" gives a `BadSample` instead.
+    """
+
+    def __init__(
+        self,
+        data_path: str | Path,
+        images_path: str | Path | None,
+        processor,
+        *,
+        max_length: int = 640,
+        on_bad_sample: str = "error",
+    ):
+        self.records = open_records(Path(data_path), Path(images_path) if images_path else None)
+        self.processor = processor
+        self.max_length = max_length
+        self.on_bad_sample = on_bad_sample
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample | BadSample:
+        try:
+            return self._sample(index, self.records[index])
+        except BadRecordError as error:
+            if self.on_bad_sample == "return":
+                return BadSample(index, str(error))
+            raise
+
+    def _sample(self, index: int, record: Record) -> Sample:
+        try:
+            images = [self.records.read_image(image) for image in record.images]
+            encoded = self.processor(record.messages, images, max_length=self.max_length)
+        except (ValueError, OSError) as error:
+            names = ", ".join(i for i in record.images if isinstance(i, str))
+            about = f" (image {names})" if names else ""
+            raise BadRecordError(f"{record.where}: {error}{about}") from error
+        mask = supervised_mask(encoded["input_ids"].tolist(), self.processor.tokenizer)
+        # The first token is never predicted, so a label there would not count.
+        is_target = torch.tensor(mask, dtype=torch.bool)
+        labels = encoded["input_ids"].masked_fill(~is_target, IGNORE_INDEX)
+        if not any(mask):
+            raise BadRecordError(
+                f"{record.where}: no supervised token within {self.max_length} tokens: the answer "
+                "begins behind the limit; raise --max_seq_len or shorten the text"
+            )
+        return Sample(
+            index=index,
+            where=record.where,
+            input_ids=encoded["input_ids"],
+            labels=labels,
+            image_mask=encoded["image_mask"],
+            pixel_values=encoded["pixel_values"],
+            is_truncated=encoded["is_truncated"],
+        )
+
+    def find_bad_records(self) -> list[BadSample]:
+        """Every record whose fault shows without decoding a picture or counting tokens."""
+        bad = []
+        for index in range(len(self.records)):
+            try:
+                self.records[index]
+            except BadRecordError as error:
+                bad.append(BadSample(index, str(error)))
+        return bad

@@ -1,0 +1,46 @@
+"""Owns which tokens of a ChatML conversation are supervised."""
+
+from functools import lru_cache
+
+
+@lru_cache(maxsize=8)
+def _markers(tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that open an assistant turn (up to its line break), and the line break's."""
+    role = tokenizer.encode("assistant", add_special_tokens=False)
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    return [tokenizer.bos_token_id, *role], newline
+
+
+def supervised_mask(input_ids: list[int], tokenizer) -> list[int]:
+    """1 where a token is a target: each answer, its `<|im_end|>` and the newline behind it.
+
+    An answer begins behind the token that holds the line break of `<|im_start|>assistant\\n`
+    (if the answer itself begins with white space, that token may hold some of it too). An answer
+    whose end was cut off is supervised to the end.
+
+    Args:
+        input_ids: ids of a whole conversation, without padding.
+        tokenizer: gives `bos_token_id`, `eos_token_id` and `encode`.
+    Returns:
+        As many 0/1 integers as there are ids.
+    """
+    header, newline = _markers(tokenizer)
+    mask = [0] * len(input_ids)
+    position = 0
+    while True:
+        try:
+            position = input_ids.index(tokenizer.bos_token_id, position)
+        except ValueError:
+            return mask
+        start = position + len(header) + 1
+        if input_ids[position : start - 1] != header:
+            position += 1
+            continue
+        try:
+            end = input_ids.index(tokenizer.eos_token_id, start) + 1
+        except ValueError:
+            end = len(input_ids)
+        if input_ids[end : end + len(newline)] == newline:
+            end += len(newline)
+        mask[start:end] = [1] * (end - start)
+        position = end

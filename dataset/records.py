@@ -1,0 +1,337 @@
+"""Owns random access to records (JSONL, Parquet) and to their images (folder, zip, Parquet).
+
+A record is checked here for everything that can be seen without decoding a picture.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+IMAGE_TAG = "<image>"
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant"}
+ROLES["gpt"] = "assistant"  # the first release's names are human and gpt
+SCAN_CHUNK_BYTES = 1 << 24
+FINGERPRINT_BYTES = 1 << 20  # from each end of the data file
+
+DATASET_DIR = Path(__file__).resolve().parent
+DEFAULT_FILES = {
+    "pretrain": (("pretrain_data", "pretrain_vlm_data", "pretrain_i2t"), "pretrain_images"),
+    "sft": (("sft_data", "sft_vlm_data", "sft_i2t"), "sft_images"),
+    "multi": (("sft_vlm_data_multi",), "sft_multi_images_trans_image"),
+}
+
+
+class BadRecordError(ValueError):
+    """A record that cannot be used; the message begins with where it stands."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One checked conversation.
+
+    `images` are names below the images path, or the encoded bytes themselves.
+    """
+
+    messages: list[dict]
+    images: list[str | bytes]
+    where: str
+
+
+def default_data_paths(kind: str) -> tuple[Path, Path]:
+    """Data file and image folder of "pretrain", "sft" or "multi": the first that exists.
+
+    Raises:
+        FileNotFoundError: none exists; says where data is expected.
+    """
+    names, images = DEFAULT_FILES[kind]
+    for name in names:
+        for suffix in (".jsonl", ".parquet"):
+            path = DATASET_DIR / (name + suffix)
+            if path.is_file():
+                return path, DATASET_DIR / images
+    raise FileNotFoundError(
+        f"no training data: expected {DATASET_DIR / names[0]}.jsonl with its images in "
+        f"{DATASET_DIR / images}; name other files by --data_path and --images_path"
+    )
+
+
+def check_conversation(raw, *, where: str) -> list[dict]:
+    """A conversation of either format generation as `{"role", "content"}` messages.
+
+    Raises:
+        BadRecordError: not a list, an unknown role, text that is not a string, no answer.
+    """
+    if not isinstance(raw, list) or not raw:
+        raise BadRecordError(f"{where}: 'conversations' must be a list of at least one message")
+    messages = []
+    for turn, message in enumerate(raw, 1):
+        if not isinstance(message, dict):
+            raise BadRecordError(f"{where}: message {turn} is not an object with role and content")
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if not isinstance(role, str) or role not in ROLES:
+            raise BadRecordError(
+                f"{where}: message {turn} has role {role!r}; allowed are {', '.join(ROLES)}"
+            )
+        if not isinstance(content, str):
+            raise BadRecordError(f"{where}: message {turn} has no text in 'content' (or 'value')")
+        role = ROLES[role]
+        if role == "system" and turn > 1:
+            raise BadRecordError(f"{where}: message {turn} is a system message; it must be first")
+        if role == "assistant" and IMAGE_TAG in content:
+            raise BadRecordError(f"{where}: message {turn}, an answer, holds {IMAGE_TAG}")
+        messages.append({"role": role, "content": content})
+    if all(m["role"] != "assistant" for m in messages):
+        raise BadRecordError(f"{where}: no assistant message, so nothing to learn from")
+    return messages
+
+
+def check_tags(messages: list[dict], images: list, *, where: str) -> None:
+    """Raise `BadRecordError` unless there is exactly one `<image>` tag per image."""
+    num_tags = sum(m["content"].count(IMAGE_TAG) for m in messages)
+    if num_tags != len(images):
+        names = ", ".join(repr(i) if isinstance(i, str) else f"{len(i)} bytes" for i in images[:3])
+        raise BadRecordError(
+            f"{where}: {num_tags} {IMAGE_TAG} tag(s) but {len(images)} image(s) [{names}]; "
+            "give every tag exactly one image"
+        )
+
+
+class ImageFolder:
+    """Images as files below a folder."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(entry.name for entry in os.scandir(self.root))
+
+    def exists(self, name: str) -> bool:
+        return name in self._names or (self.root / name).is_file()
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def __getstate__(self):
+        return {"root": self.root}
+
+
+class ImageZip:
+    """Images as members of a zip file, read in place; each process opens it for itself."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._opened_by, self._zip = None, None
+
+    def _open(self) -> zipfile.ZipFile:
+        if self._opened_by != os.getpid():
+            self._zip, self._opened_by = zipfile.ZipFile(self.root), os.getpid()
+        return self._zip
+
+    @cached_property
+    def _members(self) -> dict[str, str]:
+        """File name -> member; a name may also be given with its folder inside the zip."""
+        members = [m for m in self._open().namelist() if not m.endswith("/")]
+        return {m.rsplit("/", 1)[-1]: m for m in members} | {m: m for m in members}
+
+    def exists(self, name: str) -> bool:
+        return name in self._members
+
+    def read(self, name: str) -> bytes:
+        if name not in self._members:
+            raise FileNotFoundError(name)
+        return self._open().read(self._members[name])
+
+    def __getstate__(self):
+        return {"root": self.root, "_opened_by": None, "_zip": None}
+
+
+def open_images(images_path: Path | None) -> ImageFolder | ImageZip | None:
+    """The images of a folder or zip; a missing folder is looked for as a `.zip` of that name."""
+    if images_path is None:
+        return None
+    if images_path.is_dir():
+        return ImageFolder(images_path)
+    for path in (images_path, images_path.with_name(images_path.name + ".zip")):
+        if path.is_file() and zipfile.is_zipfile(path):
+            return ImageZip(path)
+    raise FileNotFoundError(
+        f"no images: {images_path} is neither a folder nor a zip file; name it by --images_path"
+    )
+
+
+class JsonlRecords:
+    """Records of a JSONL file, found by an index of line offsets.
+
+    Blank lines hold no record; `num_blank` counts them and `where` keeps the real line numbers.
+    """
+
+    def __init__(self, data_path: Path, images_path: Path | None):
+        self.data_path = data_path
+        self.images = open_images(images_path)
+        offsets = [np.zeros(1, dtype=np.int64)]
+        with open(data_path, "rb") as file:
+            base = 0
+            while chunk := file.read(SCAN_CHUNK_BYTES):
+                breaks = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n"))
+                offsets.append(breaks + base + 1)
+                base += len(chunk)
+        bounds = np.concatenate(offsets)
+        if bounds[-1] != base:
+            bounds = np.append(bounds, base)
+        self._fd_owner, self._fd = None, None
+        lengths = np.diff(bounds)
+        filled = lengths > 0
+        for line in np.flatnonzero(lengths <= 8):  # short enough to be nothing but white space
+            filled[line] = bool(self._read(bounds[line], lengths[line]).strip())
+        self._starts, self._lengths = bounds[:-1][filled], lengths[filled]
+        self._line_numbers = np.flatnonzero(filled) + 1
+        self.num_blank = len(lengths) - len(self._starts)
+        if not len(self):
+            raise ValueError(f"{data_path}: no records in it")
+
+    def _read(self, start: int, length: int) -> bytes:
+        if self._fd_owner != os.getpid():
+            self._fd, self._fd_owner = open(self.data_path, "rb"), os.getpid()
+        self._fd.seek(int(start))
+        return self._fd.read(int(length))
+
+    def __getstate__(self):
+        return self.__dict__ | {"_fd": None, "_fd_owner": None}
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def where(self, index: int) -> str:
+        """ "file:line" of a record."""
+        return f"{self.data_path.name}:{self._line_numbers[index]}"
+
+    def __getitem__(self, index: int) -> Record:
+        """The checked record; raises `BadRecordError`."""
+        where = self.where(index)
+        line = self._read(self._starts[index], self._lengths[index])
+        try:
+            raw = json.loads(line)
+        except ValueError as error:
+            raise BadRecordError(f"{where}: not valid JSON ({error}); mend or delete it") from None
+        if not isinstance(raw, dict):
+            raise BadRecordError(f"{where}: a record must be a JSON object")
+        messages = check_conversation(raw.get("conversations"), where=where)
+        images = self._image_names(raw.get("image"), where=where)
+        check_tags(messages, images, where=where)
+        for name in images:
+            if not self.images.exists(name):
+                raise BadRecordError(
+                    f"{where}: image {name!r} is not in {self.images.root}; "
+                    "add it, or name the right --images_path"
+                )
+        return Record(messages, images, where)
+
+    def _image_names(self, image, *, where: str) -> list[str]:
+        """The `image` field: absent or empty, one name, names joined by commas, or a list."""
+        if image in (None, "", []):
+            return []
+        if self.images is None:
+            raise BadRecordError(f"{where}: has an image but no --images_path was given")
+        if isinstance(image, str):
+            if "," not in image or self.images.exists(image):
+                return [image.strip()]
+            return [name.strip() for name in image.split(",") if name.strip()]
+        if isinstance(image, list) and all(isinstance(name, str) for name in image):
+            return image
+        raise BadRecordError(f"{where}: 'image' must be a file name, or several joined by commas")
+
+    def read_image(self, image: str | bytes) -> bytes:
+        return self.images.read(image)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the records' content, wherever the file lies."""
+        return file_fingerprint(self.data_path, len(self))
+
+
+class ParquetRecords:
+    """Records of today's published layout: columns `conversations` (JSON) and `image_bytes`."""
+
+    num_blank = 0
+
+    def __init__(self, data_path: Path):
+        import pyarrow
+        import pyarrow.parquet
+
+        self.data_path = data_path
+        try:
+            self._table = pyarrow.parquet.read_table(data_path, memory_map=True)
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{data_path}: not a readable Parquet file ({error})") from None
+        for column in ("conversations", "image_bytes"):
+            if column not in self._table.column_names:
+                raise ValueError(
+                    f"{data_path}: no column {column!r}, only {self._table.column_names}; the "
+                    "published layout has 'conversations' and 'image_bytes'"
+                )
+        if not len(self):
+            raise ValueError(f"{data_path}: no records in it")
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def where(self, index: int) -> str:
+        """ "file:row" of a record, counted from 0."""
+        return f"{self.data_path.name}:row {index}"
+
+    def __getitem__(self, index: int) -> Record:
+        """The checked record; raises `BadRecordError`."""
+        where = self.where(index)
+        raw = self._table["conversations"][int(index)].as_py()
+        if isinstance(raw, str):
+            try:
+                raw = json.loads(raw)
+            except ValueError as error:
+                raise BadRecordError(f"{where}: conversations: not valid JSON ({error})") from None
+        messages = check_conversation(raw, where=where)
+        images = self._table["image_bytes"][int(index)].as_py() or []
+        images = [images] if isinstance(images, bytes) else images
+        if not all(isinstance(image, bytes) for image in images):
+            raise BadRecordError(f"{where}: 'image_bytes' must be binary or a list of binary")
+        check_tags(messages, images, where=where)
+        return Record(messages, images, where)
+
+    def read_image(self, image: str | bytes) -> bytes:
+        return image
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the records' content, wherever the file lies."""
+        return file_fingerprint(self.data_path, len(self))
+
+
+def file_fingerprint(path: Path, num_records: int) -> str:
+    """SHA-256 of a file's size, number of records, beginning and end."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{size} {num_records} ".encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(FINGERPRINT_BYTES))
+        file.seek(max(0, size - FINGERPRINT_BYTES))
+        digest.update(file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()
+
+
+def open_records(data_path: Path, images_path: Path | None) -> JsonlRecords | ParquetRecords:
+    """Open a data file by its suffix.
+
+    Raises:
+        FileNotFoundError: the file or its images are missing.
+    """
+    if not data_path.is_file():
+        raise FileNotFoundError(f"no data file {data_path}; name it by --data_path")
+    if data_path.suffix == ".parquet":
+        return ParquetRecords(data_path)
+    return JsonlRecords(data_path, images_path)

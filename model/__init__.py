@@ -1,0 +1,1 @@
+"""The model: language model, vision tower, fusion, processor, weights and inference."""

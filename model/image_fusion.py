@@ -1,0 +1,102 @@
+"""Owns where images stand in a token sequence, and puts their features there.
+
+Shapes: B batch, T tokens, n placeholder tokens per image, D hidden, I images of the batch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def check_placeholder(image_ids: list[int]) -> None:
+    """Refuse a placeholder whose occurrences could overlap in more than one way.
+
+    Allowed are n times one token (`@` * 196) and sequences without a border, that is without a
+    beginning that is also their end (25 `<` then 25 `>`).
+
+    Raises:
+        ValueError: the placeholder is empty or ambiguous.
+    """
+    if not image_ids:
+        raise ValueError("the image placeholder has no tokens; set image_special_token")
+    if len(set(image_ids)) == 1:
+        return
+    for size in range(1, len(image_ids)):
+        if image_ids[:size] == image_ids[-size:]:
+            raise ValueError(
+                f"the image placeholder's first {size} tokens are also its last ones, so adjacent "
+                "images could be read in two ways; use one repeated token or, for example, "
+                "'<' * 25 + '>' * 25"
+            )
+
+
+def placeholder_mask(input_ids: Tensor, image_ids: list[int]) -> Tensor:
+    """Which positions are image tokens. Stays on the device, with no host sync.
+
+    A whole run of m equal placeholder ids holds m // n images from its first position on; what
+    is left over is text. A placeholder of several different ids must match exactly.
+
+    Args:
+        input_ids: (B, T) integer ids.
+        image_ids: the n ids of one image's placeholder.
+    Returns:
+        (B, T) bool.
+    """
+    size = len(image_ids)
+    if input_ids.shape[1] < size:
+        return torch.zeros_like(input_ids, dtype=torch.bool)
+    if len(set(image_ids)) > 1:
+        pattern = torch.tensor(image_ids, device=input_ids.device)
+        starts = (input_ids.unfold(1, size, 1) == pattern).all(-1)  # (B, T - n + 1)
+        starts = F.pad(starts, (size - 1, size - 1)).int()
+        return starts.unfold(1, size, 1).sum(-1) > 0
+    position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    is_text = input_ids != image_ids[0]
+    text_so_far = torch.where(is_text, position, -1).cummax(1).values
+    text_ahead = torch.where(is_text, position, input_ids.shape[1]).flip(1).cummin(1).values.flip(1)
+    offset = position - text_so_far - 1  # of a placeholder id within its run
+    run_length = text_ahead - text_so_far - 1
+    return ~is_text & (offset < run_length // size * size)
+
+
+def images_per_sample(image_mask: Tensor, num_image_tokens: int) -> list[int]:
+    """How many images each row of a (B, T) image mask holds (one host sync)."""
+    return (image_mask.sum(1) // num_image_tokens).tolist()
+
+
+def check_image_count(counts: list[int], num_images: int, *, per_sample: int | None) -> None:
+    """Compare full placeholders with the images that were given.
+
+    Args:
+        counts: placeholders in each sample. num_images: images in the batch.
+        per_sample: images each sample was given, or None where only the total is known.
+    Raises:
+        ValueError: naming the sample (or every sample's count) that does not fit.
+    """
+    if per_sample is not None:
+        for sample, count in enumerate(counts):
+            if count != per_sample:
+                raise ValueError(
+                    f"sample {sample} of the batch holds {count} image placeholder(s) but was "
+                    f"given {per_sample} image(s); every <image> needs exactly one image"
+                )
+    if sum(counts) != num_images:
+        raise ValueError(
+            f"the batch holds {sum(counts)} image placeholder(s), sample by sample {counts}, but "
+            f"{num_images} image(s) were given; every <image> needs exactly one image"
+        )
+
+
+def fuse_images(inputs_embeds: Tensor, image_mask: Tensor, features: Tensor) -> Tensor:
+    """Put the features, in reading order, where the mask is set.
+
+    Args:
+        inputs_embeds: (B, T, D). image_mask: (B, T) bool with exactly I * n positions set.
+        features: (I, n, D).
+    Returns:
+        (B, T, D) in the dtype of `inputs_embeds`.
+    """
+    rows = features.flatten(0, 1).to(inputs_embeds.dtype)  # (I * n, D)
+    row = (image_mask.flatten().cumsum(0) - 1).clamp(min=0).view_as(image_mask)
+    # An embedding lookup rather than masked_scatter, whose backward waits for the host.
+    return torch.where(image_mask[..., None], F.embedding(row, rows), inputs_embeds)

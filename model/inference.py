@@ -1,0 +1,283 @@
+"""Owns using a model: loading it with its processor, generating, streaming, and the flags for it.
+
+Shapes: B batch, T tokens, I images.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer
+
+from model.model_vlm import (
+    MiniMindVLM,
+    VLMConfig,
+    count_image_tokens,
+    find_vision_dir,
+    load_vision_config,
+)
+from model.vlm_processor import IMAGE_TAG, VLMProcessor, load_tokenizer
+from model.weights import (
+    OUT_DIR,
+    find_weight,
+    load_weights,
+    read_metadata,
+    read_weights,
+    tower_sha256,
+    weight_config,
+)
+
+NATIVE = "model"  # --load_from: our own weight files
+
+
+def parse_bool(text: str) -> bool:
+    """0/1, true/false in any case."""
+    values = {"0": False, "1": True, "false": False, "true": True}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of 0, 1, true, false")
+    return values[text.lower()]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model to use; evaluation, demo and export share them."""
+    add = parser.add_argument
+    add("--load_from", default=NATIVE,
+        help="'model': a weight of this project; else a transformers folder / "
+             "原生权重，或 transformers 目录")  # fmt: skip
+    add("--save_dir", "--out_dir", type=Path, default=OUT_DIR, help="folder of weights / 权重目录")
+    add("--weight", default="sft_vlm", help="name or path of the weight / 权重名称或路径")
+    add("--hidden_size", "--dim", type=int, help="default: the weight's / 默认随权重")
+    add("--num_hidden_layers", "--n_layers", type=int, help="default: the weight's / 默认随权重")
+    add(
+        "--use_moe",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        help="default: the weight's / 默认随权重",
+    )
+    add("--vision_model_path", type=Path, help="folder of the CLIP tower / CLIP 目录")
+    add("--tokenizer_path", type=Path, help="folder of the tokenizer / 分词器目录")
+    add("--keep_cls", type=parse_bool, nargs="?", const=True,
+        help="CLS is an image token (first release) / 保留 CLS")  # fmt: skip
+    add("--image_special_token", help="placeholder text of one image / 图像占位符")
+    add("--inference_rope_scaling", type=parse_bool, nargs="?", const=True, default=False,
+        help="YaRN for prompts over 2048 tokens / 长上下文外推")  # fmt: skip
+    add("--device", default=None, help="cpu, cuda, cuda:1, mps; default: the best / 默认自动选择")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
+        help="default: bfloat16 on a GPU, float32 on a CPU / 默认 GPU 用 bfloat16")  # fmt: skip
+
+
+def best_device() -> str:
+    """cuda, mps or cpu: the first that this machine has."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to use; `can_see` is False for a language model without a projection."""
+
+    model: MiniMindVLM
+    processor: VLMProcessor
+    path: Path
+    can_see: bool
+
+
+def load_model(args: argparse.Namespace) -> LoadedModel:
+    """Load what `add_model_arguments` describes, strictly.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing or does not fit, and what to do.
+    """
+    device = torch.device(args.device or best_device())
+    dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    flags = {
+        "hidden_size": args.hidden_size,
+        "num_hidden_layers": args.num_hidden_layers,
+        "use_moe": args.use_moe,
+        "keep_cls": args.keep_cls,
+        "image_special_token": args.image_special_token,
+        "inference_rope_scaling": args.inference_rope_scaling,
+    }
+    loaded = _load_native(args, flags) if args.load_from == NATIVE else _load_folder(args, flags)
+    loaded.model.eval().requires_grad_(False).to(device, getattr(torch, dtype))
+    return loaded
+
+
+def _load_native(args: argparse.Namespace, flags: dict) -> LoadedModel:
+    path = find_weight(
+        args.weight, save_dir=args.save_dir, hidden_size=args.hidden_size, use_moe=args.use_moe
+    )
+    state, metadata = read_weights(path), read_metadata(path)
+    fields = weight_config(state, path=path, flags=flags)
+    tokenizer = load_tokenizer(
+        args.tokenizer_path, expected_sha256=metadata.get("tokenizer_sha256")
+    )
+    model = MiniMindVLM(placeholder_config(fields, tokenizer, args.vision_model_path))
+    can_see = load_weights(model, state, path=path, may_lack_projection=True)
+    attach_tower(model, args.vision_model_path, metadata=metadata, path=path)
+    processor = VLMProcessor(tokenizer, model.image_processor, config=model.config)
+    return LoadedModel(model, processor, path, can_see)
+
+
+def placeholder_config(fields: dict, tokenizer, vision_model_path: Path | None) -> VLMConfig:
+    """Complete config fields with what follows from tower and tokenizer.
+
+    A placeholder that neither metadata nor flags name is `@` times the tower's tokens.
+    """
+    vision = load_vision_config(find_vision_dir(vision_model_path))
+    fields = {"vision_hidden_size": vision.hidden_size} | fields
+    num_tokens = count_image_tokens(vision, keep_cls=bool(fields.get("keep_cls")))
+    placeholder = fields.get("image_special_token") or "@" * num_tokens
+    ids = tokenizer.encode(placeholder, add_special_tokens=False)
+    return VLMConfig(**(fields | {"image_special_token": placeholder, "image_ids": ids}))
+
+
+def attach_tower(
+    model: MiniMindVLM, vision_model_path: Path | None, *, metadata: dict, path: Path
+) -> None:
+    """Load the vision tower and compare it with the one the weight was trained with."""
+    folder = find_vision_dir(vision_model_path)
+    model.load_vision_encoder(folder)
+    expected = metadata.get("vision_tower_sha256")
+    if expected and expected != tower_sha256(model.vision_encoder):
+        raise ValueError(
+            f"{path} was trained with another vision tower than the one in {folder}; name the "
+            "right folder by --vision_model_path"
+        )
+
+
+def _load_folder(args: argparse.Namespace, flags: dict) -> LoadedModel:
+    """A folder as `save_pretrained` writes it, with its tokenizer if it has one."""
+    folder = Path(args.load_from)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"--load_from {folder}: no config.json there; give a transformers folder, or "
+            "'model' for this project's own weights"
+        )
+    kind = VLMConfig.get_config_dict(folder)[0].get("model_type")
+    if kind != VLMConfig.model_type:
+        raise ValueError(
+            f"{folder}/config.json: model_type {kind!r} cannot be loaded here, only "
+            f"{VLMConfig.model_type!r} can"
+        )
+    config = VLMConfig.from_pretrained(folder)
+    for name, wanted in flags.items():
+        if name == "inference_rope_scaling":
+            continue
+        if wanted is not None and getattr(config, name) != wanted:
+            raise ValueError(f"{folder} has {name} {getattr(config, name)}, not {wanted}")
+    if flags["inference_rope_scaling"]:
+        config = VLMConfig(**(config.to_dict() | {"inference_rope_scaling": True}))
+    model, report = MiniMindVLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    lost = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
+    if lost or report["unexpected_keys"]:
+        raise ValueError(
+            f"{folder}: tensors missing {lost[:4]}, unknown {sorted(report['unexpected_keys'])[:4]}"
+        )
+    own_tokenizer = folder if (folder / "tokenizer.json").is_file() else None
+    tokenizer = load_tokenizer(args.tokenizer_path or own_tokenizer)
+    attach_tower(model, args.vision_model_path, metadata={}, path=folder)
+    processor = VLMProcessor(tokenizer, model.image_processor, config=model.config)
+    return LoadedModel(model, processor, folder, can_see=True)
+
+
+@dataclass
+class Sampling:
+    """How the next token is chosen; temperature 0 is greedy."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.65
+    top_p: float = 0.85
+
+    def generation_config(self, processor: VLMProcessor) -> GenerationConfig:
+        tokenizer = processor.tokenizer
+        sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.temperature > 0,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **(sampled if self.temperature > 0 else {}),
+        )
+
+
+class _StopOnFlag(StoppingCriteria):
+    def __init__(self):
+        self.is_set = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.is_set, device=input_ids.device)
+
+
+def ask(prompt: str, *, num_images: int) -> list[dict]:
+    """One user message; a prompt without any `<image>` gets one in front for every image."""
+    if IMAGE_TAG not in prompt:
+        prompt = f"{IMAGE_TAG}\n" * num_images + prompt
+    return [{"role": "user", "content": prompt}]
+
+
+def generate(
+    loaded: LoadedModel, conversations: list[tuple[list[dict], list]], sampling: Sampling, **kwargs
+) -> list[str]:
+    """Answers to a batch of (messages, images), padded on the left."""
+    batch = loaded.processor.prompt_batch(conversations)
+    return loaded.processor.tokenizer.batch_decode(
+        _generate_ids(loaded, batch, sampling, **kwargs)[:, batch["input_ids"].shape[1] :],
+        skip_special_tokens=True,
+    )
+
+
+def stream(
+    loaded: LoadedModel, messages: list[dict], images: list, sampling: Sampling
+) -> Iterator[str]:
+    """Pieces of one answer as they come. Closing the iterator stops the generation."""
+    batch = loaded.processor.prompt_batch([(messages, images)])
+    streamer = TextIteratorStreamer(
+        loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
+    )
+    stop, failures = _StopOnFlag(), []
+
+    def work() -> None:
+        try:
+            _generate_ids(loaded, batch, sampling, streamer=streamer, stopping_criteria=[stop])
+        except Exception as error:  # handed to the reader below
+            failures.append(error)
+            streamer.end()
+
+    worker = Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        yield from streamer
+    finally:
+        stop.is_set = True
+        worker.join()
+    if failures:
+        raise failures[0]
+
+
+def _generate_ids(
+    loaded: LoadedModel, batch: dict[str, Tensor], sampling: Sampling, **kwargs
+) -> Tensor:
+    model = loaded.model
+    room = model.config.max_position_embeddings - batch["input_ids"].shape[1]
+    if room < 1:
+        raise ValueError(
+            f"the prompt has {batch['input_ids'].shape[1]} tokens, the model takes "
+            f"{model.config.max_position_embeddings}"
+        )
+    config = sampling.generation_config(loaded.processor)
+    config.max_new_tokens = min(config.max_new_tokens, room)
+    inputs = {k: v.to(model.device) for k, v in batch.items()}
+    if not len(inputs["pixel_values"]):
+        inputs["pixel_values"] = None
+    with torch.inference_mode():
+        return model.generate(**inputs, generation_config=config, **kwargs)

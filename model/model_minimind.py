@@ -1,0 +1,538 @@
+"""Owns the MiniMind language model: config, RMSNorm, RoPE, attention, SwiGLU, MoE, causal LM.
+
+Shapes: B batch, T tokens, D hidden, H query heads, G key/value heads, K head dim,
+S routed rows (B * T * experts per token), E routed experts, F intermediate.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+YARN_FACTOR = 4.0  # `inference_rope_scaling`: four times the 2048 positions of pretraining
+YARN_ORIGINAL_POSITIONS = 2048
+IGNORE_INDEX = -100  # label of a position that is not supervised
+
+
+class MiniMindConfig(PreTrainedConfig):
+    """Sizes and options of the language model; the defaults are the 26M model.
+
+    Args:
+        hidden_size: D; a multiple of `2 * num_attention_heads` (RoPE rotates halves of a head).
+        intermediate_size: F; None means `64 * ceil(int(hidden_size * 8 / 3) / 64)`.
+        inference_rope_scaling: YaRN by a factor of 4 over 2048 positions.
+        use_moe: experts instead of one MLP; the fields below it are ignored otherwise.
+        aux_loss_alpha: weight of the load-balance loss.
+        seq_aux: balance within each sequence (True) or over the whole batch.
+        norm_topk_prob: renormalise the chosen experts' probabilities to 1.
+    Raises:
+        ValueError: sizes that do not divide, or an unknown `scoring_func`.
+    """
+
+    model_type = "minimind"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 8,
+        num_key_value_heads: int = 2,
+        intermediate_size: int | None = None,
+        hidden_act: str = "silu",
+        vocab_size: int = 6400,
+        max_position_embeddings: int = 32768,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 1e6,
+        inference_rope_scaling: bool = False,
+        dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        use_moe: bool = False,
+        n_routed_experts: int = 4,
+        num_experts_per_tok: int = 2,
+        n_shared_experts: int = 1,
+        scoring_func: str = "softmax",
+        aux_loss_alpha: float = 0.01,
+        seq_aux: bool = True,
+        norm_topk_prob: bool = True,
+        bos_token_id: int = 1,
+        eos_token_id: int = 2,
+        pad_token_id: int = 0,
+        tie_word_embeddings: bool = True,
+        use_cache: bool = True,
+        **kwargs,
+    ):
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = hidden_size // num_attention_heads
+        self.intermediate_size = intermediate_size or 64 * math.ceil(int(hidden_size * 8 / 3) / 64)
+        self.hidden_act = hidden_act
+        self.vocab_size = vocab_size
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.inference_rope_scaling = inference_rope_scaling
+        self.dropout = dropout
+        self.initializer_range = initializer_range
+        self.use_moe = use_moe
+        self.n_routed_experts = n_routed_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.n_shared_experts = n_shared_experts
+        self.scoring_func = scoring_func
+        self.aux_loss_alpha = aux_loss_alpha
+        self.seq_aux = seq_aux
+        self.norm_topk_prob = norm_topk_prob
+        self.use_cache = use_cache
+        for derived in ("head_dim", "rope_parameters"):  # follow from the fields above
+            kwargs.pop(derived, None)
+        self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
+        if inference_rope_scaling:
+            self.rope_parameters |= {
+                "rope_type": "yarn",
+                "factor": YARN_FACTOR,
+                "original_max_position_embeddings": YARN_ORIGINAL_POSITIONS,
+                "attention_factor": 1.0,
+            }
+        self._check_sizes()
+        super().__init__(
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+    def _check_sizes(self) -> None:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"{2 * self.num_attention_heads} (2 * num_attention_heads); "
+                "choose for example 256, 512 or 768"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.use_moe and self.scoring_func != "softmax":
+            raise ValueError(f"scoring_func {self.scoring_func!r} is unknown; only 'softmax' is")
+        if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} must be between 1 and "
+                f"n_routed_experts {self.n_routed_experts}"
+            )
+
+
+@dataclass
+class MiniMindOutput(CausalLMOutputWithPast):
+    """`loss` is the mean cross entropy per supervised token, without `aux_loss`, the MoE
+    load-balance loss (a scalar tensor, zero for a dense model or outside training)."""
+
+    aux_loss: Tensor | None = None
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * weight` with the statistics in float32.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+    """
+
+    def __init__(self, dim: int, *, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(hidden.dtype)
+
+
+def rope_tables(config: MiniMindConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's rotation angles, in float32.
+
+    They are computed where they are used rather than kept as a buffer: a buffer would lose
+    precision in `model.half()`, be broadcast by DDP and come back undefined from the meta device.
+
+    Args:
+        position_ids: (B, T) integer positions.
+    Returns:
+        cos, sin: (B, T, K) float32.
+    Source: Su et al., "RoFormer" (2021); Peng et al., "YaRN" (2023).
+    """
+    device = position_ids.device
+    if config.rope_parameters["rope_type"] == "default":
+        exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+        inv_freq = config.rope_theta**-exponent
+    else:
+        init = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]]
+        inv_freq, _ = init(config, device)  # the attention factor is fixed at 1
+    angles = position_ids[..., None].float() * inv_freq  # (B, T, K/2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries or keys (B, H, T, K) by tables (B, T, K), in the half-split layout."""
+    first, second = states.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return states * cos.unsqueeze(1) + rotated * sin.unsqueeze(1)
+
+
+def eager_attention(
+    module: nn.Module, query, key, value, attention_mask, *, scaling, dropout=0.0, **_
+) -> tuple[Tensor, Tensor]:
+    """Plain attention, for `attn_implementation="eager"`: the one that also returns weights."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    mixed = F.dropout(weights, dropout) @ value
+    return mixed.transpose(1, 2), weights
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with RoPE.
+
+    Source: Ainslie et al., "GQA" (2023).
+    """
+
+    is_causal = True
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        kv_dim = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden: Tensor,  # (B, T, D)
+        rope: tuple[Tensor, Tensor],  # 2 x (B, T, K)
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        def heads(projected: Tensor) -> Tensor:  # (B, T, H * K) -> (B, H, T, K)
+            return projected.view(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+        query, key = heads(self.q_proj(hidden)), heads(self.k_proj(hidden))
+        value = heads(self.v_proj(hidden))
+        query = apply_rope(query, *rope).to(value.dtype)
+        key = apply_rope(key, *rope).to(value.dtype)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        mixed, _ = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.dropout if self.training else 0.0,
+            scaling=self.scaling,
+        )
+        mixed = self.o_proj(mixed.reshape(*hidden.shape[:2], -1))
+        return F.dropout(mixed, self.config.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: `down(act(gate(x)) * up(x))`.
+
+    Source: Shazeer, "GLU Variants Improve Transformer" (2020).
+    """
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+        self.dropout = config.dropout
+
+    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        mixed = self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return F.dropout(mixed, self.dropout, self.training), hidden.new_zeros(())
+
+
+class MoEGate(nn.Module):
+    """Router: which experts a token goes to, with what weight, and how evenly."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+
+    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns expert ids (B, T, k), their weights (B, T, k) and the scalar aux loss."""
+        config = self.config
+        probs = F.linear(hidden, self.weight).softmax(dim=-1, dtype=torch.float32)  # (B, T, E)
+        top_probs, top_ids = probs.topk(config.num_experts_per_tok, dim=-1, sorted=False)
+        if config.norm_topk_prob and config.num_experts_per_tok > 1:
+            top_probs = top_probs / (top_probs.sum(dim=-1, keepdim=True) + 1e-20)
+        if not (self.training and config.aux_loss_alpha > 0):
+            return top_ids, top_probs, probs.new_zeros(())
+        return (
+            top_ids,
+            top_probs,
+            config.aux_loss_alpha * self._imbalance(probs, top_ids, token_mask),
+        )
+
+    def _imbalance(self, probs: Tensor, top_ids: Tensor, token_mask: Tensor | None) -> Tensor:
+        """E * (share of routed slots) . (mean router probability), mean over sequences.
+
+        1 when perfectly even. Padding does not count; a sequence of padding only adds 0.
+        Source: Fedus et al., "Switch Transformers" (2021), per sequence as in DeepSeek-V2 (2024).
+        """
+        if token_mask is None:
+            token_mask = probs.new_ones(probs.shape[:2])
+        token_mask = token_mask.to(probs.dtype).unsqueeze(-1)  # (B, T, 1)
+        slots = F.one_hot(top_ids, probs.shape[-1]).sum(2) * token_mask  # (B, T, E)
+        probs = probs * token_mask
+        if not self.config.seq_aux:  # the whole batch counts as one sequence
+            slots, probs, token_mask = (t.flatten(0, 1)[None] for t in (slots, probs, token_mask))
+        num_tokens = token_mask.sum(1)  # (B, 1)
+        share = slots.sum(1) / (num_tokens * top_ids.shape[-1]).clamp(min=1)
+        mean_prob = probs.sum(1) / num_tokens.clamp(min=1)
+        per_sequence = probs.shape[-1] * (share * mean_prob).sum(-1)  # (B,)
+        return per_sequence.sum() / (num_tokens > 0).sum().clamp(min=1)
+
+
+class MoEFeedForward(nn.Module):
+    """Top-k routed experts plus shared experts that every token passes."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
+        self.gate = MoEGate(config)
+        self.shared_experts = nn.ModuleList(
+            FeedForward(config) for _ in range(config.n_shared_experts)
+        )
+        self.dropout = config.dropout
+
+    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        top_ids, top_probs, aux_loss = self.gate(hidden, token_mask)
+        mixed = self._routed(hidden.flatten(0, 1), top_ids.flatten(), top_probs.flatten())
+        mixed = F.dropout(mixed, self.dropout, self.training).view_as(hidden)
+        for expert in self.shared_experts:
+            mixed = mixed + expert(hidden, token_mask)[0]
+        return mixed, aux_loss
+
+    def _routed(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """Sort the routed rows by expert and multiply them group by group.
+
+        The group sizes stay on the device, so nothing waits for the host. Rows are first
+        repeated, then permuted: both have a deterministic gradient, unlike a gather with repeats.
+
+        Args:
+            tokens: (B * T, D). expert_ids, weights: (S,), the k choices of a token side by side.
+        """
+        device_type = tokens.device.type
+        dtype = tokens.dtype
+        if torch.is_autocast_enabled(device_type):  # grouped_mm is not on autocast's list
+            dtype = torch.get_autocast_dtype(device_type)
+        num_choices = expert_ids.shape[0] // tokens.shape[0]
+        order = expert_ids.argsort(stable=True)
+        counts = F.one_hot(expert_ids, len(self.experts)).sum(0)
+        ends = counts.cumsum(0).to(torch.int32)  # (E,) where each expert's rows end
+        rows = tokens.to(dtype)[:, None].expand(-1, num_choices, -1).flatten(0, 1)[order]
+
+        def grouped(rows: Tensor, name: str) -> Tensor:
+            stacked = torch.stack([getattr(e, name).weight for e in self.experts]).to(dtype)
+            return F.grouped_mm(rows, stacked.transpose(1, 2), offs=ends)
+
+        act = self.experts[0].act
+        rows = grouped(act(grouped(rows, "gate_proj")) * grouped(rows, "up_proj"), "down_proj")
+        rows = rows[order.argsort()] * weights[:, None].to(dtype)
+        return rows.view(-1, num_choices, rows.shape[-1]).sum(1)
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """`x += attention(norm(x)); x += mlp(norm(x))`."""
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_idx)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
+
+    def forward(self, hidden: Tensor, *, rope, attention_mask, cache, token_mask):
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, attention_mask, cache)
+        mixed, aux_loss = self.mlp(self.post_attention_layernorm(hidden), token_mask)
+        return hidden + mixed, aux_loss
+
+
+class MiniMindPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of every MiniMind model."""
+
+    config_class = MiniMindConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MoEGate):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+
+class MiniMindModel(MiniMindPreTrainedModel):
+    """Embedding, decoder layers and final norm."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,  # (B, T, D)
+        *,
+        attention_mask: Tensor | None = None,  # (B, past + T)
+        position_ids: Tensor | None = None,  # (B, T)
+        past_key_values: Cache | None = None,
+        is_right_padded: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns hidden states (B, T, D) and the summed aux loss of the layers."""
+        num_tokens = inputs_embeds.shape[1]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        is_2d = attention_mask is not None and attention_mask.ndim == 2
+        token_mask = attention_mask[:, -num_tokens:] if is_2d else None
+        if position_ids is None and is_2d and not is_right_padded:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + num_tokens, device=inputs_embeds.device)[None]
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            # Padding behind the text is hidden by causality alone: the fast kernel can run.
+            attention_mask=None if is_right_padded else attention_mask,
+            past_key_values=past_key_values,
+            position_ids=None,
+        )
+        rope = rope_tables(self.config, position_ids)
+        rope = tuple(table.to(inputs_embeds.dtype) for table in rope)
+        hidden = F.dropout(inputs_embeds, self.config.dropout, self.training)
+        aux_loss = inputs_embeds.new_zeros((), dtype=torch.float32)
+        for layer in self.layers:
+            hidden, layer_aux_loss = layer(
+                hidden,
+                rope=rope,
+                attention_mask=causal_mask,
+                cache=past_key_values,
+                token_mask=token_mask,
+            )
+            aux_loss = aux_loss + layer_aux_loss
+        return self.norm(hidden), aux_loss
+
+
+class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
+    """The language model with its head, tied to the embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__(config)
+        self.model = MiniMindModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, past + T), 1 for text and 0 for padding
+        *,
+        inputs_embeds: Tensor | None = None,  # (B, T, D) instead of input_ids
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,  # (B, T) like input_ids, -100 where not supervised
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        is_right_padded: bool = False,
+        **_,
+    ) -> MiniMindOutput:
+        """Logits of the next token at each position, and with `labels` the loss.
+
+        Args:
+            logits_to_keep: only the last that many positions (0: all), or their indices.
+            is_right_padded: the caller vouches that padding stands behind the text only, so
+                that attention needs no mask of its own (training batches).
+        Returns:
+            `loss`: mean cross entropy per supervised token (0 without any); `aux_loss`: a scalar
+            tensor, always; `logits`: (B, T, vocab); `past_key_values`.
+        Raises:
+            ValueError: neither or both of `input_ids` and `inputs_embeds`; labels together
+                with `logits_to_keep`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels need the logits of every position: leave logits_to_keep at 0")
+        if inputs_embeds is None:
+            inputs_embeds = self.model.embed_tokens(input_ids)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        hidden, aux_loss = self.model(
+            inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            is_right_padded=is_right_padded,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, keep])
+        return MiniMindOutput(
+            loss=None if labels is None else next_token_loss(logits, labels),
+            logits=logits,
+            past_key_values=past_key_values,
+            aux_loss=aux_loss,
+        )
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of each supervised token given what stands before it, in float32.
+
+    Args:
+        logits: (B, T, V). labels: (B, T) aligned with the inputs; `IGNORE_INDEX` is left out.
+    Returns:
+        A scalar; 0, not NaN, when nothing is supervised.
+    """
+    targets = labels[:, 1:].flatten()
+    total = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)

@@ -1,0 +1,346 @@
+"""Owns the vision-language model: VLMConfig, the frozen CLIP tower, VisionProj, MiniMindVLM.
+
+Shapes: B batch, T tokens, I images of the whole batch, N images of a sample, P image tokens,
+V width of the vision tower, D hidden, S image side in pixels.
+"""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from transformers.utils import logging as hf_logging
+
+from model.image_fusion import (
+    check_image_count,
+    check_placeholder,
+    fuse_images,
+    images_per_sample,
+    placeholder_mask,
+)
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput
+
+VISION_DIR = Path(__file__).resolve().parent / "vision_model"
+CLIP_DIR = VISION_DIR / "clip-vit-base-patch16"
+
+
+class VLMConfig(MiniMindConfig):
+    """A `MiniMindConfig` and how images enter it.
+
+    Args:
+        image_special_token: the text that stands for one image.
+        image_ids: its token ids; their number is the number of image tokens P.
+        vision_hidden_size: V.
+        keep_cls: whether the tower's CLS token is the first of the image tokens.
+    """
+
+    model_type = "minimind-v"
+
+    def __init__(
+        self,
+        image_special_token: str = "@" * 196,
+        image_ids: list[int] | None = None,
+        vision_hidden_size: int = 768,
+        keep_cls: bool = False,
+        **kwargs,
+    ):
+        self.image_special_token = image_special_token
+        self.image_ids = list(image_ids) if image_ids is not None else [34] * 196
+        self.vision_hidden_size = vision_hidden_size
+        self.keep_cls = keep_cls
+        check_placeholder(self.image_ids)
+        super().__init__(**kwargs)
+
+    @property
+    def num_image_tokens(self) -> int:
+        return len(self.image_ids)
+
+
+def find_vision_dir(vision_model_path: str | Path | None = None) -> Path:
+    """The folder of the CLIP tower: the given one, else the default places.
+
+    Raises:
+        FileNotFoundError: no `config.json` there; says what to do.
+    """
+    candidates = [Path(vision_model_path)] if vision_model_path else [CLIP_DIR, VISION_DIR]
+    for folder in candidates:
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"no CLIP vision tower: {' nor '.join(str(c) for c in candidates)} holds a config.json; "
+        "put the files of openai/clip-vit-base-patch16 into model/vision_model/"
+        "clip-vit-base-patch16, or name another folder by --vision_model_path"
+    )
+
+
+def load_vision_config(folder: Path) -> CLIPVisionConfig:
+    """The tower's config, from a full CLIP folder or a vision-only one."""
+    config, _ = CLIPVisionConfig.get_config_dict(folder)
+    kind = config.get("model_type")
+    if kind == CLIPConfig.model_type:
+        return CLIPConfig.from_pretrained(folder).vision_config
+    if kind == CLIPVisionConfig.model_type:
+        return CLIPVisionConfig.from_pretrained(folder)
+    raise ValueError(
+        f"{folder}/config.json: model_type {kind!r} is not a CLIP tower; "
+        "use for example openai/clip-vit-base-patch16"
+    )
+
+
+def count_image_tokens(vision_config: CLIPVisionConfig, *, keep_cls: bool) -> int:
+    """Patches of one image, plus one if the CLS token is kept."""
+    return (vision_config.image_size // vision_config.patch_size) ** 2 + int(keep_cls)
+
+
+def load_image_processor(folder: Path, vision_config: CLIPVisionConfig) -> CLIPImageProcessorPil:
+    """CLIP's preprocessing for this tower; a folder without a description gets CLIP's own."""
+    side = vision_config.image_size
+    if (folder / "preprocessor_config.json").is_file():
+        processor = CLIPImageProcessorPil.from_pretrained(folder)
+        crop = processor.crop_size
+        if (crop["height"], crop["width"]) != (side, side):
+            raise ValueError(
+                f"{folder}: preprocessor_config.json crops to {crop['height']}x{crop['width']} "
+                f"but the tower takes {side}x{side}; the two files belong to different towers"
+            )
+        return processor
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+
+
+def load_vision_tower(folder: Path) -> CLIPVisionModel:
+    """The frozen tower in float32 and eval mode; every one of its tensors must be in the file."""
+    config = load_vision_config(folder)
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # a full CLIP folder reports its text half as unexpected
+    progress_bar = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        tower, report = CLIPVisionModel.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if progress_bar:
+            hf_logging.enable_progress_bar()
+    lost = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
+    if lost:
+        raise ValueError(
+            f"{folder}: {len(lost)} tensors of the vision tower are missing or of another size, "
+            f"such as {lost[0]}; fetch the folder again"
+        )
+    return tower.eval().requires_grad_(False)
+
+
+class VisionProj(nn.Module):
+    """One linear layer from the tower's width to the language model's."""
+
+    def __init__(self, vision_hidden_size: int = 768, hidden_size: int = 512):
+        super().__init__()
+        self.vision_proj = nn.Sequential(nn.Linear(vision_hidden_size, hidden_size))
+
+    def forward(self, patches: Tensor) -> Tensor:  # (..., V) -> (..., D)
+        return self.vision_proj(patches)
+
+
+class MiniMindVLM(MiniMindForCausalLM):
+    """The language model that reads projected image features in place of placeholders.
+
+    Args:
+        vision_model_path: folder of the CLIP tower; without one the model has no tower yet
+            (`load_vision_encoder` adds it) and refuses images.
+    """
+
+    config_class = VLMConfig
+    _keys_to_ignore_on_save = [r"^vision_encoder\."]
+    _keys_to_ignore_on_load_missing = [r"^vision_encoder\."]
+    _keys_to_ignore_on_load_unexpected = [r"^vision_encoder\."]
+
+    def __init__(self, config: VLMConfig, vision_model_path: str | Path | None = None):
+        super().__init__(config)
+        self.vision_encoder: CLIPVisionModel | None = None
+        self.image_processor: CLIPImageProcessorPil | None = None
+        self.vision_proj = VisionProj(config.vision_hidden_size, config.hidden_size)
+        self.post_init()
+        if vision_model_path is not None:
+            self.load_vision_encoder(vision_model_path)
+
+    def load_vision_encoder(self, vision_model_path: str | Path) -> None:
+        """Attach the frozen tower of a folder, on the model's device.
+
+        Raises:
+            FileNotFoundError: no tower there.
+            ValueError: its width or number of tokens is not the config's.
+        """
+        tower, processor = self.get_vision_model(vision_model_path)
+        num_tokens = count_image_tokens(tower.config, keep_cls=self.config.keep_cls)
+        if num_tokens != self.config.num_image_tokens:
+            raise ValueError(
+                f"{vision_model_path}: this tower gives {num_tokens} tokens per image but the "
+                f"placeholder has {self.config.num_image_tokens}; use the tower this model was "
+                "made with, or set --image_special_token and --keep_cls to match"
+            )
+        if tower.config.hidden_size != self.config.vision_hidden_size:
+            raise ValueError(
+                f"{vision_model_path}: this tower is {tower.config.hidden_size} wide but the "
+                f"projection takes {self.config.vision_hidden_size}; use the tower this model "
+                "was made with"
+            )
+        self.vision_encoder, self.image_processor = tower.to(self.device), processor
+
+    @staticmethod
+    def get_vision_model(path: str | Path) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
+        """Tower and image processor of a CLIP folder."""
+        folder = find_vision_dir(path)
+        return load_vision_tower(folder), load_image_processor(folder, load_vision_config(folder))
+
+    @staticmethod
+    def image2tensor(image: Image.Image, processor: CLIPImageProcessorPil) -> Tensor:
+        """Preprocess one picture: (1, 3, S, S) float32."""
+        pixels = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        return pixels
+
+    @staticmethod
+    def get_image_embeddings(
+        pixel_values: Tensor, vision_model: CLIPVisionModel, *, keep_cls: bool = False
+    ) -> Tensor:
+        """The tower's last hidden states before its post-layernorm.
+
+        Args:
+            pixel_values: (I, 3, S, S). keep_cls: leave the CLS token in front.
+        Returns:
+            (I, P, V), without gradient.
+        """
+        with torch.no_grad():
+            states = vision_model(pixel_values.to(vision_model.dtype)).last_hidden_state
+        return states if keep_cls else states[:, 1:]
+
+    def train(self, mode: bool = True) -> "MiniMindVLM":
+        """Like `nn.Module.train`; the tower stays in eval mode."""
+        super().train(mode)
+        if self.vision_encoder is not None:
+            self.vision_encoder.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, past + T)
+        pixel_values: Tensor | None = None,  # (I, 3, S, S), (B, N, 3, S, S) or (B, N, 1, 3, S, S)
+        labels: Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        image_mask: Tensor | None = None,  # (B, T) bool
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
+    ) -> MiniMindOutput:
+        """As `MiniMindForCausalLM.forward`, with images.
+
+        Args:
+            pixel_values: all images of the batch in reading order, or N for every sample.
+            image_mask: which positions are image tokens, already compared with the images (the
+                collator's); without it the placeholders are found and counted here, which on a
+                GPU waits for the device once.
+        Raises:
+            ValueError: a sample's placeholders and images differ in number.
+        """
+        if inputs_embeds is None and input_ids is not None:
+            inputs_embeds = self._embed(input_ids, pixel_values, image_mask)
+        elif pixel_values is not None:
+            raise ValueError("images need input_ids, which say where they stand")
+        return super().forward(
+            None,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def _embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None, image_mask: Tensor | None
+    ) -> Tensor:
+        """(B, T) ids and the batch's images to (B, T, D)."""
+        inputs_embeds = self.model.embed_tokens(input_ids)
+        images, per_sample = _flat_images(pixel_values, batch_size=input_ids.shape[0])
+        if image_mask is None:
+            image_mask = placeholder_mask(input_ids, self.config.image_ids)
+            if not input_ids.is_meta and (
+                images is not None or input_ids.shape[1] >= self.config.num_image_tokens
+            ):
+                counts = images_per_sample(image_mask, self.config.num_image_tokens)
+                check_image_count(
+                    counts, 0 if images is None else len(images), per_sample=per_sample
+                )
+        if images is None:
+            if self.training and torch.is_grad_enabled():
+                # The projection takes part in every step, so that ranks agree on its gradient.
+                blank = inputs_embeds.new_zeros(1, self.config.vision_hidden_size)
+                inputs_embeds = inputs_embeds + 0.0 * self.vision_proj(blank).sum()
+            return inputs_embeds
+        return fuse_images(inputs_embeds, image_mask, self.encode_images(images))
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(I, 3, S, S) to projected features (I, P, D)."""
+        if self.vision_encoder is None:
+            raise ValueError("this model has no vision tower; call load_vision_encoder(folder)")
+        patches = self.get_image_embeddings(
+            images, self.vision_encoder, keep_cls=self.config.keep_cls
+        )
+        return self.vision_proj(patches.to(self.vision_proj.vision_proj[0].weight.dtype))
+
+    def prepare_inputs_for_generation(self, input_ids, *, is_first_iteration=False, **kwargs):
+        """The image mask covers the prompt: it goes where the prompt goes."""
+        image_mask = kwargs.pop("image_mask", None)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        fed = inputs.get("input_ids")
+        if image_mask is not None and inputs.get("pixel_values") is not None and fed is not None:
+            generated = fed.shape[1] - image_mask.shape[1]
+            inputs["image_mask"] = nn.functional.pad(image_mask, (0, generated))
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs
+    ):
+        """Beams and several answers: repeat each sample's images together, keeping their order."""
+        images, _ = _flat_images(kwargs.pop("pixel_values", None), batch_size=len(input_ids))
+        if images is not None and expand_size > 1:
+            mask = kwargs.get("image_mask")
+            if mask is None:
+                mask = placeholder_mask(input_ids, self.config.image_ids)
+            counts = images_per_sample(mask, self.config.num_image_tokens)
+            check_image_count(counts, len(images), per_sample=None)
+            images = torch.cat([c.repeat(expand_size, 1, 1, 1) for c in images.split(counts)])
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
+        if images is not None:
+            kwargs["pixel_values"] = images
+        return input_ids, kwargs
+
+
+def _flat_images(
+    pixel_values: Tensor | None, *, batch_size: int
+) -> tuple[Tensor | None, int | None]:
+    """All images as (I, 3, S, S), and how many each sample was given where the layout says so."""
+    if pixel_values is None or pixel_values.shape[0] == 0:
+        return None, None
+    if pixel_values.ndim == 4:
+        return pixel_values, None
+    shape = tuple(pixel_values.shape)
+    if pixel_values.ndim == 6 and shape[2] == 1:
+        pixel_values = pixel_values.squeeze(2)
+    if pixel_values.ndim != 5 or shape[0] != batch_size:
+        raise ValueError(
+            f"pixel_values has shape {shape}; expected (I, 3, H, W), ({batch_size}, N, 3, H, W) "
+            f"or ({batch_size}, N, 1, 3, H, W)"
+        )
+    return pixel_values.flatten(0, 1), shape[1]

@@ -1,0 +1,232 @@
+"""Owns the one prompt format of training and inference: chat + images -> ids and pixel_values.
+
+Shapes: B batch, T tokens, I images, S image side in pixels.
+"""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase
+
+from model.image_fusion import images_per_sample, placeholder_mask
+from model.model_vlm import VLMConfig
+
+IMAGE_TAG = "<image>"
+MODEL_DIR = Path(__file__).resolve().parent
+TOKENIZER_DIRS = (MODEL_DIR / "minimind_tokenizer", MODEL_DIR)  # the downloaded one, then ours
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What makes two tokenizers give the same ids: the vocabulary and the merges."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else m for m in spec["model"]["merges"]]
+    core = json.dumps([sorted(tokenizer.get_vocab().items()), merges], ensure_ascii=True)
+    return hashlib.sha256(core.encode()).hexdigest()
+
+
+def load_tokenizer(
+    tokenizer_path: str | Path | None = None, *, expected_sha256: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, or the first default one (that fits).
+
+    Args:
+        tokenizer_path: a folder with `tokenizer.json`; None looks into the default places.
+        expected_sha256: from a weight's metadata: the tokenizer it was trained with.
+    Raises:
+        FileNotFoundError: no tokenizer there.
+        ValueError: it is not the one that the weight was trained with.
+    """
+    folders = [Path(tokenizer_path)] if tokenizer_path else list(TOKENIZER_DIRS)
+    present = [f for f in folders if (f / "tokenizer.json").is_file()]
+    if not present:
+        raise FileNotFoundError(
+            f"no tokenizer: {' nor '.join(str(f) for f in folders)} holds a tokenizer.json; "
+            "name the folder of the tokenizer by --tokenizer_path"
+        )
+    for folder in present:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if expected_sha256 in (None, tokenizer_sha256(tokenizer)):
+            return tokenizer
+    raise ValueError(
+        f"the tokenizer in {' or '.join(str(f) for f in present)} is not the one this weight was "
+        f"trained with (vocabulary {expected_sha256[:12]}...); "
+        "name the right folder by --tokenizer_path"
+    )
+
+
+def open_image(source: Image.Image | bytes | str | Path) -> Image.Image:
+    """Any picture as 8-bit RGB, upright by its EXIF tag, the first frame of an animation.
+
+    16-bit grey is scaled to 8 bits (PIL's own conversion would clip it to white).
+
+    Raises:
+        ValueError: not a picture, broken or too large.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            image = source
+        else:
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not a readable image ({error})") from error
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float32)
+        peak = values.max(initial=0.0)
+        scale = 1 / 257 if peak > 255 else 255.0 if image.mode == "F" and peak <= 1 else 1.0
+        return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+class VLMProcessor:
+    """Messages and pictures to model inputs.
+
+    Args:
+        tokenizer: with the ChatML template.
+        image_processor: of the vision tower.
+        config: says what the placeholder of an image is.
+    Raises:
+        ValueError: the tokenizer does not turn the placeholder into the config's ids.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: CLIPImageProcessorPil,
+        *,
+        config: VLMConfig,
+    ):
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.image_ids = list(config.image_ids)
+        self.placeholder = config.image_special_token
+        ids = tokenizer.encode(self.placeholder, add_special_tokens=False)
+        if ids != self.image_ids:
+            raise ValueError(
+                f"the tokenizer turns the image placeholder {self.placeholder[:8]!r}... into "
+                f"{len(ids)} tokens beginning {ids[:3]}, but the model expects "
+                f"{len(self.image_ids)} beginning {self.image_ids[:3]}; use the tokenizer this "
+                "model belongs to (--tokenizer_path) or another --image_special_token"
+            )
+
+    def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
+        """The prompt as text, every `<image>` replaced by the placeholder.
+
+        Raises:
+            ValueError: a message holds a special token or the placeholder itself as text.
+        """
+        messages = [m | {"content": self._fill(m["content"])} for m in messages]
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _fill(self, content: str) -> str:
+        for token in self.tokenizer.all_special_tokens:
+            if token in content:
+                raise ValueError(f"the text holds the special token {token}; take it out")
+        pieces = content.split(IMAGE_TAG)
+        if any(self.placeholder in piece for piece in pieces):
+            raise ValueError(
+                f"the text holds the image placeholder {self.placeholder[:8]!r}... itself "
+                f"({len(self.placeholder)} characters); write {IMAGE_TAG} for an image"
+            )
+        first, last = self.placeholder[0], self.placeholder[-1]
+        for i, piece in enumerate(pieces):  # a literal @ must not touch a placeholder
+            if i > 0 and piece.startswith(last):
+                piece = " " + piece
+            if i < len(pieces) - 1 and piece.endswith(first):
+                piece = piece + " "
+            pieces[i] = piece
+        return self.placeholder.join(pieces)
+
+    def __call__(
+        self,
+        messages: list[dict],
+        images: list,
+        *,
+        max_length: int | None = None,
+        add_generation_prompt: bool = False,
+    ) -> dict:
+        """One conversation as model inputs.
+
+        Args:
+            messages: `{"role", "content"}` each, with one `<image>` per picture.
+            images: pictures in reading order: PIL images, encoded bytes or paths.
+            max_length: tokens to keep; an image that would be cut is left out whole, with all
+                that follows it.
+        Returns:
+            `input_ids` (T,) int64, `image_mask` (T,) bool, `pixel_values` (I, 3, S, S) float32,
+            `is_truncated`.
+        Raises:
+            ValueError: tags and pictures differ in number, or a picture is broken.
+        """
+        num_tags = sum(m["content"].count(IMAGE_TAG) for m in messages)
+        if num_tags != len(images):
+            raise ValueError(
+                f"{num_tags} {IMAGE_TAG} tag(s) but {len(images)} image(s); "
+                "every tag needs exactly one image"
+            )
+        text = self.render(messages, add_generation_prompt=add_generation_prompt)
+        ids = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False)
+        input_ids = torch.tensor(ids["input_ids"], dtype=torch.int64)
+        mask = placeholder_mask(input_ids[None], self.image_ids)[0]
+        num_found = images_per_sample(mask[None], len(self.image_ids))[0]
+        if num_found != len(images):
+            raise ValueError(
+                f"{len(images)} image(s) but {num_found} placeholder(s) after tokenizing"
+            )
+        is_truncated = max_length is not None and len(input_ids) > max_length
+        if is_truncated:
+            whole = int(mask[:max_length].sum()) // len(self.image_ids)
+            if mask[:max_length].sum() % len(self.image_ids):  # back to the cut image's start
+                max_length = int(mask.nonzero()[whole * len(self.image_ids)])
+            input_ids, mask, images = input_ids[:max_length], mask[:max_length], images[:whole]
+        return {
+            "input_ids": input_ids,
+            "image_mask": mask,
+            "pixel_values": self.pixel_values(images),
+            "is_truncated": is_truncated,
+        }
+
+    def pixel_values(self, images: list) -> Tensor:
+        """Preprocess pictures: (I, 3, S, S) float32; (0, 3, S, S) for none."""
+        if not images:
+            side = self.image_processor.crop_size
+            return torch.zeros(0, 3, side["height"], side["width"])
+        pictures = [open_image(image) for image in images]
+        return self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+
+    def prompt_batch(self, conversations: list[tuple[list[dict], list]]) -> dict[str, Tensor]:
+        """Prompts for generation, padded on the left.
+
+        Args:
+            conversations: (messages, images) each.
+        Returns:
+            `input_ids`, `attention_mask` and `image_mask` (B, T); `pixel_values` (I, 3, S, S).
+        """
+        rows = [self(m, images, add_generation_prompt=True) for m, images in conversations]
+        width = max(len(row["input_ids"]) for row in rows)
+        shape = (len(rows), width)
+        batch = {
+            "input_ids": torch.full(shape, self.tokenizer.pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+            "image_mask": torch.zeros(shape, dtype=torch.bool),
+            "pixel_values": torch.cat([row["pixel_values"] for row in rows]),
+        }
+        for i, row in enumerate(rows):
+            start = width - len(row["input_ids"])
+            batch["input_ids"][i, start:] = row["input_ids"]
+            batch["attention_mask"][i, start:] = 1
+            batch["image_mask"][i, start:] = row["image_mask"]
+        return batch
