@@ -1,0 +1,1 @@
+"""Training: one loop, its parts, and a thin script for each stage."""

@@ -1,0 +1,193 @@
+"""Owns figures: what a log window measures, and where it goes (console, JSON lines, SwanLab)."""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from model.weights import atomic_write
+from trainer.trainer_utils import warn
+
+GIB = 2**30
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory held so far: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+class Window:
+    """Sums over the steps between two log lines. Tensors stay on the device until `read`."""
+
+    def __init__(self):
+        self.started_s = time.perf_counter()
+        self.wait_s = 0.0
+        self.supervised = self.tokens = self.samples = self.sequences = 0.0
+        self.loss_sum: torch.Tensor | float = 0.0
+        self.aux_sum: torch.Tensor | float = 0.0
+        self.grad_norm: torch.Tensor | float = 0.0
+
+    def add(self, update) -> None:
+        """Count one optimizer step (a `StepResult`); one that was left out adds no loss."""
+        self.samples += update.samples
+        self.tokens += update.tokens
+        kept = (~update.is_bad).to(update.loss_sum.dtype)
+        self.supervised = self.supervised + update.supervised * kept
+        self.sequences = self.sequences + update.sequences * kept
+        self.loss_sum = self.loss_sum + torch.where(update.is_bad, 0.0, update.loss_sum)
+        self.aux_sum = self.aux_sum + torch.where(update.is_bad, 0.0, update.aux_sum)
+        self.grad_norm = update.grad_norm
+
+    def read(self, device: torch.device) -> dict:
+        """The window's figures; the one place that waits for the device.
+
+        Loss is the mean per supervised token, without the MoE loss, which is the mean per
+        sequence; tokens are those of the text and the images, without padding.
+        """
+        values = (self.loss_sum, self.aux_sum, self.grad_norm, self.supervised, self.sequences)
+        stacked = torch.stack([torch.as_tensor(v).detach().float().cpu() for v in values])
+        loss_sum, aux_sum, grad_norm, supervised, sequences = stacked.tolist()
+        elapsed_s = max(time.perf_counter() - self.started_s, 1e-9)
+        return {
+            "loss": loss_sum / supervised if supervised else None,
+            "aux_loss": aux_sum / sequences if sequences else None,
+            "grad_norm": grad_norm,
+            "tokens_per_s": self.tokens / elapsed_s,
+            "samples_per_s": self.samples / elapsed_s,
+            "data_wait_pct": 100 * self.wait_s / elapsed_s,
+            "peak_gib": peak_gib(device),
+        }
+
+
+class JsonLog:
+    """The metrics file: one JSON object a line, kept across resumes.
+
+    Args:
+        resume_step: drop what an interrupted run wrote behind this step; None starts a new file.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int | None = None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = b""
+        if resume_step is not None and path.is_file():
+            kept = b"".join(self._until(path, resume_step))
+        atomic_write(path, lambda file: file.write(kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+
+    @staticmethod
+    def _until(path: Path, step: int) -> list[bytes]:
+        lines = []
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                if json.loads(line).get("step", 0) > step:
+                    continue
+            except ValueError:
+                continue  # torn by a kill
+            lines.append(line)
+        return lines
+
+    def write(self, figures: dict) -> None:
+        self._file.write(json.dumps(figures, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Console:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, *, total_samples: int, done_samples: int):
+        self._bar = None
+        if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+            self._bar = tqdm(total=total_samples, initial=done_samples, unit="sample",
+                             dynamic_ncols=True, file=sys.stdout, leave=False)  # fmt: skip
+
+    def advance(self, samples: int) -> None:
+        if self._bar is not None:
+            self._bar.update(samples)
+
+    def line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class SwanLab:
+    """The tracker of `--use_wandb`. A failure after the start is reported once and ends tracking,
+    never training.
+
+    Raises:
+        ValueError: it is not installed, or cannot start (not logged in, say).
+    """
+
+    def __init__(self, *, project: str, name: str, config: dict):
+        try:
+            import swanlab
+        except ImportError:
+            raise ValueError("--use_wandb needs swanlab: pip install swanlab") from None
+        try:
+            mode = os.environ.get("SWANLAB_MODE")
+            options = {"mode": mode} if mode else {}
+            swanlab.init(project=project, experiment_name=name, config=config, **options)
+        except Exception as error:
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"--use_wandb: SwanLab did not start ({first_line}); run `swanlab login`, or set "
+                "SWANLAB_MODE=offline"
+            ) from error
+        self._swanlab = swanlab
+
+    def write(self, figures: dict) -> None:
+        if self._swanlab is None:
+            return
+        numbers = {k: v for k, v in figures.items() if isinstance(v, int | float)}
+        try:
+            self._swanlab.log(numbers, step=int(figures["step"]))
+        except Exception as error:
+            warn(f"SwanLab failed and is left out from here on: {error}")
+            self._swanlab = None
+
+    def close(self) -> None:
+        if self._swanlab is not None:
+            self._swanlab.finish()
+
+
+class Metrics:
+    """All sinks of the main process; the other ranks have none (`active=False`)."""
+
+    def __init__(self, *, active: bool, console: Console | None = None, sinks: list | None = None):
+        self.active = active
+        self.console = console
+        self.sinks = sinks or []
+
+    def advance(self, samples: int) -> None:
+        if self.active:
+            self.console.advance(samples)
+
+    def line(self, text: str) -> None:
+        if self.active:
+            self.console.line(text)
+
+    def write(self, figures: dict) -> None:
+        for sink in self.sinks:
+            sink.write(figures)
+
+    def close(self) -> None:
+        if self.console is not None:
+            self.console.close()
+        for sink in self.sinks:
+            sink.close()

@@ -1,0 +1,146 @@
+"""Owns what is checked and estimated before the first step."""
+
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trainer.metrics import GIB
+from trainer.train_loop import MAX_BAD_SHARE, too_many_bad
+from trainer.trainer_utils import Logger, warn
+
+SPECIAL_TOKENS = {"pad": 0, "bos": 1, "eos": 2}
+# A language model that knows these ids' meaning is far below chance on such sentences.
+PROBE_TEXTS = (
+    "The sun rises in the east and sets in the west.",
+    "She went to the market to buy some bread and milk.",
+    "今天天气很好，我们一起去公园散步。",
+    "他喜欢在晚上读书，也喜欢听音乐。",
+)
+NEAR_CHANCE = 0.85  # share of ln(vocabulary) above which a loss counts as near chance
+STATE_BYTES = {"weight": 2, "master": 4, "adam": 8}  # per parameter
+ACTIVATION_BYTES = 34  # per token, layer and hidden unit, with a SwiGLU block; a rough guide
+
+
+def check_special_tokens(tokenizer, *, vocab_size: int) -> None:
+    """The ids that model, loss mask and padding rely on.
+
+    Raises:
+        ValueError: they differ, or the vocabulary is larger than the model's.
+    """
+    for name, expected in SPECIAL_TOKENS.items():
+        found = getattr(tokenizer, f"{name}_token_id")
+        if found != expected:
+            raise ValueError(
+                f"the tokenizer's {name} token has id {found}, MiniMind's has {expected}; use the "
+                "tokenizer that belongs to the weights (--tokenizer_path)"
+            )
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model {vocab_size}; use the "
+            "tokenizer that belongs to the weights (--tokenizer_path)"
+        )
+
+
+@torch.no_grad()
+def probe_loss(model: nn.Module, tokenizer) -> float:
+    """Mean loss per token, in nats, on a few ordinary English and Chinese sentences."""
+    model.eval()
+    total = num_tokens = 0.0
+    for text in PROBE_TEXTS:
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(text)]])
+        loss = model(input_ids=ids.to(model.device), labels=ids.to(model.device)).loss.item()
+        total, num_tokens = total + loss * (ids.shape[1] - 1), num_tokens + ids.shape[1] - 1
+    return total / num_tokens
+
+
+def check_tokenizer_fits(model: nn.Module, tokenizer, *, weight: Path) -> None:
+    """Warn loudly if a language model is near chance on ordinary sentences."""
+    loss, chance = probe_loss(model, tokenizer), math.log(model.config.vocab_size)
+    if not loss < NEAR_CHANCE * chance:
+        warn(
+            f"weights and tokenizer may not belong together: {weight.name} has a loss of "
+            f"{loss:.2f} per token on ordinary sentences, chance is {chance:.2f}; name the "
+            "tokenizer this weight was trained with by --tokenizer_path, or choose another "
+            "--from_weight / 权重与分词器可能不匹配，请用 --tokenizer_path 指定"
+        )
+
+
+def check_writable(folder: Path, *, flag: str) -> None:
+    """Raise ValueError unless a file can be written into the folder, which is made if missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"0")
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {folder} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+
+
+def check_disk(model: nn.Module, *, save_dir: Path, checkpoint_dir: Path) -> None:
+    """Raise ValueError unless weight and state fit twice: the old ones stay until the new are whole."""
+    own = [p for n, p in model.named_parameters() if not n.startswith("vision_encoder.")]
+    num_all = sum(p.numel() for p in own)
+    num_trained = sum(p.numel() for p in own if p.requires_grad)
+    needs: dict[int, list] = {}
+    for folder, size in (
+        (save_dir, STATE_BYTES["weight"] * num_all),
+        (checkpoint_dir, STATE_BYTES["master"] * num_all + STATE_BYTES["adam"] * num_trained),
+    ):
+        need = needs.setdefault(os.stat(folder).st_dev, [folder, 0])
+        need[1] += 2 * size
+    for folder, size in needs.values():
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise ValueError(
+                f"{folder} has {free / GIB:.2f} GiB free, saving needs {size / GIB:.2f}; free "
+                "some space or choose other folders by --save_dir and --checkpoint_dir"
+            )
+
+
+def estimate_memory_gib(model: nn.Module, *, batch_size: int, num_tokens: int) -> float:
+    """Rough memory of training: parameters, gradients, AdamW and activations."""
+    config = model.config
+    size = sum(
+        p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()
+    )  # weight + gradient + two moments, in float32
+    hidden = config.hidden_size * config.num_hidden_layers
+    size += batch_size * num_tokens * (hidden * ACTIVATION_BYTES + config.vocab_size * 12)
+    return size / GIB
+
+
+def check_records(dataset, *, on_bad_sample: str) -> None:
+    """Look at every record without decoding pictures.
+
+    Raises:
+        ValueError: one is bad and the policy is "error", or more than 1% are.
+    """
+    records = dataset.records
+    if records.num_blank:
+        warn(f"{records.data_path.name}: {records.num_blank} blank line(s) hold no record")
+    bad = dataset.find_bad_records()
+    if not bad:
+        return
+    if on_bad_sample == "error":
+        raise ValueError(f"{bad[0].reason} (--on_bad_sample skip goes on without it)")
+    if len(bad) > MAX_BAD_SHARE * len(dataset):
+        raise ValueError(too_many_bad(len(bad), len(dataset), bad[-1].reason))
+    warn(f"{len(bad)} record(s) will be left out; the first: {bad[0].reason}")
+
+
+def report_parameters(model: nn.Module) -> None:
+    """How many parameters each part has, and how many of them train."""
+    groups: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        key = ".".join(parts[:2]) if parts[0] == "model" else parts[0]
+        count = groups.setdefault(key, [0, 0])
+        count[0] += parameter.numel()
+        count[1] += parameter.numel() * parameter.requires_grad
+    for name, (total, trained) in groups.items():
+        Logger(f"  {name:22} {total:>12,} parameters, {trained:>12,} train")

@@ -1,0 +1,114 @@
+"""Owns the training flags: one dataclass, its ranges, and how argparse reads it."""
+
+import argparse
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from model.inference import parse_bool
+from model.weights import OUT_DIR, ROOT
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What tells one training stage from another: its defaults and its data."""
+
+    name: str
+    data_kind: str  # which default files: "pretrain" or "sft"
+    defaults: dict
+
+
+def flag(help_text: str, default=None, **metadata):
+    """A dataclass field that is also a flag."""
+    return field(default=default, metadata={"help": help_text} | metadata)
+
+
+@dataclass
+class TrainArgs:
+    """All flags of the training scripts; a stage sets the defaults that are None here."""
+
+    save_dir: Path = flag("folder of weights / 权重目录", OUT_DIR, alias="--out_dir")
+    save_weight: str = flag("name of the weight to write / 保存的权重名")
+    epochs: int = flag("passes over the data / 训练轮数", low=1)
+    batch_size: int = flag("samples per device and micro-step / 每卡批大小", low=1)
+    learning_rate: float = flag("peak is 1.1 times this / 学习率", low=0.0)
+    device: str = flag("cpu, cuda, cuda:1, mps; default: the best / 默认自动选择")
+    dtype: str = flag("arithmetic of the forward pass / 混合精度类型", "bfloat16", choices=DTYPES)
+    num_workers: int = flag("processes that load data / 数据加载进程数", 8, low=0)
+    accumulation_steps: int = flag("micro-steps per optimizer step / 梯度累积", 1, low=1)
+    grad_clip: float = flag("largest gradient norm / 梯度裁剪", 1.0, low=0.0)
+    log_interval: int = flag("steps between log lines / 日志间隔", 100, low=1)
+    save_interval: int = flag("steps between saves / 保存间隔", 100, low=1)
+    hidden_size: int = flag("default: the weight's, else 512 / 隐藏维度", alias="--dim", low=16)
+    num_hidden_layers: int = flag("default: the weight's, else 8 / 层数", alias="--n_layers", low=1)
+    use_moe: bool = flag("mixture of experts; default: the weight's / 是否使用 MoE")
+    max_seq_len: int = flag("longest sample in tokens / 最大长度", low=8)
+    data_path: Path = flag("records: .jsonl or .parquet / 训练数据")
+    images_path: Path = flag("folder or zip of images / 图像目录或 zip")
+    from_weight: str = flag("weight to start from, or none / 起始权重")
+    from_resume: bool = flag("continue an interrupted run / 断点续训", False)
+    freeze_llm: bool = flag("train the projection only / 只训练投影层")
+    use_multi_image: bool = flag("the default data is the multi-image set / 多图数据", False)
+    use_wandb: bool = flag("track with SwanLab / 使用 SwanLab 记录", False)
+    wandb_project: str = flag("project name of the tracker / 项目名")
+    wandb_run_name: str = flag("run name of the tracker / 运行名")
+    vision_model_path: Path = flag("folder of the CLIP tower / CLIP 目录")
+    tokenizer_path: Path = flag("folder of the tokenizer / 分词器目录")
+    checkpoint_dir: Path = flag("folder of training states / 断点目录", ROOT / "checkpoints")
+    seed: int = flag("of order and initial weights / 随机种子", 42, low=0)
+    val_data_path: Path = flag("records for the validation loss / 验证数据")
+    val_images_path: Path = flag("their images / 验证图像")
+    trainable: str = flag("REGEX of the parameters to train, over --freeze_llm / 可训练参数")
+    keep_cls: bool = flag("CLS is an image token (first release) / 保留 CLS")
+    image_special_token: str = flag("placeholder text of one image / 图像占位符")
+    on_bad_sample: str = flag(
+        "skip: count and report, stop above 1%% / 坏样本处理", "skip", choices=("skip", "error")
+    )
+    local_rank: int = flag("set by the deepspeed launcher / 由启动器设置", -1)
+
+    def check(self) -> None:
+        """Raise ValueError for a value outside its range."""
+        for item in fields(self):
+            value, low = getattr(self, item.name), item.metadata.get("low")
+            if value is not None and low is not None and not value >= low:
+                raise ValueError(f"--{item.name} {value} is too small; the least is {low}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"--learning_rate {self.learning_rate} must be above 0")
+        if self.val_images_path and not self.val_data_path:
+            raise ValueError("--val_images_path needs --val_data_path")
+
+    def as_text(self) -> dict:
+        """Every argument in a form that JSON holds."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+def _plain(value):
+    return str(value) if isinstance(value, Path) else value
+
+
+def parse_args(stage: Stage, argv: list[str] | None, *, description: str) -> TrainArgs:
+    """Read the command line; argparse ends the program on an unknown flag or value."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for item in fields(TrainArgs):
+        default = stage.defaults.get(item.name, item.default)
+        names = [f"--{item.name}", *filter(None, [item.metadata.get("alias")])]
+        if item.name == "local_rank":
+            names.append("--local-rank")
+        shown = "" if default is None else f" (default: {default})"
+        options = {"default": default, "help": item.metadata["help"] + shown, "dest": item.name}
+        if item.type is bool:
+            options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "0/1"}
+        else:
+            options |= {"type": item.type, "choices": item.metadata.get("choices")}
+        parser.add_argument(*names, **options)
+    args = TrainArgs(**vars(parser.parse_args(argv)))
+    args.check()
+    if args.wandb_run_name is None:
+        args.wandb_run_name = (
+            f"MiniMind-V-{stage.name.capitalize()}-Epoch-{args.epochs}-BatchSize-"
+            f"{args.batch_size}-LearningRate-{args.learning_rate}"
+        )
+    return args

@@ -1,0 +1,340 @@
+"""Owns the training loop: the only one. It takes built objects and knows no model or data set.
+
+A step is an optimizer step. Loss and gradient are normalised by the supervised tokens of the
+whole step, over micro-steps and ranks, so one update does not depend on how it is split.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.metrics import Metrics, Window, peak_gib
+from trainer.optim import get_lr
+from trainer.trainer_utils import Ranks, StopSignal, autocast
+
+MAX_BAD_STEPS = 5  # non-finite steps in a row before a run stops
+MAX_OVERFLOWS = 40  # the same in float16, where the loss scale first has to find its range
+MAX_BAD_SHARE = 0.01  # of an epoch's samples
+ESTIMATE_STEPS = 5  # steps before the first word on how long it will take
+NAMES_SHOWN = 8
+
+
+@dataclass
+class Progress:
+    """How far a run has come, in global samples of the order."""
+
+    epoch: int = 0
+    samples_in_epoch: int = 0
+    samples: int = 0
+    step: int = 0
+    skipped_steps: int = 0
+    bad_samples: int = 0
+    bad_samples_in_epoch: int = 0
+    truncated_samples: int = 0
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass
+class Run:
+    """Everything the loop needs.
+
+    `batches(epoch, start)` gives this rank's batches from global sample `start` on; a batch has
+    `inputs_on(device)`, `num_*` counts, `sample_names` and `bad_samples`.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ranks: Ranks
+    metrics: Metrics
+    stop: StopSignal
+    batches: Callable[[int, int], Iterable]
+    val_batches: Callable[[], Iterable] | None
+    save: Callable[[], None]
+    num_samples: int
+    args: object  # TrainArgs
+    progress: Progress = field(default_factory=Progress)
+    window: Window = field(default_factory=Window)
+    pending: list = field(default_factory=list)  # steps whose flag was not read yet
+    bad_in_a_row: int = 0
+    started_s: float = field(default_factory=time.perf_counter)
+    started_samples: int = 0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.args.batch_size * self.args.accumulation_steps * self.ranks.world_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
+
+
+@dataclass
+class StepResult:
+    """Counts of one step over all ranks, and its figures as tensors on the device."""
+
+    samples: int
+    tokens: int
+    supervised: int
+    sequences: int
+    loss_sum: Tensor
+    aux_sum: Tensor
+    grad_norm: Tensor
+    is_bad: Tensor
+    sample_names: list[str]
+
+
+def train(run: Run) -> bool:
+    """Train to the end of the last epoch, or to a stop signal.
+
+    Returns:
+        Whether the run is complete.
+    Raises:
+        ValueError: too many non-finite steps or bad samples. State and weights are saved first.
+    """
+    run.started_samples = run.progress.samples
+    while run.progress.epoch < run.args.epochs:
+        if not train_epoch(run, run.progress.epoch):
+            run.save()
+            return False
+        run.progress.epoch += 1
+        run.progress.samples_in_epoch = run.progress.bad_samples_in_epoch = 0
+        if run.val_batches is not None:
+            report_validation(run)
+        run.save()
+    return True
+
+
+def train_epoch(run: Run, epoch: int) -> bool:
+    """Train what is left of an epoch; False if a stop signal ended it early."""
+    run.model.train()
+    run.window = Window()
+    progress = run.progress
+    for micro_batches in steps_of(run, run.batches(epoch, progress.samples_in_epoch)):
+        counts = count_step(run, micro_batches)
+        result = optimizer_step(run, micro_batches, counts)
+        progress.samples += result.samples
+        progress.samples_in_epoch += result.samples
+        progress.step += 1
+        run.window.add(result)
+        run.pending.append((result.is_bad, result.sample_names))
+        run.metrics.advance(result.samples)
+        is_last = progress.samples_in_epoch >= run.num_samples
+        report_bad_samples(run, micro_batches, counts)
+        if progress.step % run.args.log_interval == 0 or is_last:
+            log_window(run)
+        elif run.device.type == "cpu":
+            check_finite(run)
+        if progress.samples - run.started_samples == ESTIMATE_STEPS * run.samples_per_step:
+            report_estimate(run)
+        if counts["stop"] and not is_last:
+            check_finite(run)
+            return False
+        if progress.step % run.args.save_interval == 0 and not is_last:
+            check_finite(run)
+            run.save()
+    return True
+
+
+def steps_of(run: Run, batches: Iterable) -> Iterator[list]:
+    """Group batches into steps, measuring the time spent waiting for them.
+
+    Micro-batches that an epoch's end leaves incomplete are a step of their own.
+    """
+    source = iter(batches)
+    while True:
+        started_s = time.perf_counter()
+        micro_batches = list(islice(source, run.args.accumulation_steps))
+        run.window.wait_s += time.perf_counter() - started_s
+        if not micro_batches:
+            return
+        yield micro_batches
+
+
+def count_step(run: Run, micro_batches: list) -> dict[str, int]:
+    """Sums over micro-steps and ranks, known before the forward pass; and whether to stop."""
+    names = ("samples", "tokens", "supervised", "sequences", "truncated")
+    own = [sum(getattr(b, f"num_{name}") for b in micro_batches) for name in names]
+    bad = sum(len(b.bad_samples) for b in micro_batches)
+    sums = run.ranks.host_sum([*own, bad, float(run.stop.signum is not None)])
+    return dict(zip((*names, "bad", "stop"), map(int, sums), strict=True))
+
+
+def optimizer_step(run: Run, micro_batches: list, counts: dict[str, int]) -> StepResult:
+    """One update. A non-finite loss or gradient leaves weights and optimizer as they are."""
+    lr = get_lr(
+        run.progress.samples + counts["samples"],
+        run.args.epochs * run.num_samples,
+        run.args.learning_rate,
+    )
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    sums = torch.zeros(2, device=run.device)
+    world_size = run.ranks.world_size  # DDP averages over ranks: undo that
+    for i, batch in enumerate(micro_batches):
+        is_last = i == len(micro_batches) - 1
+        with contextlib.nullcontext() if is_last or world_size == 1 else run.model.no_sync():
+            with autocast(run.device, run.args.dtype):
+                output = run.model(**batch.inputs_on(run.device))
+            loss_sum = output.loss * batch.num_supervised
+            aux_sum = output.aux_loss * batch.num_sequences
+            loss = loss_sum / max(counts["supervised"], 1) + aux_sum / max(counts["sequences"], 1)
+            run.scaler.scale(loss * world_size).backward()
+        sums += torch.stack((loss_sum, aux_sum)).detach()
+    sums = run.ranks.device_sum(sums)
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(run.parameters, run.args.grad_clip or float("inf"))
+    is_bad = ~(torch.isfinite(grad_norm) & torch.isfinite(sums).all())
+    if counts["supervised"]:
+        run.optimizer.found_inf = is_bad.float()  # read by the fused kernel, on the device
+        run.optimizer.step()
+        run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return StepResult(
+        samples=counts["samples"],
+        tokens=counts["tokens"],
+        supervised=counts["supervised"],
+        sequences=counts["sequences"],
+        loss_sum=sums[0],
+        aux_sum=sums[1],
+        grad_norm=grad_norm,
+        is_bad=is_bad,
+        sample_names=[name for b in micro_batches for name in b.sample_names],
+    )
+
+
+def check_finite(run: Run) -> None:
+    """Read the flags of the steps since the last look; report and count those left out."""
+    if not run.pending:
+        return
+    flags = torch.stack([flag for flag, _ in run.pending]).tolist()
+    pending, run.pending = run.pending, []
+    limit = MAX_OVERFLOWS if run.scaler.is_enabled() else MAX_BAD_STEPS
+    first_step = run.progress.step - len(pending) + 1
+    for step, (flag, (_, names)) in enumerate(zip(flags, pending, strict=True), first_step):
+        run.bad_in_a_row = run.bad_in_a_row + 1 if flag else 0
+        if not flag:
+            continue
+        run.progress.skipped_steps += 1
+        shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+        run.metrics.line(f"step {step} left out: loss or gradient not finite; samples: {shown}")
+        if run.bad_in_a_row >= limit:
+            run.save()
+            raise ValueError(
+                f"stopped at step {step}: {run.bad_in_a_row} steps in a row were not finite, the "
+                f"last on samples {shown}; the weights are saved as they were before them: lower "
+                "--learning_rate, use --dtype bfloat16 or float32, or look at these samples"
+            )
+
+
+def report_bad_samples(run: Run, micro_batches: list, counts: dict[str, int]) -> None:
+    """Show and count the samples that could not be used; stop where the policy says so."""
+    progress = run.progress
+    progress.truncated_samples += counts["truncated"]
+    if not counts["bad"]:
+        return
+    reasons = [bad.reason for batch in micro_batches for bad in batch.bad_samples]
+    if run.ranks.world_size > 1:
+        gathered = [None] * run.ranks.world_size
+        dist.all_gather_object(gathered, reasons)
+        reasons = [reason for of_rank in gathered for reason in of_rank]
+    progress.bad_samples += counts["bad"]
+    progress.bad_samples_in_epoch += counts["bad"]
+    if run.args.on_bad_sample == "error":
+        run.save()
+        raise ValueError(f"{reasons[0]} (--on_bad_sample skip goes on without it)")
+    for reason in reasons:
+        run.metrics.line(f"sample left out: {reason}")
+    if progress.bad_samples_in_epoch > MAX_BAD_SHARE * run.num_samples:
+        run.save()
+        raise ValueError(too_many_bad(progress.bad_samples_in_epoch, run.num_samples, reasons[-1]))
+
+
+def too_many_bad(num_bad: int, num_samples: int, last_reason: str) -> str:
+    """The message for more bad samples than a run may leave out."""
+    return (
+        f"{num_bad} of {num_samples} samples cannot be used, more than {MAX_BAD_SHARE:.0%}; "
+        f"the last: {last_reason}; mend the data or the paths"
+    )
+
+
+def log_window(run: Run) -> None:
+    """Print and write what happened since the last line, and begin a new window."""
+    check_finite(run)
+    progress, args = run.progress, run.args
+    figures = run.window.read(run.device)
+    run.window = Window()
+    lr = run.optimizer.param_groups[0]["lr"]
+    num_steps = -(-run.num_samples // run.samples_per_step)
+    step_in_epoch = -(-progress.samples_in_epoch // run.samples_per_step)
+    loss = "-" if figures["loss"] is None else f"{figures['loss']:.4f}"
+    aux = f" aux_loss:{figures['aux_loss']:.4f}" if figures["aux_loss"] else ""
+    run.metrics.line(
+        f"Epoch:[{progress.epoch + 1}/{args.epochs}]({step_in_epoch}/{num_steps}) loss:{loss}{aux} "
+        f"lr:{lr:.3e} tok/s:{figures['tokens_per_s']:.0f} eta:{time_left(run)}"
+    )
+    head = {"step": progress.step, "epoch": progress.epoch + 1, "samples": progress.samples}
+    tail = {"skipped_steps": progress.skipped_steps, "bad_samples": progress.bad_samples}
+    run.metrics.write(head | {"lr": lr} | figures | tail)
+
+
+def time_left(run: Run) -> str:
+    """What remains of the run at the pace so far, as h:mm:ss."""
+    done = run.progress.samples - run.started_samples
+    left = run.args.epochs * run.num_samples - run.progress.samples
+    elapsed_s = time.perf_counter() - run.started_s
+    return str(timedelta(seconds=round(left * elapsed_s / max(done, 1))))
+
+
+def report_estimate(run: Run) -> None:
+    """After the first steps: how long the run will take, and what it holds."""
+    run.metrics.line(
+        f"estimate after {ESTIMATE_STEPS} steps: {time_left(run)} to go, "
+        f"peak memory {peak_gib(run.device):.2f} GiB"
+    )
+
+
+def report_validation(run: Run) -> None:
+    """Measure, print and write the validation loss."""
+    started_s = time.perf_counter()
+    loss, num_tokens = validation_loss(run)
+    progress = run.progress
+    run.metrics.line(
+        f"Epoch:[{progress.epoch}/{run.args.epochs}] val_loss:{loss:.4f} "
+        f"({num_tokens} supervised tokens)"
+    )
+    run.metrics.write(
+        {"step": progress.step, "epoch": progress.epoch, "val_loss": loss,
+         "val_tokens": num_tokens, "val_s": time.perf_counter() - started_s}
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def validation_loss(run: Run) -> tuple[float, int]:
+    """Mean loss per supervised token of the validation data, and how many those are."""
+    run.model.eval()
+    model = getattr(run.model, "module", run.model)  # ranks may have unequal numbers of batches
+    total, num_tokens = 0.0, 0
+    for batch in run.val_batches():
+        with autocast(run.device, run.args.dtype):
+            output = model(**batch.inputs_on(run.device))
+        total += output.loss.double().item() * batch.num_supervised
+        num_tokens += batch.num_supervised
+    run.model.train()
+    total, num_tokens = run.ranks.host_sum([total, num_tokens])
+    if not num_tokens:
+        raise ValueError("the validation data holds no usable sample; see --val_data_path")
+    return total / num_tokens, int(num_tokens)
