@@ -83,7 +83,7 @@ def check_writable(folder: Path, *, flag: str) -> None:
 
 
 def check_disk(model: nn.Module, *, save_dir: Path, checkpoint_dir: Path) -> None:
-    """Raise ValueError unless weight and state fit twice: the old ones stay until the new are whole."""
+    """Raise ValueError unless weight and state fit twice: the old ones stay until then."""
     own = [p for n, p in model.named_parameters() if not n.startswith("vision_encoder.")]
     num_all = sum(p.numel() for p in own)
     num_trained = sum(p.numel() for p in own if p.requires_grad)

@@ -1,0 +1,179 @@
+"""Fixtures: a tiny tokenizer, tower and data set that the tests make themselves.
+
+`shared` is the folder of real photos and golden tensors beside the repository; where it is
+absent, the tests that ask for it skip and say so.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TINY_MODEL = {"hidden_size": 32, "num_hidden_layers": 2}
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n{% endif %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOKENIZER_TEXT = [
+    "system You are a helpful assistant",
+    "user assistant user assistant",
+    "What is in the picture? A red circle on a blue ground.",
+    "图像里有什么？ 一个红色的圆形。 描述一下这个图像的内容。",
+] * 4
+COLOURS = ("red", "green", "blue", "yellow")
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items):
+    """The quick tests run first, so that a broken one shows early."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("../shared (golden tensors and real photos) is not there")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory) -> Path:
+    """A folder with `tokenizer/` and `tower/` (16 tokens per image)."""
+    folder = tmp_path_factory.mktemp("assets")
+    make_tokenizer(folder / "tokenizer")
+    make_tower(folder / "tower", image_size=32, patch_size=8)
+    return folder
+
+
+def make_tokenizer(folder: Path, *, texts=TOKENIZER_TEXT, vocab_size: int = 400) -> None:
+    """A byte-level BPE whose special ids are 0, 1, 2 and whose `@` is 34."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=SPECIAL_TOKENS,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=SPECIAL_TOKENS[0],
+        unk_token=SPECIAL_TOKENS[0],
+        bos_token=SPECIAL_TOKENS[1],
+        eos_token=SPECIAL_TOKENS[2],
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+
+
+def make_tower(folder: Path, *, image_size: int, patch_size: int, hidden_size: int = 24) -> None:
+    """A CLIP vision tower with seeded random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=hidden_size,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=image_size,
+                patch_size=patch_size,
+            )
+        ).save_pretrained(folder)
+
+
+def make_records(
+    folder: Path, *, num_records: int = 24, seed: int = 0, multi: bool = False
+) -> tuple[Path, Path]:
+    """JSONL records about plain coloured pictures; every fourth has no picture, and with
+    `multi` every third has two. Answers differ in length. Returns data file and image folder."""
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(num_records):
+        colour = COLOURS[(i + seed) % 4]
+        name = f"{seed}_{i}.png"
+        Image.new("RGB", (40, 32), colour).save(images / name)
+        answer = f"A {colour} picture. " * (1 + i % 3)
+        if i % 4 == 3:
+            record = conversation("What is a circle?", answer)
+        elif multi and i % 3 == 0 and i:
+            other = f"{seed}_{i - 1}.png"
+            record = conversation("<image> and <image>?", answer, image=f"{name}, {other}")
+        else:
+            record = conversation("<image>\nWhat is in the picture?", answer, image=name)
+        lines.append(json.dumps(record, ensure_ascii=False))
+    data = folder / f"data_{seed}.jsonl"
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return data, images
+
+
+def conversation(question: str, answer: str, **fields) -> dict:
+    return {
+        "conversations": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    } | fields
+
+
+def script_environment() -> dict[str, str]:
+    """One thread a process, so that runs side by side do not fight over the cores."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run_script(script: str, *arguments, cwd=None, check: bool = True, env=None, timeout_s=300):
+    """Run a script of the repository as a user does; returns the finished process."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    process = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s,
+        env=script_environment() | (env or {}), stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    if check and process.returncode != 0:
+        raise AssertionError(f"{script} ended with {process.returncode}:\n{process.stdout}\n"
+                             f"{process.stderr}")  # fmt: skip
+    return process
+
+
+def train_flags(assets: Path, out: Path, data: Path, images: Path | None, **flags) -> list[str]:
+    """Flags of a tiny training run that writes below `out`."""
+    flags = {
+        "vision_model_path": assets / "tower",
+        "tokenizer_path": assets / "tokenizer",
+        "save_dir": out / "out",
+        "checkpoint_dir": out / "checkpoints",
+        "data_path": data,
+        "images_path": images,
+        "from_weight": "none",
+        "freeze_llm": 0,
+        "device": "cpu",
+        "dtype": "float32",
+        "num_workers": 0,
+        "epochs": 1,
+        "batch_size": 4,
+        "log_interval": 1,
+        "save_interval": 1000,
+        **TINY_MODEL,
+    } | flags
+    return [
+        text for name, value in flags.items() if value is not None
+        for text in (f"--{name}", str(value))
+    ]  # fmt: skip
