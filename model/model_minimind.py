@@ -1,7 +1,6 @@
-"""Owns the MiniMind language model: config, RMSNorm, RoPE, attention, SwiGLU, MoE, causal LM.
+"""Owns the MiniMind language model: config, RMSNorm, RoPE, attention, decoder, causal LM.
 
-Shapes: B batch, T tokens, D hidden, H query heads, G key/value heads, K head dim,
-S routed rows (B * T * experts per token), E routed experts, F intermediate.
+Shapes: B batch, T tokens, D hidden, H query heads, K head dim, V vocabulary.
 """
 
 import math
@@ -11,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from model.feed_forward import FeedForward, MoEFeedForward, MoEGate
 
 YARN_FACTOR = 4.0  # `inference_rope_scaling`: four times the 2048 positions of pretraining
 YARN_ORIGINAL_POSITIONS = 2048
@@ -28,7 +29,7 @@ class MiniMindConfig(PreTrainedConfig):
     """Sizes and options of the language model; the defaults are the 26M model.
 
     Args:
-        hidden_size: D; a multiple of `2 * num_attention_heads` (RoPE rotates halves of a head).
+        hidden_size: D; a multiple of `2 * num_attention_heads`.
         intermediate_size: F; None means `64 * ceil(int(hidden_size * 8 / 3) / 64)`.
         inference_rope_scaling: YaRN by a factor of 4 over 2048 positions.
         use_moe: experts instead of one MLP; the fields below it are ignored otherwise.
@@ -115,17 +116,12 @@ class MiniMindConfig(PreTrainedConfig):
         )
 
     def _check_sizes(self) -> None:
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of "
-                f"{2 * self.num_attention_heads} (2 * num_attention_heads); "
-                "choose for example 256, 512 or 768"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
+        def must_divide(name: str, multiple_of: int) -> None:
+            if getattr(self, name) % multiple_of:
+                raise ValueError(f"{name} {getattr(self, name)} is no multiple of {multiple_of}")
+
+        must_divide("num_attention_heads", self.num_key_value_heads)
+        must_divide("hidden_size", 2 * self.num_attention_heads)  # RoPE rotates halves of a head
         if self.use_moe and self.scoring_func != "softmax":
             raise ValueError(f"scoring_func {self.scoring_func!r} is unknown; only 'softmax' is")
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
@@ -191,20 +187,6 @@ def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos.unsqueeze(1) + rotated * sin.unsqueeze(1)
 
 
-def eager_attention(
-    module: nn.Module, query, key, value, attention_mask, *, scaling, dropout=0.0, **_
-) -> tuple[Tensor, Tensor]:
-    """Plain attention, for `attn_implementation="eager"`: the one that also returns weights."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    mixed = F.dropout(weights, dropout) @ value
-    return mixed.transpose(1, 2), weights
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention with RoPE.
 
@@ -243,7 +225,7 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
+            self.config._attn_implementation, eager_attention_forward
         )
         mixed, _ = attend(
             self,
@@ -256,117 +238,6 @@ class Attention(nn.Module):
         )
         mixed = self.o_proj(mixed.reshape(*hidden.shape[:2], -1))
         return F.dropout(mixed, self.config.dropout, self.training)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: `down(act(gate(x)) * up(x))`.
-
-    Source: Shazeer, "GLU Variants Improve Transformer" (2020).
-    """
-
-    def __init__(self, config: MiniMindConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act = ACT2FN[config.hidden_act]
-        self.dropout = config.dropout
-
-    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        mixed = self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
-        return F.dropout(mixed, self.dropout, self.training), hidden.new_zeros(())
-
-
-class MoEGate(nn.Module):
-    """Router: which experts a token goes to, with what weight, and how evenly."""
-
-    def __init__(self, config: MiniMindConfig):
-        super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-
-    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns expert ids (B, T, k), their weights (B, T, k) and the scalar aux loss."""
-        config = self.config
-        probs = F.linear(hidden, self.weight).softmax(dim=-1, dtype=torch.float32)  # (B, T, E)
-        top_probs, top_ids = probs.topk(config.num_experts_per_tok, dim=-1, sorted=False)
-        if config.norm_topk_prob and config.num_experts_per_tok > 1:
-            top_probs = top_probs / (top_probs.sum(dim=-1, keepdim=True) + 1e-20)
-        if not (self.training and config.aux_loss_alpha > 0):
-            return top_ids, top_probs, probs.new_zeros(())
-        return (
-            top_ids,
-            top_probs,
-            config.aux_loss_alpha * self._imbalance(probs, top_ids, token_mask),
-        )
-
-    def _imbalance(self, probs: Tensor, top_ids: Tensor, token_mask: Tensor | None) -> Tensor:
-        """E * (share of routed slots) . (mean router probability), mean over sequences.
-
-        1 when perfectly even. Padding does not count; a sequence of padding only adds 0.
-        Source: Fedus et al., "Switch Transformers" (2021), per sequence as in DeepSeek-V2 (2024).
-        """
-        if token_mask is None:
-            token_mask = probs.new_ones(probs.shape[:2])
-        token_mask = token_mask.to(probs.dtype).unsqueeze(-1)  # (B, T, 1)
-        slots = F.one_hot(top_ids, probs.shape[-1]).sum(2) * token_mask  # (B, T, E)
-        probs = probs * token_mask
-        if not self.config.seq_aux:  # the whole batch counts as one sequence
-            slots, probs, token_mask = (t.flatten(0, 1)[None] for t in (slots, probs, token_mask))
-        num_tokens = token_mask.sum(1)  # (B, 1)
-        share = slots.sum(1) / (num_tokens * top_ids.shape[-1]).clamp(min=1)
-        mean_prob = probs.sum(1) / num_tokens.clamp(min=1)
-        per_sequence = probs.shape[-1] * (share * mean_prob).sum(-1)  # (B,)
-        return per_sequence.sum() / (num_tokens > 0).sum().clamp(min=1)
-
-
-class MoEFeedForward(nn.Module):
-    """Top-k routed experts plus shared experts that every token passes."""
-
-    def __init__(self, config: MiniMindConfig):
-        super().__init__()
-        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
-        self.gate = MoEGate(config)
-        self.shared_experts = nn.ModuleList(
-            FeedForward(config) for _ in range(config.n_shared_experts)
-        )
-        self.dropout = config.dropout
-
-    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        top_ids, top_probs, aux_loss = self.gate(hidden, token_mask)
-        mixed = self._routed(hidden.flatten(0, 1), top_ids.flatten(), top_probs.flatten())
-        mixed = F.dropout(mixed, self.dropout, self.training).view_as(hidden)
-        for expert in self.shared_experts:
-            mixed = mixed + expert(hidden, token_mask)[0]
-        return mixed, aux_loss
-
-    def _routed(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """Sort the routed rows by expert and multiply them group by group.
-
-        The group sizes stay on the device, so nothing waits for the host. Rows are first
-        repeated, then permuted: both have a deterministic gradient, unlike a gather with repeats.
-
-        Args:
-            tokens: (B * T, D). expert_ids, weights: (S,), the k choices of a token side by side.
-        """
-        device_type = tokens.device.type
-        dtype = tokens.dtype
-        if torch.is_autocast_enabled(device_type):  # grouped_mm is not on autocast's list
-            dtype = torch.get_autocast_dtype(device_type)
-        num_choices = expert_ids.shape[0] // tokens.shape[0]
-        order = expert_ids.argsort(stable=True)
-        counts = F.one_hot(expert_ids, len(self.experts)).sum(0)
-        ends = counts.cumsum(0).to(torch.int32)  # (E,) where each expert's rows end
-        rows = tokens.to(dtype)[:, None].expand(-1, num_choices, -1).flatten(0, 1)[order]
-
-        def grouped(rows: Tensor, name: str) -> Tensor:
-            stacked = torch.stack([getattr(e, name).weight for e in self.experts]).to(dtype)
-            return F.grouped_mm(rows, stacked.transpose(1, 2), offs=ends)
-
-        act = self.experts[0].act
-        rows = grouped(act(grouped(rows, "gate_proj")) * grouped(rows, "up_proj"), "down_proj")
-        rows = rows[order.argsort()] * weights[:, None].to(dtype)
-        return rows.view(-1, num_choices, rows.shape[-1]).sum(1)
 
 
 class DecoderLayer(GradientCheckpointingLayer):

@@ -315,7 +315,7 @@ def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a str subclass that a safe load refuses
         "transformers": transformers.__version__,
     }
 

@@ -1,0 +1,122 @@
+"""Owns what follows attention in a layer: the SwiGLU block, or a mixture of them (MoE).
+
+Shapes: B batch, T tokens, D hidden, F intermediate, E routed experts, k experts per token,
+S routed rows (B * T * k).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: `down(act(gate(x)) * up(x))`.
+
+    Source: Shazeer, "GLU Variants Improve Transformer" (2020).
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+        self.dropout = config.dropout
+
+    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        mixed = self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return F.dropout(mixed, self.dropout, self.training), hidden.new_zeros(())
+
+
+class MoEGate(nn.Module):
+    """Router: which experts a token goes to, with what weight, and how evenly."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+
+    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns expert ids (B, T, k), their weights (B, T, k) and the scalar aux loss."""
+        config = self.config
+        probs = F.linear(hidden, self.weight).softmax(dim=-1, dtype=torch.float32)  # (B, T, E)
+        top_probs, top_ids = probs.topk(config.num_experts_per_tok, dim=-1, sorted=False)
+        if config.norm_topk_prob and config.num_experts_per_tok > 1:
+            top_probs = top_probs / (top_probs.sum(dim=-1, keepdim=True) + 1e-20)
+        if not (self.training and config.aux_loss_alpha > 0):
+            return top_ids, top_probs, probs.new_zeros(())
+        return (
+            top_ids,
+            top_probs,
+            config.aux_loss_alpha * self._imbalance(probs, top_ids, token_mask),
+        )
+
+    def _imbalance(self, probs: Tensor, top_ids: Tensor, token_mask: Tensor | None) -> Tensor:
+        """E * (share of routed slots) . (mean router probability), mean over sequences.
+
+        1 when perfectly even. Padding does not count; a sequence of padding only adds 0.
+        Source: Fedus et al., "Switch Transformers" (2021), per sequence as in DeepSeek-V2 (2024).
+        """
+        if token_mask is None:
+            token_mask = probs.new_ones(probs.shape[:2])
+        token_mask = token_mask.to(probs.dtype).unsqueeze(-1)  # (B, T, 1)
+        slots = F.one_hot(top_ids, probs.shape[-1]).sum(2) * token_mask  # (B, T, E)
+        probs = probs * token_mask
+        if not self.config.seq_aux:  # the whole batch counts as one sequence
+            slots, probs, token_mask = (t.flatten(0, 1)[None] for t in (slots, probs, token_mask))
+        num_tokens = token_mask.sum(1)  # (B, 1)
+        share = slots.sum(1) / (num_tokens * top_ids.shape[-1]).clamp(min=1)
+        mean_prob = probs.sum(1) / num_tokens.clamp(min=1)
+        per_sequence = probs.shape[-1] * (share * mean_prob).sum(-1)  # (B,)
+        return per_sequence.sum() / (num_tokens > 0).sum().clamp(min=1)
+
+
+class MoEFeedForward(nn.Module):
+    """Top-k routed experts plus shared experts that every token passes."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
+        self.gate = MoEGate(config)
+        self.shared_experts = nn.ModuleList(
+            FeedForward(config) for _ in range(config.n_shared_experts)
+        )
+        self.dropout = config.dropout
+
+    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        top_ids, top_probs, aux_loss = self.gate(hidden, token_mask)
+        mixed = self._routed(hidden.flatten(0, 1), top_ids.flatten(), top_probs.flatten())
+        mixed = F.dropout(mixed, self.dropout, self.training).view_as(hidden)
+        for expert in self.shared_experts:
+            mixed = mixed + expert(hidden, token_mask)[0]
+        return mixed, aux_loss
+
+    def _routed(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """Sort the routed rows by expert and multiply them group by group.
+
+        The group sizes stay on the device, so nothing waits for the host. Rows are first
+        repeated, then permuted: both have a deterministic gradient, unlike a gather with repeats.
+
+        Args:
+            tokens: (B * T, D). expert_ids, weights: (S,), the k choices of a token side by side.
+        """
+        device_type = tokens.device.type
+        dtype = tokens.dtype
+        if torch.is_autocast_enabled(device_type):  # grouped_mm is not on autocast's list
+            dtype = torch.get_autocast_dtype(device_type)
+        num_choices = expert_ids.shape[0] // tokens.shape[0]
+        order = expert_ids.argsort(stable=True)
+        counts = F.one_hot(expert_ids, len(self.experts)).sum(0)
+        ends = counts.cumsum(0).to(torch.int32)  # (E,) where each expert's rows end
+        rows = tokens.to(dtype)[:, None].expand(-1, num_choices, -1).flatten(0, 1)[order]
+
+        def grouped(rows: Tensor, name: str) -> Tensor:
+            stacked = torch.stack([getattr(e, name).weight for e in self.experts]).to(dtype)
+            return F.grouped_mm(rows, stacked.transpose(1, 2), offs=ends)
+
+        act = self.experts[0].act
+        rows = grouped(act(grouped(rows, "gate_proj")) * grouped(rows, "up_proj"), "down_proj")
+        rows = rows[order.argsort()] * weights[:, None].to(dtype)
+        return rows.view(-1, num_choices, rows.shape[-1]).sum(1)

@@ -1,0 +1,114 @@
+"""A run that was killed and resumed ends with the same bits as one that was not."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, make_records, run_script, script_environment, train_flags
+
+SCRIPT = "trainer/train_pretrain_vlm.py"
+CASES = {
+    "sigterm-dense-accumulated": (signal.SIGTERM, {"accumulation_steps": 3}),
+    "kill9-moe-workers": (signal.SIGKILL, {"use_moe": 1, "num_workers": 2}),
+    "sigint-moe-accumulated": (signal.SIGINT, {"use_moe": 1, "accumulation_steps": 2}),
+    "kill9-dense-accumulated-workers": (
+        signal.SIGKILL,
+        {"accumulation_steps": 3, "num_workers": 2},
+    ),
+    "sigterm-moe-bfloat16-workers": (
+        signal.SIGTERM,
+        {"use_moe": 1, "num_workers": 2, "dtype": "bfloat16"},
+    ),
+    "kill9-dense": (signal.SIGKILL, {}),
+}
+QUICK = ("sigterm-dense-accumulated", "kill9-moe-workers")
+
+
+def interrupt(flags: list[str], *, at_step: int, signum: int) -> int:
+    """Start a run, send it a signal once it logged a step, and return its exit status."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / SCRIPT), *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=script_environment(),
+    )  # fmt: skip
+    seen = 0
+    for line in process.stdout:
+        seen += bool(re.match(r"Epoch:\[\d+/\d+\]\(\d+/\d+\)", line))
+        if seen == at_step:
+            process.send_signal(signum)
+            break
+    process.stdout.read()
+    return process.wait(timeout=60)
+
+
+def saved(folder, pattern: str):
+    return torch.load(next(folder.glob(pattern)), weights_only=True)
+
+
+def assert_same_state(left, right):
+    """Weights, AdamW moments, progress and generators, bit by bit."""
+    for name, tensor in left["model"].items():
+        assert torch.equal(tensor, right["model"][name]), name
+    for index, moments in left["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(tensor, right["optimizer"]["state"][index][name]), (index, name)
+    assert torch.equal(left["rng"]["cpu"], right["rng"]["cpu"])
+    assert left["progress"] == right["progress"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.full) for c in CASES]
+)
+def test_resume_is_bit_identical(case, assets, tmp_path):
+    signum, options = CASES[case]
+    data, images = make_records(tmp_path, num_records=46, multi=True)
+    common = {"batch_size": 2, "epochs": 3, "save_interval": 4} | options
+    whole = train_flags(assets, tmp_path / "whole", data, images, **common)
+    run_script(SCRIPT, *whole)
+
+    cut = train_flags(assets, tmp_path / "cut", data, images, **common)
+    steps = -(-46 // (2 * options.get("accumulation_steps", 1))) * 3
+    at_step = random.SystemRandom().randrange(5, steps - 3)
+    status = interrupt(cut, at_step=at_step, signum=signum)
+    graceful = signum != signal.SIGKILL
+    assert status == (128 + signum if graceful else -signum), f"at step {at_step}"
+    before = saved(tmp_path / "cut" / "checkpoints", "*_resume.pth")["progress"]["step"]
+    assert 0 < before < steps
+    # What a clean stop saved is not done again; a kill loses what came after the last save.
+    assert before >= at_step if graceful else before % 4 == 0
+
+    resumed = run_script(SCRIPT, *cut, "--from_resume", 1)
+    assert f"at step {before}," in resumed.stdout
+    weights = [saved(tmp_path / side / "out", "*.pth") for side in ("whole", "cut")]
+    assert weights[0].keys() == weights[1].keys()
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name]), f"{name}, at step {at_step}"
+    states = [saved(tmp_path / side / "checkpoints", "*.pth") for side in ("whole", "cut")]
+    assert_same_state(*states)
+
+    logged = [
+        [json.loads(line) for line in next((tmp_path / side / "out").glob("*.jsonl")).open()]
+        for side in ("whole", "cut")
+    ]
+    for key in ("step", "epoch", "lr", "loss", "samples"):
+        assert [m[key] for m in logged[0]] == [m[key] for m in logged[1]], key
+
+
+@pytest.mark.slow
+def test_resume_with_workers_leaves_no_process_behind(assets, tmp_path):
+    data, images = make_records(tmp_path, num_records=46)
+    flags = train_flags(assets, tmp_path, data, images, num_workers=2, epochs=50, batch_size=2)
+    assert interrupt(flags, at_step=5, signum=signal.SIGKILL) == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True)
+        if not left.stdout:
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"still running: {left.stdout}")
