@@ -276,6 +276,8 @@ def loader(dataset: VLMDataset, sampler, args: TrainArgs, ranks: Ranks, pad: int
         num_workers=args.num_workers,
         pin_memory=ranks.device.type == "cuda",
         worker_init_fn=ignore_signals,
+        # Its own generator: drawing from the global one would make a resumed run differ.
+        generator=torch.Generator().manual_seed(args.seed),
     )
 
 
