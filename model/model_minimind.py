@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,13 +30,10 @@ class MiniMindConfig(PreTrainedConfig):
     """Sizes and options of the language model; the defaults are the 26M model.
 
     Args:
-        hidden_size: D; a multiple of `2 * num_attention_heads`.
         intermediate_size: F; None means `64 * ceil(int(hidden_size * 8 / 3) / 64)`.
         inference_rope_scaling: YaRN by a factor of 4 over 2048 positions.
         use_moe: experts instead of one MLP; the fields below it are ignored otherwise.
-        aux_loss_alpha: weight of the load-balance loss.
-        seq_aux: balance within each sequence (True) or over the whole batch.
-        norm_topk_prob: renormalise the chosen experts' probabilities to 1.
+        seq_aux: balance experts within each sequence (True) or over the whole batch.
     Raises:
         ValueError: sizes that do not divide, or an unknown `scoring_func`.
     """
@@ -125,10 +123,7 @@ class MiniMindConfig(PreTrainedConfig):
         if self.use_moe and self.scoring_func != "softmax":
             raise ValueError(f"scoring_func {self.scoring_func!r} is unknown; only 'softmax' is")
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
-            raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} must be between 1 and "
-                f"n_routed_experts {self.n_routed_experts}"
-            )
+            raise ValueError("num_experts_per_tok must be between 1 and n_routed_experts")
 
 
 @dataclass
@@ -140,10 +135,7 @@ class MiniMindOutput(CausalLMOutputWithPast):
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * weight` with the statistics in float32.
-
-    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
-    """
+    """`x / rms(x) * weight`, rms in float32. Source: Zhang and Sennrich, "RMSNorm" (2019)."""
 
     def __init__(self, dim: int, *, eps: float):
         super().__init__()
@@ -173,8 +165,8 @@ def rope_tables(config: MiniMindConfig, position_ids: Tensor) -> tuple[Tensor, T
         exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
         inv_freq = config.rope_theta**-exponent
     else:
-        init = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]]
-        inv_freq, _ = init(config, device)  # the attention factor is fixed at 1
+        inv_freq_of = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]]
+        inv_freq, _ = inv_freq_of(config, device)  # the attention factor is fixed at 1
     angles = position_ids[..., None].float() * inv_freq  # (B, T, K/2)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
@@ -271,9 +263,7 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, MoEGate):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, RMSNorm):
-            nn.init.ones_(module.weight)
+            init.normal_(module.weight, std=self.config.initializer_range)
 
 
 class MiniMindModel(MiniMindPreTrainedModel):
@@ -362,8 +352,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             is_right_padded: the caller vouches that padding stands behind the text only, so
                 that attention needs no mask of its own (training batches).
         Returns:
-            `loss`: mean cross entropy per supervised token (0 without any); `aux_loss`: a scalar
-            tensor, always; `logits`: (B, T, vocab); `past_key_values`.
+            See `MiniMindOutput`; `logits` are (B, T, V).
         Raises:
             ValueError: neither or both of `input_ids` and `inputs_embeds`; labels together
                 with `logits_to_keep`.
@@ -402,8 +391,9 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         A scalar; 0, not NaN, when nothing is supervised.
     """
-    targets = labels[:, 1:].flatten()
+    # Shift the labels, not the logits: those are large and would be copied.
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
     total = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+        logits.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
     )
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)

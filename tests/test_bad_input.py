@@ -113,11 +113,16 @@ def test_tower_of_another_weight_is_refused(assets, trained, tmp_path, capfd):
 
 
 def test_weight_near_chance_warns_of_the_tokenizer(assets, trained, capfd):
+    """A plain file says nothing of its tokenizer; this one never learnt ordinary sentences."""
     folder, data = trained
-    argv = train_flags(assets, folder, *data, from_weight="llm", learning_rate=1e-9)
-    assert train_sft_vlm.main(argv) == 0
-    err = capfd.readouterr().err
-    assert "weights and tokenizer may not belong together" in err and "--tokenizer_path" in err
+    plain = folder / "plain_32.pth"
+    plain.write_bytes((folder / "out" / "llm_32.pth").read_bytes())
+    for weight, warns in (("llm", False), (plain, True)):
+        argv = train_flags(assets, folder, *data, from_weight=weight, learning_rate=1e-9)
+        assert train_sft_vlm.main(argv) == 0
+        err = capfd.readouterr().err
+        assert ("weights and tokenizer may not belong together" in err) == warns
+        assert ("--tokenizer_path" in err) == warns
 
 
 def with_bad_lines(folder, *, num_good: int):

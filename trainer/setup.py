@@ -205,7 +205,8 @@ def init_vlm_model(args: TrainArgs, *, device: torch.device) -> tuple[MiniMindVL
     if state is not None:
         had_projection = load_weights(model, state, path=path, may_lack_projection=True)
         Logger(f"weights: {path}" + ("" if had_projection else " (a new projection is learnt)"))
-        preflight.check_tokenizer_fits(model, tokenizer, weight=path)
+        if "tokenizer_sha256" not in metadata:  # else it was compared already
+            preflight.check_tokenizer_fits(model, tokenizer, weight=path)
     attach_tower(model, args.vision_model_path, metadata=metadata, path=path or Path("none"))
     model.to(device)
     return model, VLMProcessor(tokenizer, model.image_processor, config=model.config)

@@ -15,6 +15,7 @@ class Stage:
     """What tells one training stage from another: its defaults and its data."""
 
     name: str
+    title: str
     data_kind: str  # which default files: "pretrain" or "sft"
     defaults: dict
 
@@ -108,7 +109,7 @@ def parse_args(stage: Stage, argv: list[str] | None, *, description: str) -> Tra
     args.check()
     if args.wandb_run_name is None:
         args.wandb_run_name = (
-            f"MiniMind-V-{stage.name.capitalize()}-Epoch-{args.epochs}-BatchSize-"
+            f"MiniMind-V-{stage.title}-Epoch-{args.epochs}-BatchSize-"
             f"{args.batch_size}-LearningRate-{args.learning_rate}"
         )
     return args

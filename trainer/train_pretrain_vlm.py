@@ -16,6 +16,7 @@ from trainer.train_args import Stage
 
 STAGE = Stage(
     name="pretrain",
+    title="Pretrain",
     data_kind="pretrain",
     defaults={
         "epochs": 4,

@@ -16,6 +16,7 @@ from trainer.train_args import Stage
 
 STAGE = Stage(
     name="sft",
+    title="SFT",
     data_kind="sft",
     defaults={
         "epochs": 2,

@@ -1,0 +1,44 @@
+# Every target sets up what it needs in .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A machine without an NVIDIA GPU takes PyTorch's CPU build: 0.2 GB instead of 3 GB.
+CPU_TORCH := torch==2.13.0+cpu
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: setup test test-quick test-all lint demo clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+	  echo "no NVIDIA GPU: installing the CPU build of PyTorch"; \
+	  $(BIN)/pip install -q "$(CPU_TORCH)" 2>/dev/null \
+	    || $(BIN)/pip install -q "$(CPU_TORCH)" --extra-index-url $(CPU_INDEX) \
+	    || echo "no CPU build to be had: the next step installs the full one"; \
+	fi
+	$(BIN)/pip install -q -r requirements-dev.txt
+	@touch $@
+
+# Everything quick, and a short form of everything slow.
+test: setup
+	$(BIN)/python -m pytest -m "not full"
+
+test-quick: setup
+	$(BIN)/python -m pytest -m "not slow and not full"
+
+# Everything in full.
+test-all: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+demo: setup
+	@echo "error: the embedded sample data does not exist yet, so there is nothing to show;" \
+	  "train on your own data as README.md says" >&2; exit 1
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,115 @@
+"""The layout that architecture and contributors rely on."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+TOP_LEVEL = {
+    "model", "dataset", "trainer", "tests", "out", "checkpoints", "eval_vlm.py", "web_demo.py",
+    "requirements.txt", "README.md", "pyproject.toml", "requirements-dev.txt", "Makefile",
+    ".gitignore", ".ci", "README_zh.md", "CHANGELOG.md", "BENCHMARKS.md", "CONTRIBUTING.md",
+    "LICENSE",
+}  # fmt: skip
+PACKAGES = ("model", "dataset", "trainer")
+# Which of our modules each one may import; scripts are imported by nobody.
+ALLOWED = {
+    "model.feed_forward": set(),
+    "model.model_minimind": {"model.feed_forward"},
+    "model.image_fusion": set(),
+    "model.model_vlm": {"model.model_minimind", "model.image_fusion"},
+    "model.vlm_processor": {"model.model_vlm", "model.image_fusion"},
+    "model.weights": set(),
+    "model.inference": {"model.model_vlm", "model.vlm_processor", "model.weights"},
+    "dataset.records": set(),
+    "dataset.loss_mask": set(),
+    "dataset.lm_dataset": {"dataset.records", "dataset.loss_mask"},
+    "dataset.collate": {"dataset.lm_dataset"},
+    "trainer.trainer_utils": {"model.inference", "model.weights"},
+    "trainer.train_args": {"model.inference", "model.weights"},
+    "trainer.optim": set(),
+    "trainer.metrics": {"trainer.trainer_utils", "model.weights"},
+    "trainer.train_loop": {"trainer.metrics", "trainer.optim", "trainer.trainer_utils"},
+    "trainer.preflight": {"trainer.metrics", "trainer.train_loop", "trainer.trainer_utils"},
+    "eval_vlm": {"model.inference", "model.weights"},
+}
+SCRIPTS = {"trainer.train_pretrain_vlm", "trainer.train_sft_vlm"}
+MAX_LINES = 400
+
+
+def python_files() -> list[Path]:
+    files = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    return [ROOT / name for name in files]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def own_imports(path: Path, *, module_level: bool) -> set[str]:
+    """Our modules that a file imports (only outside functions, where asked)."""
+    found = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if module_level else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{a.name}" for a in node.names} | {node.module}
+        elif isinstance(node, ast.Import):
+            names = {a.name for a in node.names}
+        else:
+            continue
+        files = {n for n in names if (ROOT / (n.replace(".", "/") + ".py")).is_file()}
+        found |= {n for n in files if n.split(".")[0] in (*PACKAGES, "eval_vlm", "web_demo")}
+    return found
+
+
+def test_top_level_holds_only_what_belongs_there():
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert {name.split("/")[0] for name in tracked} <= TOP_LEVEL
+    assert {"out/.gitkeep", "checkpoints/.gitkeep"} <= set(tracked)
+
+
+@pytest.mark.parametrize("path", python_files(), ids=module_name)
+def test_module_imports_only_what_it_may(path):
+    name = module_name(path)
+    imports = own_imports(path, module_level=True)
+    assert not imports & SCRIPTS or name.startswith("tests."), "a script is imported by nobody"
+    if name in ALLOWED:
+        assert imports <= ALLOWED[name]
+    package = name.split(".")[0]
+    if package in ("model", "dataset"):  # these know nothing of each other or of trainer/
+        assert all(i.split(".")[0] == package for i in imports)
+
+
+def test_imports_form_no_cycle():
+    graph = {module_name(p): own_imports(p, module_level=False) for p in python_files()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join([*trail, name])
+        if name not in done:
+            for target in graph.get(name, ()):
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", python_files(), ids=module_name)
+def test_file_is_short_and_says_what_it_owns(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= MAX_LINES
+    assert ast.get_docstring(ast.parse(text)), "no docstring"
+
+
+def test_tracked_files_name_no_path_of_this_machine():
+    for path in python_files():
+        text = path.read_text(encoding="utf-8")
+        assert str(ROOT.parent) + "/" not in text, path

@@ -1,0 +1,79 @@
+"""Every command that the READMEs show is one that the scripts take."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import eval_vlm
+from trainer import train_pretrain_vlm, train_sft_vlm
+from trainer.train_args import parse_args
+
+READMES = ("README.md", "README_zh.md")
+LAUNCHERS = {  # options with a value, which stand before the script
+    "torchrun": {"--nproc_per_node", "--nnodes", "--master_port"},
+    "deepspeed": {"--master_port"},
+}
+
+
+def parse_train(module):
+    return lambda argv: parse_args(module.STAGE, argv, description="")
+
+
+PARSERS = {
+    "trainer/train_pretrain_vlm.py": parse_train(train_pretrain_vlm),
+    "trainer/train_sft_vlm.py": parse_train(train_sft_vlm),
+    "eval_vlm.py": eval_vlm.parse_args,
+}
+
+
+def commands(readme: str) -> list[str]:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+ALL_COMMANDS = sorted({(r, c) for r in READMES for c in commands(r)})
+
+
+@pytest.mark.parametrize(("readme", "command"), ALL_COMMANDS)
+def test_readme_command_is_valid(readme, command):
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        assert set(words[1:]) <= set(targets)
+        return
+    if words[0] in LAUNCHERS:
+        words = words[1:]
+        while words[0].startswith("-"):
+            takes_value = words[0].split("=")[0] in LAUNCHERS[command.split()[0]]
+            words = words[2 if takes_value and "=" not in words[0] else 1 :]
+    elif words[0] == "python":
+        words = words[1:]
+    elif words[0] in ("git", "cd", "pip", "swanlab", "export"):
+        return
+    else:
+        raise AssertionError(f"unknown kind of command: {command}")
+    assert words[0] in PARSERS, f"no such script: {words[0]}"
+    PARSERS[words[0]](words[1:])
+
+
+def test_readmes_show_the_same_commands():
+    english, chinese = (set(commands(r)) for r in READMES)
+    assert english == chinese
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_readme_links_lead_somewhere(readme):
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_flag_of_the_scripts_is_explained(capsys):
+    for parser in PARSERS.values():
+        with pytest.raises(SystemExit):
+            parser(["--help"])
+        assert "None" not in re.sub(r"default: None", "", capsys.readouterr().out)

@@ -1,0 +1,71 @@
+"""The main job on real photos with English and Chinese captions: pretrain, sft, describe."""
+
+import json
+import math
+import re
+import zipfile
+from collections import Counter
+from itertools import islice
+
+import pytest
+from conftest import run_script
+from transformers import AutoTokenizer
+
+FORMS = {
+    # records, validation records, hidden size, layers, epochs of pretraining, learning rate
+    "short": (640, 64, 128, 2, 1, 2e-3),
+    "full": (4000, 400, 256, 4, 1, 4e-4),
+}
+
+
+def take(source, target, count: int):
+    with source.open(encoding="utf-8") as lines:
+        target.write_text("".join(islice(lines, count)), encoding="utf-8")
+    return target
+
+
+def unigram_loss(path, tokenizer) -> float:
+    """Entropy of the answers' own token counts: no unigram model can be better on them."""
+    counts = Counter()
+    for line in path.open(encoding="utf-8"):
+        for message in json.loads(line)["conversations"]:
+            if message["role"] == "assistant":
+                counts.update(tokenizer.encode(message["content"] + "<|im_end|>\n"))
+    total = sum(counts.values())
+    return -sum(n * math.log(n / total) for n in counts.values()) / total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["short", pytest.param("full", marks=pytest.mark.full)])
+def test_real_photos_end_to_end(form, shared, tmp_path):
+    num_train, num_val, hidden, layers, epochs, lr = FORMS[form]
+    flickr, reference = shared / "data" / "flickr8k", shared / "reference"
+    for split in ("train", "val"):
+        with zipfile.ZipFile(flickr / split / "images.zip") as archive:
+            archive.extractall(tmp_path / split)
+    train = take(flickr / "train" / "data.jsonl", tmp_path / "train.jsonl", num_train)
+    val = take(flickr / "val" / "data.jsonl", tmp_path / "val.jsonl", num_val)
+    tower, tokenizer_path = reference / "tiny-clip-vit-patch16", reference / "minimind_tokenizer"
+    common = ["--vision_model_path", tower, "--tokenizer_path", tokenizer_path,
+              "--save_dir", tmp_path / "out", "--hidden_size", hidden]  # fmt: skip
+    data = ["--data_path", train, "--images_path", tmp_path / "train", "--val_data_path", val,
+            "--val_images_path", tmp_path / "val", "--checkpoint_dir", tmp_path, "--epochs", epochs,
+            "--log_interval", 20]  # fmt: skip
+    run_script("trainer/train_pretrain_vlm.py", *common, *data, "--num_hidden_layers", layers,
+               "--from_weight", "none", "--freeze_llm", 0, "--learning_rate", lr,
+               timeout_s=3000)  # fmt: skip
+    sft = run_script("trainer/train_sft_vlm.py", *common, *data, timeout_s=3000)
+
+    bar = unigram_loss(val, AutoTokenizer.from_pretrained(tokenizer_path))
+    val_losses = [float(x) for x in re.findall(r"val_loss:(\S+)", sft.stdout)]
+    print(f"validation loss {val_losses[-1]:.3f} after sft, unigram {bar:.3f}")
+    assert val_losses[-1] < bar
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for picture in sorted((tmp_path / "val").rglob("*.jpg"))[:3]:
+        (photos / picture.name).write_bytes(picture.read_bytes())
+    shown = run_script("eval_vlm.py", *common, "--image_dir", photos, "--max_new_tokens", 24)
+    for picture in photos.iterdir():
+        answer = re.search(rf"\[{picture.name}\] (.*)", shown.stdout)
+        assert answer and answer[1].strip(), shown.stdout
