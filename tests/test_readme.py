@@ -32,7 +32,8 @@ def commands(readme: str) -> list[str]:
     text = (ROOT / readme).read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    bare = [re.sub(r"\s+# .*", "", line).strip() for line in lines]
+    return [line for line in bare if line and not line.startswith("#")]
 
 
 ALL_COMMANDS = sorted({(r, c) for r in READMES for c in commands(r)})

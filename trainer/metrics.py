@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -16,10 +15,18 @@ from trainer.trainer_utils import warn
 GIB = 2**30
 
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+
 def peak_gib(device: torch.device) -> float:
-    """Most memory held so far: of the GPU, or of this process on a CPU."""
+    """Most memory held so far, of the GPU or of this process on a CPU; NaN where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
+    if resource is None:
+        return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from model.model_vlm import MiniMindVLM
 from model.vlm_processor import VLMProcessor, load_tokenizer, tokenizer_sha256
 from model.weights import (
     ROOT,
+    VISION_PREFIX,
     describe_model,
     find_weight,
     load_weights,
@@ -65,10 +67,14 @@ def main(stage: Stage, argv: list[str] | None, *, description: str) -> int:
         args = parse_args(stage, argv, description=description)
         with StopSignal() as stop:
             return run_stage(stage, args, stop)
+    except KeyboardInterrupt:
+        print("left at once; what was saved before is whole", file=sys.stderr, flush=True)
+        return INTERRUPTED + signal.SIGINT
     except (ValueError, OSError) as error:
         if os.environ.get("MINIMIND_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = "" if is_main_process() else f"rank {dist.get_rank()}: "
+        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
         return 1
     finally:
         if dist.is_initialized():
@@ -264,9 +270,10 @@ def wrap_for_ranks(model: MiniMindVLM, ranks: Ranks) -> torch.nn.Module:
     """DDP over several ranks; the frozen tower is not broadcast."""
     if ranks.world_size == 1:
         return model
-    frozen = [n for n, _ in model.named_parameters() if n.startswith("vision_encoder.")]
+    named = [*model.named_parameters(), *model.named_buffers()]
+    frozen = [n for n, _ in named if n.startswith(VISION_PREFIX)]
     model._ddp_params_and_buffers_to_ignore = frozen
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(model, forward_sync_buffers=False)
 
 
 def loader(dataset: VLMDataset, sampler, args: TrainArgs, ranks: Ranks, pad: int) -> DataLoader:

@@ -192,6 +192,8 @@ class StopSignal:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
+        if is_main_process():  # os.write, since print may be interrupted in the middle of itself
+            os.write(2, b"\nwill save and leave after this step; Ctrl-C again leaves at once\n")
 
 
 def ignore_signals(_worker_id: int) -> None:
