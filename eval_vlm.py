@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         images = find_images(args.image_dir)
         sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p)
+        torch.manual_seed(args.seed)  # a projection that the weight lacks is random
         loaded = load_model(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

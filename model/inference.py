@@ -71,11 +71,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: bfloat16 on a GPU, float32 on a CPU / 默认 GPU 用 bfloat16")  # fmt: skip
 
 
-def best_device() -> str:
-    """cuda, mps or cpu: the first that this machine has."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def choose_device(name: str | None = None) -> torch.device:
+    """The named device, or the first of cuda, mps and cpu that this machine has.
+
+    Raises:
+        ValueError: it is no device, or not there.
+    """
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    try:
+        device = torch.device(name or ("cuda" if has_cuda else "mps" if has_mps else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device {name!r} is not a device; try cpu, cuda or mps") from None
+    for kind, is_there in (("cuda", has_cuda), ("mps", has_mps)):
+        if device.type == kind and not is_there:
+            raise ValueError(f"--device {name}: this machine or torch build has no {kind.upper()}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: only {torch.cuda.device_count()} CUDA device(s)")
+    return device
 
 
 @dataclass
@@ -94,7 +106,7 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
     Raises:
         FileNotFoundError, ValueError: what is missing or does not fit, and what to do.
     """
-    device = torch.device(args.device or best_device())
+    device = choose_device(args.device)
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     flags = {
         "hidden_size": args.hidden_size,
@@ -196,6 +208,13 @@ class Sampling:
     max_new_tokens: int = 512
     temperature: float = 0.65
     top_p: float = 0.85
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                "--max_new_tokens must be at least 1, --temperature at least 0, and --top_p above "
+                f"0 and at most 1; got {self.max_new_tokens}, {self.temperature}, {self.top_p}"
+            )
 
     def generation_config(self, processor: VLMProcessor) -> GenerationConfig:
         tokenizer = processor.tokenizer

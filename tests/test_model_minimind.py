@@ -157,7 +157,7 @@ def test_model_half_precision_is_finite_and_near_float32(use_moe, dtype):
     logits = model.to(dtype)(ids, attention_mask=mask).logits
     assert logits.dtype == dtype and logits.isfinite().all()
     error = (logits.float() - expected)[mask.bool()].abs().mean() / expected.std()
-    assert error < (0.02 if dtype == torch.bfloat16 else 0.003)
+    assert error < (0.05 if dtype == torch.bfloat16 else 0.003)
 
 
 @KINDS
@@ -168,7 +168,7 @@ def test_model_autocast_is_finite_and_near_float32(use_moe):
     expected = model(ids).logits
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(ids).logits
-    assert (logits.float() - expected).abs().mean() / expected.std() < 0.02
+    assert (logits.float() - expected).abs().mean() / expected.std() < 0.05
 
 
 @KINDS

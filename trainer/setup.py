@@ -76,6 +76,10 @@ def main(stage: Stage, argv: list[str] | None, *, description: str) -> int:
         rank = "" if is_main_process() else f"rank {dist.get_rank()}: "
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
         return 1
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory ({str(error).split('. ')[0]}); lower --batch_size and raise "
+              "--accumulation_steps by as much", file=sys.stderr, flush=True)  # fmt: skip
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

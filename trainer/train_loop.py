@@ -310,11 +310,12 @@ def report_estimate(run: Run) -> None:
 def report_validation(run: Run) -> None:
     """Measure, print and write the validation loss."""
     started_s = time.perf_counter()
-    loss, num_tokens = validation_loss(run)
+    loss, num_tokens, num_bad = validation_loss(run)
     progress = run.progress
+    left_out = f", {num_bad} sample(s) left out" if num_bad else ""
     run.metrics.line(
         f"Epoch:[{progress.epoch}/{run.args.epochs}] val_loss:{loss:.4f} "
-        f"({num_tokens} supervised tokens)"
+        f"({num_tokens} supervised tokens{left_out})"
     )
     run.metrics.write(
         {"step": progress.step, "epoch": progress.epoch, "val_loss": loss,
@@ -323,18 +324,22 @@ def report_validation(run: Run) -> None:
 
 
 @torch.no_grad()
-def validation_loss(run: Run) -> tuple[float, int]:
-    """Mean loss per supervised token of the validation data, and how many those are."""
+def validation_loss(run: Run) -> tuple[float, int, int]:
+    """Mean loss per supervised token of the validation data, how many tokens those are, and how
+    many samples could not be used."""
     run.model.eval()
     model = getattr(run.model, "module", run.model)  # ranks may have unequal numbers of batches
-    total, num_tokens = 0.0, 0
+    total, num_tokens, num_bad = 0.0, 0, 0
     for batch in run.val_batches():
         with autocast(run.device, run.args.dtype):
             output = model(**batch.inputs_on(run.device))
         total += output.loss.double().item() * batch.num_supervised
         num_tokens += batch.num_supervised
+        num_bad += len(batch.bad_samples)
+        for bad in batch.bad_samples:
+            run.metrics.line(f"validation sample left out: {bad.reason}")
     run.model.train()
-    total, num_tokens = run.ranks.host_sum([total, num_tokens])
+    total, num_tokens, num_bad = run.ranks.host_sum([total, num_tokens, num_bad])
     if not num_tokens:
         raise ValueError("the validation data holds no usable sample; see --val_data_path")
-    return total / num_tokens, int(num_tokens)
+    return total / num_tokens, int(num_tokens), int(num_bad)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Sampler
 
-from model.inference import best_device
+from model.inference import choose_device
 from model.weights import VISION_PREFIX, atomic_write
 
 STATE_FORMAT = 1
@@ -75,17 +75,7 @@ def init_distributed_mode(device: str | None = None) -> Ranks:
     Raises:
         ValueError: the device is not there.
     """
-    name = device or best_device()
-    try:
-        chosen = torch.device(name)
-    except RuntimeError:
-        raise ValueError(
-            f"--device {name!r} is not a device; try cpu, cuda, cuda:1 or mps"
-        ) from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this machine or torch build has no CUDA; use cpu")
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: this machine or torch build has no MPS; use cpu")
+    chosen = choose_device(device)
     if "RANK" not in os.environ:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
