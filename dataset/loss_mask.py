@@ -33,7 +33,8 @@ def supervised_mask(input_ids: list[int], tokenizer) -> list[int]:
         except ValueError:
             return mask
         start = position + len(header) + 1
-        if input_ids[position : start - 1] != header:
+        opens_answer = input_ids[position : start - 1] == header
+        if not opens_answer or not tokenizer.decode(input_ids[start - 1 : start]).startswith("\n"):
             position += 1
             continue
         try:

@@ -87,36 +87,55 @@ class MoEFeedForward(nn.Module):
 
     def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         top_ids, top_probs, aux_loss = self.gate(hidden, token_mask)
-        mixed = self._routed(hidden.flatten(0, 1), top_ids.flatten(), top_probs.flatten())
+        device_type, dtype = hidden.device.type, hidden.dtype
+        # Stacked products are not all on autocast's list of operations: cast for them.
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        names = ("gate_proj", "up_proj", "down_proj")
+        stacked = [  # 3 x (E, in, out)
+            torch.stack([getattr(e, name).weight for e in self.experts]).to(dtype).mT
+            for name in names
+        ]
+        route = self._grouped if can_group(hidden.device, dtype) else self._every_expert
+        tokens = hidden.flatten(0, 1).to(dtype)
+        mixed = route(tokens, top_ids.flatten(0, 1), top_probs.flatten(0, 1).to(dtype), stacked)
         mixed = F.dropout(mixed, self.dropout, self.training).view_as(hidden)
         for expert in self.shared_experts:
             mixed = mixed + expert(hidden, token_mask)[0]
         return mixed, aux_loss
 
-    def _routed(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+    def _grouped(self, tokens: Tensor, ids: Tensor, weights: Tensor, stacked: list) -> Tensor:
         """Sort the routed rows by expert and multiply them group by group.
 
         The group sizes stay on the device, so nothing waits for the host. Rows are first
         repeated, then permuted: both have a deterministic gradient, unlike a gather with repeats.
 
         Args:
-            tokens: (B * T, D). expert_ids, weights: (S,), the k choices of a token side by side.
+            tokens: (B * T, D). ids, weights: (B * T, k). stacked: 3 x (E, in, out).
         """
-        device_type = tokens.device.type
-        dtype = tokens.dtype
-        if torch.is_autocast_enabled(device_type):  # grouped_mm is not on autocast's list
-            dtype = torch.get_autocast_dtype(device_type)
-        num_choices = expert_ids.shape[0] // tokens.shape[0]
-        order = expert_ids.argsort(stable=True)
-        counts = F.one_hot(expert_ids, len(self.experts)).sum(0)
+        num_choices = ids.shape[1]
+        order = ids.flatten().argsort(stable=True)
+        counts = F.one_hot(ids.flatten(), len(self.experts)).sum(0)
         ends = counts.cumsum(0).to(torch.int32)  # (E,) where each expert's rows end
-        rows = tokens.to(dtype)[:, None].expand(-1, num_choices, -1).flatten(0, 1)[order]
-
-        def grouped(rows: Tensor, name: str) -> Tensor:
-            stacked = torch.stack([getattr(e, name).weight for e in self.experts]).to(dtype)
-            return F.grouped_mm(rows, stacked.transpose(1, 2), offs=ends)
-
-        act = self.experts[0].act
-        rows = grouped(act(grouped(rows, "gate_proj")) * grouped(rows, "up_proj"), "down_proj")
-        rows = rows[order.argsort()] * weights[:, None].to(dtype)
+        rows = tokens[:, None].expand(-1, num_choices, -1).flatten(0, 1)[order]  # (S, D)
+        gate, up, down = stacked
+        inner = self.experts[0].act(F.grouped_mm(rows, gate, offs=ends))
+        rows = F.grouped_mm(inner * F.grouped_mm(rows, up, offs=ends), down, offs=ends)
+        rows = rows[order.argsort()] * weights.flatten()[:, None]
         return rows.view(-1, num_choices, rows.shape[-1]).sum(1)
+
+    def _every_expert(self, tokens: Tensor, ids: Tensor, weights: Tensor, stacked: list) -> Tensor:
+        """All experts on all tokens, for devices without grouped products: E / k times the work."""
+        shares = tokens.new_zeros(len(tokens), len(self.experts)).scatter(1, ids, weights)
+        gate, up, down = stacked
+        inner = self.experts[0].act(tokens @ gate) * (tokens @ up)  # (E, B * T, F)
+        return (shares.T[..., None] * (inner @ down)).sum(0)
+
+
+def can_group(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch has grouped matrix products there: on a CPU, or bfloat16 on Ampere and up."""
+    if device.type == "cpu":
+        return dtype == torch.bfloat16 or not torch.compiler.is_compiling()
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -163,7 +163,7 @@ def rope_tables(config: MiniMindConfig, position_ids: Tensor) -> tuple[Tensor, T
     device = position_ids.device
     if config.rope_parameters["rope_type"] == "default":
         exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-        inv_freq = config.rope_theta**-exponent
+        inv_freq = 1.0 / config.rope_theta**exponent
     else:
         inv_freq_of = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]]
         inv_freq, _ = inv_freq_of(config, device)  # the attention factor is fixed at 1
@@ -300,7 +300,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             # Padding behind the text is hidden by causality alone: the fast kernel can run.
-            attention_mask=None if is_right_padded else attention_mask,
+            attention_mask=None if is_right_padded or inputs_embeds.is_meta else attention_mask,
             past_key_values=past_key_values,
             position_ids=None,
         )

@@ -269,15 +269,13 @@ class MiniMindVLM(MiniMindForCausalLM):
         """(B, T) ids and the batch's images to (B, T, D)."""
         inputs_embeds = self.model.embed_tokens(input_ids)
         images, per_sample = _flat_images(pixel_values, batch_size=input_ids.shape[0])
+        is_counted = image_mask is not None and not input_ids.is_cpu
         if image_mask is None:
             image_mask = placeholder_mask(input_ids, self.config.image_ids)
-            if not input_ids.is_meta and (
-                images is not None or input_ids.shape[1] >= self.config.num_image_tokens
-            ):
-                counts = images_per_sample(image_mask, self.config.num_image_tokens)
-                check_image_count(
-                    counts, 0 if images is None else len(images), per_sample=per_sample
-                )
+        may_hold_images = images is not None or input_ids.shape[1] >= self.config.num_image_tokens
+        if may_hold_images and not is_counted and not input_ids.is_meta:
+            counts = images_per_sample(image_mask, self.config.num_image_tokens)
+            check_image_count(counts, 0 if images is None else len(images), per_sample=per_sample)
         if images is None:
             if self.training and torch.is_grad_enabled():
                 # The projection takes part in every step, so that ranks agree on its gradient.
@@ -295,11 +293,11 @@ class MiniMindVLM(MiniMindForCausalLM):
         )
         return self.vision_proj(patches.to(self.vision_proj.vision_proj[0].weight.dtype))
 
-    def prepare_inputs_for_generation(self, input_ids, *, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
         """The image mask covers the prompt: it goes where the prompt goes."""
         image_mask = kwargs.pop("image_mask", None)
         inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         fed = inputs.get("input_ids")
         if image_mask is not None and inputs.get("pixel_values") is not None and fed is not None:
@@ -331,10 +329,10 @@ def _flat_images(
     pixel_values: Tensor | None, *, batch_size: int
 ) -> tuple[Tensor | None, int | None]:
     """All images as (I, 3, S, S), and how many each sample was given where the layout says so."""
-    if pixel_values is None or pixel_values.shape[0] == 0:
+    if pixel_values is None:
         return None, None
     if pixel_values.ndim == 4:
-        return pixel_values, None
+        return (pixel_values if len(pixel_values) else None), None
     shape = tuple(pixel_values.shape)
     if pixel_values.ndim == 6 and shape[2] == 1:
         pixel_values = pixel_values.squeeze(2)
@@ -343,4 +341,4 @@ def _flat_images(
             f"pixel_values has shape {shape}; expected (I, 3, H, W), ({batch_size}, N, 3, H, W) "
             f"or ({batch_size}, N, 1, 3, H, W)"
         )
-    return pixel_values.flatten(0, 1), shape[1]
+    return (pixel_values.flatten(0, 1) if shape[1] else None), shape[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase
 
@@ -19,6 +19,15 @@ from model.model_vlm import VLMConfig
 
 IMAGE_TAG = "<image>"
 MODEL_DIR = Path(__file__).resolve().parent
+EXIF_TURNS = {  # EXIF orientation -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 TOKENIZER_DIRS = (MODEL_DIR / "minimind_tokenizer", MODEL_DIR)  # the downloaded one, then ours
 
 
@@ -60,6 +69,16 @@ def load_tokenizer(
     )
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF tag says; a damaged tag says nothing."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises several unrelated errors here
+        return image
+    turn = EXIF_TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
 def open_image(source: Image.Image | bytes | str | Path) -> Image.Image:
     """Any picture as 8-bit RGB, upright by its EXIF tag, the first frame of an animation.
 
@@ -74,15 +93,16 @@ def open_image(source: Image.Image | bytes | str | Path) -> Image.Image:
         else:
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         image.load()
-        image = ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise almost anything on damaged data
         raise ValueError(f"not a readable image ({error})") from error
+    image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)
         peak = values.max(initial=0.0)
-        scale = 1 / 257 if peak > 255 else 255.0 if image.mode == "F" and peak <= 1 else 1.0
+        is_16_bit = image.mode.startswith("I;16") or peak > 255
+        scale = 1 / 257 if is_16_bit else 255.0 if image.mode == "F" and peak <= 1 else 1.0
         return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")

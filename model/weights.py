@@ -7,7 +7,6 @@ A weight is `NAME_{hidden}{_moe}.pth`, a plain fp16 state dict of the contract's
 import hashlib
 import json
 import os
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -43,16 +42,17 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     Raises:
         OSError: naming the file; the half-written one is removed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
         raise OSError(
             f"could not write {path} ({error}); what stood there before is untouched; free some "
             "space or choose another folder"
@@ -150,7 +150,7 @@ def find_weight(
         pattern = re.compile(rf"{re.escape(alias)}_{size}{moe}\.pth")
         for folder in folders:
             found = sorted(p for p in folder.glob("*.pth") if pattern.fullmatch(p.name))
-            default = weight_stem(alias, hidden_size=512, use_moe=False)
+            default = weight_stem(alias, hidden_size=512, use_moe=bool(use_moe))
             usual = [p for p in found if p.stem == default]
             if len(found) == 1 or usual:
                 return (usual or found)[0]
@@ -175,10 +175,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the unpickler raises almost anything on damaged data
         raise ValueError(
-            f"{path} is not a readable weight file ({first_line}); copy or fetch it again"
+            f"{path} is not a readable weight file ({type(error).__name__}); copy or fetch it again"
         ) from error
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{path} is not a state dict of tensors")
@@ -204,10 +205,12 @@ def read_metadata(path: Path) -> dict:
         return {}
     try:
         metadata = json.loads(beside.read_text(encoding="utf-8"))
+        if isinstance(metadata, dict) and "format" not in metadata:
+            return {}  # somebody else's JSON; the tensors' shapes are enough
         metadata["config"].keys()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{beside} is not weight metadata ({error!r}); mend it") from None
-    if metadata.get("format") != METADATA_FORMAT:
+    if metadata["format"] != METADATA_FORMAT:
         raise ValueError(f"{beside} has format {metadata.get('format')}, not {METADATA_FORMAT}")
     return metadata
 
@@ -290,8 +293,6 @@ def load_weights(
     """
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(VISION_PREFIX)}
     tied = ("model.embed_tokens.weight", "lm_head.weight")
-    if all(k in state for k in tied) and not torch.equal(state[tied[0]], state[tied[1]]):
-        raise ValueError(f"{path}: {tied[1]} differs from {tied[0]}, but here they are one tensor")
     has_projection = any(k.startswith(PROJECTION_PREFIX) for k in state)
     missing = [k for k in own if k not in state and k != tied[1]]
     if may_lack_projection and not has_projection:
@@ -310,6 +311,8 @@ def load_weights(
                 f"{path} {problem} {len(names)} tensor(s): {', '.join(names[:4])}"
                 f"{', ...' if len(names) > 4 else ''}; it is not a weight of this model"
             )
+    if all(k in state for k in tied) and not torch.equal(state[tied[0]], state[tied[1]]):
+        raise ValueError(f"{path}: {tied[1]} differs from {tied[0]}, but here they are one tensor")
     with torch.no_grad():
         for name, tensor in state.items():
             own[name].copy_(tensor)

@@ -37,6 +37,7 @@ TOKENIZER_TEXT = [
 COLOURS = ("red", "green", "blue", "yellow")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)  # tiny models are faster so, and runs side by side do not fight
 
 
 def pytest_collection_modifyitems(items):

@@ -135,7 +135,9 @@ def beams_of_one(loaded: LoadedModel, sample: tuple) -> list[list[int]]:
     if len(batch["pixel_values"]):
         features = loaded.model.encode_images(batch["pixel_values"]).flatten(0, 1)
         embeds[batch["image_mask"]] = features
-    return loaded.model.generate(
+    llm = MiniMindForCausalLM(loaded.model.config).eval()
+    llm.model, llm.lm_head = loaded.model.model, loaded.model.lm_head
+    return llm.generate(
         inputs_embeds=embeds, attention_mask=batch["attention_mask"], pad_token_id=0, **BEAMS
     ).tolist()
 

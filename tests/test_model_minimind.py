@@ -178,7 +178,7 @@ def test_model_gradient_checkpointing_gives_the_same_gradients(use_moe):
     for checkpointing in (False, True):
         model = make_model(use_moe).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         count = []
         model.model.layers[0].self_attn.q_proj.register_forward_hook(
             lambda *_, c=count: c.append(1)
@@ -232,9 +232,11 @@ def naive_moe(mlp, hidden: torch.Tensor) -> torch.Tensor:
     return mixed
 
 
+@pytest.mark.parametrize("is_grouped", [True, False])
 @pytest.mark.parametrize("shape", [(2, 9), (1, 1)])  # one token leaves two experts without any
 @torch.no_grad()
-def test_moe_equals_a_naive_loop(shape):
+def test_moe_equals_a_naive_loop(shape, is_grouped, monkeypatch):
+    monkeypatch.setattr("model.feed_forward.can_group", lambda *_: is_grouped)
     model, seen = make_model(use_moe=True), []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda mlp, args, out: seen.append((mlp, args[0], out)))
@@ -243,6 +245,22 @@ def test_moe_equals_a_naive_loop(shape):
     for mlp, hidden, output in seen:
         output = output[0] if isinstance(output, tuple) else output
         torch.testing.assert_close(output, naive_moe(mlp, hidden), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moe_routes_give_the_same_gradients(dtype, monkeypatch):
+    gradients = []
+    for is_grouped in (True, False):
+        monkeypatch.setattr("model.feed_forward.can_group", lambda *_, g=is_grouped: g)
+        model = make_model(use_moe=True).train()
+        ids = random_ids(2, 9)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            output = model(ids, labels=ids)
+        (output.loss + output.aux_loss).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for name, grouped in gradients[0].items():
+        torch.testing.assert_close(grouped, gradients[1][name], atol=tolerance, rtol=tolerance)
 
 
 def test_aux_loss_is_a_zero_tensor_when_dense_or_evaluating():

@@ -23,6 +23,7 @@ from model.weights import (
 
 torch.set_num_threads(1)  # at these sizes more threads only wait for each other
 KINDS = pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+NAN = float("nan")
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NORM, Q_PROJ = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
 PROJECTION = "vision_proj.vision_proj.0.weight"
@@ -96,7 +97,8 @@ BROKEN = {
     "lacks 1 tensor.*model.norm.weight": lambda s: {k: v for k, v in s.items() if k != NORM},
     "has unknown 1 tensor.*more.weight": lambda s: s | {"more.weight": torch.zeros(1)},
     "has another size of 1 .*q_proj": lambda s: s | {Q_PROJ: torch.zeros(32, 16)},
-    "not finite in 1 .*q_proj": lambda s: s | {Q_PROJ: torch.full((32, 32), float("nan"))},
+    "not finite in 1 .*q_proj": lambda s: s | {Q_PROJ: s[Q_PROJ] * NAN},
+    "not finite in 2 .*embed_tokens": lambda s: s | dict.fromkeys((EMBED, HEAD), s[EMBED] * NAN),
     "differs from model.embed_tokens": lambda s: s | {HEAD: s[HEAD] + 1},
     "lacks 2 tensor.*vision_proj": lambda s: {k: v for k, v in s.items() if "vision" not in k},
     "first release": lambda s: {"tok_embeddings.weight": s[EMBED]} | s,
@@ -177,12 +179,20 @@ def test_metadata_of_another_size_is_refused(assets, tmp_path):
         weight_config(read_weights(path), path=path, flags={})
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": {}, "format": 99}', '{"config": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"format": 1}', '{"config": {}, "format": 99}', '{"format": 1, "config": 3}'],
+)
 def test_metadata_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=r"x\.json"):
         read_metadata(tmp_path / "x.pth")
     assert read_metadata(tmp_path / "absent.pth") == {}
+
+
+def test_json_of_another_program_beside_a_weight_is_left_alone(tmp_path):
+    (tmp_path / "x.json").write_text('{"hidden_size": 64}')
+    assert read_metadata(tmp_path / "x.pth") == {}
 
 
 def test_flags_that_contradict_the_weight_are_refused(assets, tmp_path):
