@@ -62,13 +62,20 @@ class VLMDataset(Dataset):
         max_length: int = 640,
         on_bad_sample: str = "error",
     ):
-        self.records = open_records(Path(data_path), Path(images_path) if images_path else None)
+        self.data_path = Path(data_path)
+        self.records = open_records(self.data_path, Path(images_path) if images_path else None)
+        self.num_blank = self.records.num_blank
         self.processor = processor
         self.max_length = max_length
         self.on_bad_sample = on_bad_sample
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the records' content, wherever the file lies."""
+        return self.records.fingerprint
 
     def __getitem__(self, index: int) -> Sample | BadSample:
         try:

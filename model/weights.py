@@ -111,9 +111,9 @@ def describe_model(model, *, tokenizer_sha256: str) -> dict:
     names = (*SIZE_FIELDS, "keep_cls", "image_special_token", "image_ids", "rope_theta",
              "max_position_embeddings", "num_experts_per_tok", "norm_topk_prob",
              "rms_norm_eps", "dropout", "hidden_act", "aux_loss_alpha", "seq_aux")  # fmt: skip
-    tower = model.vision_encoder
+    tower = getattr(model, "vision_encoder", None)
     return {
-        "config": {name: getattr(config, name) for name in names},
+        "config": {name: getattr(config, name) for name in names if hasattr(config, name)},
         "vision_tower_sha256": tower_sha256(tower) if tower is not None else None,
         "tokenizer_sha256": tokenizer_sha256,
     }

@@ -11,7 +11,7 @@ from torch import nn
 
 from trainer.metrics import GIB
 from trainer.train_loop import MAX_BAD_SHARE, too_many_bad
-from trainer.trainer_utils import Logger, warn
+from trainer.trainer_utils import Logger, Ranks, warn
 
 SPECIAL_TOKENS = {"pad": 0, "bos": 1, "eos": 2}
 # A language model that knows these ids' meaning is far below chance on such sentences.
@@ -114,15 +114,24 @@ def estimate_memory_gib(model: nn.Module, *, batch_size: int, num_tokens: int) -
     return size / GIB
 
 
+def report_memory(model: nn.Module, ranks: Ranks, args) -> None:
+    """Say what training will roughly hold, for samples of an image and a short answer."""
+    num_tokens = min(args.max_seq_len, getattr(model.config, "num_image_tokens", 512) + 64)
+    memory = estimate_memory_gib(model, batch_size=args.batch_size, num_tokens=num_tokens)
+    Logger(
+        f"estimated memory: {memory:.1f} GiB on {ranks.device.type} for samples of about "
+        f"{num_tokens} tokens"
+    )
+
+
 def check_records(dataset, *, on_bad_sample: str) -> None:
     """Look at every record without decoding pictures.
 
     Raises:
         ValueError: one is bad and the policy is "error", or more than 1% are.
     """
-    records = dataset.records
-    if records.num_blank:
-        warn(f"{records.data_path.name}: {records.num_blank} blank line(s) hold no record")
+    if dataset.num_blank:
+        warn(f"{dataset.data_path.name}: {dataset.num_blank} blank line(s) hold no record")
     bad = dataset.find_bad_records()
     if not bad:
         return
@@ -131,16 +140,3 @@ def check_records(dataset, *, on_bad_sample: str) -> None:
     if len(bad) > MAX_BAD_SHARE * len(dataset):
         raise ValueError(too_many_bad(len(bad), len(dataset), bad[-1].reason))
     warn(f"{len(bad)} record(s) will be left out; the first: {bad[0].reason}")
-
-
-def report_parameters(model: nn.Module) -> None:
-    """How many parameters each part has, and how many of them train."""
-    groups: dict[str, list[int]] = {}
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        key = ".".join(parts[:2]) if parts[0] == "model" else parts[0]
-        count = groups.setdefault(key, [0, 0])
-        count[0] += parameter.numel()
-        count[1] += parameter.numel() * parameter.requires_grad
-    for name, (total, trained) in groups.items():
-        Logger(f"  {name:22} {total:>12,} parameters, {trained:>12,} train")

@@ -1,0 +1,173 @@
+"""Owns what a stage's flags become: model with weights, data sets, loaders."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dataset.collate import VLMCollator
+from dataset.lm_dataset import VLMDataset
+from dataset.records import default_data_paths
+from dataset.text_dataset import TextDataset
+from model.inference import attach_tower, placeholder_config
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_vlm import MiniMindVLM
+from model.vlm_processor import VLMProcessor, load_tokenizer
+from model.weights import (
+    find_weight,
+    load_weights,
+    read_metadata,
+    read_weights,
+    weight_config,
+)
+from trainer import preflight
+from trainer.train_args import Stage, TrainArgs
+from trainer.trainer_utils import Logger, Ranks, epoch_order, ignore_signals, rank_batches
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a stage trains, on what."""
+
+    model: MiniMindForCausalLM
+    tokenizer: object
+    dataset: Dataset
+    val_dataset: Dataset | None
+
+
+def build(stage: Stage, args: TrainArgs, *, device: torch.device) -> Parts:
+    """Model and data of a stage: with images, or of text alone (`data_kind` "text")."""
+    if stage.data_kind == "text":
+        model, tokenizer = init_language_model(args, device=device)
+        return Parts(model, tokenizer, *make_text_datasets(args, tokenizer))
+    model, processor = init_vlm_model(args, device=device)
+    return Parts(model, processor.tokenizer, *make_datasets(stage, args, processor))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What `--from_weight` and the model flags say: config fields, and tensors if any."""
+
+    fields: dict
+    metadata: dict
+    state: dict | None = None
+    path: Path | None = None
+
+
+def read_start(args: TrainArgs) -> Start:
+    """Read the weight to start from and compare it with the flags."""
+    names = ("hidden_size", "num_hidden_layers", "use_moe", "keep_cls", "image_special_token")
+    flags = {name: getattr(args, name) for name in names}
+    if args.from_weight == "none":
+        return Start({k: v for k, v in flags.items() if v is not None}, {})
+    path = find_weight(
+        args.from_weight,
+        save_dir=args.save_dir,
+        hidden_size=args.hidden_size,
+        use_moe=args.use_moe,
+    )
+    state = read_weights(path)
+    fields = weight_config(state, path=path, flags=flags)
+    return Start(fields, read_metadata(path), state, path)
+
+
+def check_language(model: MiniMindForCausalLM, tokenizer, start: Start) -> None:
+    """Does this tokenizer belong to this model? Where metadata says so, that is certain."""
+    preflight.check_special_tokens(tokenizer, vocab_size=model.config.vocab_size)
+    if start.state is not None and "tokenizer_sha256" not in start.metadata:
+        preflight.check_tokenizer_fits(model, tokenizer, weight=start.path)
+
+
+def init_vlm_model(args: TrainArgs, *, device: torch.device) -> tuple[MiniMindVLM, VLMProcessor]:
+    """The model of the flags, with the weights of `--from_weight`, and its processor.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing or does not fit, and what to do.
+    """
+    start = read_start(args)
+    tokenizer = load_tokenizer(
+        args.tokenizer_path, expected_sha256=start.metadata.get("tokenizer_sha256")
+    )
+    model = MiniMindVLM(placeholder_config(start.fields, tokenizer, args.vision_model_path))
+    if start.state is not None:
+        has_projection = load_weights(model, start.state, path=start.path, may_lack_projection=True)
+        Logger(f"weights: {start.path}" + ("" if has_projection else " (its projection is new)"))
+    check_language(model, tokenizer, start)
+    attach_tower(
+        model, args.vision_model_path, metadata=start.metadata, path=start.path or Path("none")
+    )
+    model.to(device)
+    return model, VLMProcessor(tokenizer, model.image_processor, config=model.config)
+
+
+def init_language_model(
+    args: TrainArgs, *, device: torch.device
+) -> tuple[MiniMindForCausalLM, object]:
+    """The text-only model of the flags and its tokenizer; raises as `init_vlm_model`."""
+    start = read_start(args)
+    tokenizer = load_tokenizer(
+        args.tokenizer_path, expected_sha256=start.metadata.get("tokenizer_sha256")
+    )
+    model = MiniMindForCausalLM(MiniMindConfig(**start.fields))
+    if start.state is not None:
+        load_weights(model, start.state, path=start.path, may_lack_projection=False)
+        Logger(f"weights: {start.path}")
+    check_language(model, tokenizer, start)
+    return model.to(device), tokenizer
+
+
+def make_datasets(
+    stage: Stage, args: TrainArgs, processor: VLMProcessor
+) -> tuple[VLMDataset, VLMDataset | None]:
+    """Training and validation data; paths that are not given are the default ones."""
+    data_path, images_path = args.data_path, args.images_path
+    if data_path is None:
+        kind = "multi" if args.use_multi_image else stage.data_kind
+        data_path, default_images = default_data_paths(kind)
+        images_path = images_path or default_images
+    options = {"max_length": args.max_seq_len, "on_bad_sample": "return"}
+    dataset = VLMDataset(data_path, images_path, processor, **options)
+    if args.val_data_path is None:
+        return dataset, None
+    return dataset, VLMDataset(args.val_data_path, args.val_images_path, processor, **options)
+
+
+def make_text_datasets(args: TrainArgs, tokenizer) -> tuple[TextDataset, TextDataset | None]:
+    """Training and validation text, packed."""
+    if args.data_path is None:
+        raise ValueError("name the text to train on by --data_path: a .txt or .jsonl file")
+    dataset = TextDataset(args.data_path, tokenizer, max_length=args.max_seq_len)
+    if args.val_data_path is None:
+        return dataset, None
+    return dataset, TextDataset(args.val_data_path, tokenizer, max_length=args.max_seq_len)
+
+
+def loader(dataset: Dataset, sampler, args: TrainArgs, ranks: Ranks, pad: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=VLMCollator(pad_token_id=pad),
+        num_workers=args.num_workers,
+        pin_memory=ranks.device.type == "cuda",
+        worker_init_fn=ignore_signals,
+        # Its own generator: drawing from the global one would make a resumed run differ.
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+
+
+def train_loader(
+    dataset: Dataset, args: TrainArgs, ranks: Ranks, pad: int, epoch: int, start: int
+) -> DataLoader:
+    """This rank's batches of an epoch from global sample `start` on."""
+    order = epoch_order(len(dataset), seed=args.seed, epoch=epoch)
+    sampler = rank_batches(order, start=start, batch_size=args.batch_size, ranks=ranks)
+    return loader(dataset, sampler, args, ranks, pad)
+
+
+def val_loader(dataset: Dataset, args: TrainArgs, ranks: Ranks, pad: int) -> DataLoader:
+    """This rank's share of the validation data, in file order."""
+    order = epoch_order(len(dataset), seed=0, epoch=0)
+    order.sort()
+    sampler = rank_batches(order, start=0, batch_size=args.batch_size, ranks=ranks)
+    return loader(dataset, sampler, args, ranks, pad)

@@ -1,0 +1,104 @@
+"""Owns what a run says of itself: versions, git state, device, parameters, arguments, its end."""
+
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from model.weights import ROOT, weight_stem
+from trainer.train_args import Stage, TrainArgs
+from trainer.train_loop import Run
+from trainer.trainer_utils import Logger, Ranks, warn
+
+INTERRUPTED = 128  # plus the signal's number is the exit status of a run that was stopped
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """What a run writes."""
+
+    weight: Path
+    state: Path
+    metrics: Path
+
+
+def run_paths(args: TrainArgs, model: nn.Module) -> RunPaths:
+    config = model.config
+    stem = weight_stem(args.save_weight, hidden_size=config.hidden_size, use_moe=config.use_moe)
+    return RunPaths(
+        weight=args.save_dir / f"{stem}.pth",
+        state=args.checkpoint_dir / f"{stem}_resume.pth",
+        metrics=args.save_dir / f"{stem}_metrics.jsonl",
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a str subclass that a safe load refuses
+        "transformers": transformers.__version__,
+    }
+
+
+def git_state() -> str:
+    """Commit of this repository, "+" if files changed since; or that there is none."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
+
+
+def print_header(
+    stage: Stage, args: TrainArgs, ranks: Ranks, model: nn.Module, paths: RunPaths
+) -> None:
+    """What a reader of the log needs in order to repeat the run."""
+    device = str(ranks.device)
+    if ranks.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(ranks.device)})"
+    Logger(f"MiniMind-V {stage.name} | git {git_state()} | "
+           + " ".join(f"{k} {v}" for k, v in versions().items()))  # fmt: skip
+    Logger(f"device {device}, {torch.get_num_threads()} CPU threads, {ranks.world_size} rank(s)")
+    Logger("arguments: " + " ".join(f"--{k} {v}" for k, v in args.as_text().items()))
+    report_parameters(model)
+    Logger(f"writes {paths.weight}, {paths.state}, {paths.metrics}")
+
+
+def report_parameters(model: nn.Module) -> None:
+    """How many parameters each part has, and how many of them train."""
+    groups: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        key = ".".join(parts[:2]) if parts[0] == "model" else parts[0]
+        count = groups.setdefault(key, [0, 0])
+        count[0] += parameter.numel()
+        count[1] += parameter.numel() * parameter.requires_grad
+    for name, (total, trained) in groups.items():
+        Logger(f"  {name:22} {total:>12,} parameters, {trained:>12,} train")
+
+
+def report_end(run: Run, paths: RunPaths, is_complete: bool) -> int:
+    """Say how the run ended; returns the exit status."""
+    progress = run.progress
+    if progress.bad_samples:
+        warn(f"{progress.bad_samples} sample(s) were left out, see the lines above")
+    if progress.truncated_samples:
+        warn(f"{progress.truncated_samples} sample(s) were cut at {run.args.max_seq_len} tokens; "
+             "raise --max_seq_len to keep them whole")  # fmt: skip
+    if progress.skipped_steps:
+        warn(f"{progress.skipped_steps} step(s) were left out: loss or gradient not finite")
+    if not is_complete:
+        Logger(f"stopped at step {progress.step}, state saved; go on with --from_resume 1")
+        return INTERRUPTED + (run.stop.signum or 0)
+    Logger(f"done: {paths.weight}")
+    return 0

@@ -1,0 +1,41 @@
+"""Stage zero: a language model from scratch, by next-token prediction on packed text.
+
+    python trainer/train_llm.py --data_path my/text.txt
+    torchrun --nproc_per_node 2 trainer/train_llm.py --data_path my/text.jsonl
+
+Text is a `.txt` file with a document a line, or JSONL with `text` or `conversations`. The weight
+`out/llm_{hidden}.pth` is where `train_pretrain_vlm.py` starts.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from trainer.setup import main as run
+from trainer.train_args import Stage
+
+STAGE = Stage(
+    name="llm",
+    title="LLM",
+    data_kind="text",
+    defaults={
+        "epochs": 1,
+        "batch_size": 32,
+        "learning_rate": 5e-4,
+        "max_seq_len": 512,
+        "freeze_llm": False,
+        "from_weight": "none",
+        "save_weight": "llm",
+        "wandb_project": "MiniMind-V-LLM",
+    },
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run this stage; returns the exit status."""
+    return run(STAGE, argv, description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
