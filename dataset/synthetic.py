@@ -107,10 +107,11 @@ def text_conversations(
 
 
 def sample_text(num: int, *, seed: int = 0) -> Iterator[str]:
-    """What the training split says about `num` scenes, a message or caption at a time."""
+    """What the training split says about `num` scenes told in words, a message at a time, under
+    its role as the chat format writes it."""
     for record in text_conversations(num, seed=seed, styles=("sentences", "table")):
         for message in record["conversations"]:
-            yield message["content"]
+            yield f"{message['role']}\n{message['content']}"
 
 
 def write_dataset(
