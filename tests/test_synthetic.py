@@ -292,7 +292,7 @@ def test_a_described_scene_names_every_shape(style, language):
         describe(scene, Random(0), style="poem")
 
 
-def test_eval_images_are_the_committed_ones_and_never_trained_on(tmp_path):
+def test_eval_images_are_the_committed_ones(tmp_path):
     made = {path.name: path for path in synthetic.write_eval_images(tmp_path)}
     committed = {path.name: path for path in (ROOT / "dataset/eval_images").glob("*.png")}
     assert made.keys() == committed.keys() and "红色圆形-red-circle.png" in made
