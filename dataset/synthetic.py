@@ -1,0 +1,285 @@
+"""Owns the embedded sample data: records, pictures and texts of the sample world, as files.
+
+    python -m dataset.synthetic --out dataset/sample --num_images 4000 --num_text 20000
+    python -m dataset.synthetic --out dataset/sample --num_images 1000 --split heldout
+
+writes into --out, for the split S (train or heldout):
+
+    S_images/          the pictures (PNG)
+    S.jsonl            questions, several turns a picture
+    S_captions.jsonl   a caption a picture
+    S_pairs.jsonl      questions that compare two of the pictures
+    S_text.jsonl       the questions about scenes told in words, without pictures (--num_text)
+
+The same arguments give the same bytes. A held-out question has one right answer, to be compared
+as text, and its type stands in the record's field "types", one per turn in order. A quarter of the
+held-out pictures hold a colour-shape pair that never occurs in training; about these only the type
+"combination" asks, and pairs leave them out.
+
+    python -m dataset.synthetic --out dataset/eval_images --eval_images 1
+
+writes a few named pictures instead.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from random import Random
+
+from tqdm import tqdm
+
+from dataset.synthetic_drawing import MIN_IMAGE_SIZE, draw_scene, write_eval_images
+from dataset.synthetic_text import (
+    CHANCE,
+    LANGUAGES,
+    STYLES,
+    Turn,
+    caption_turn,
+    combination_turns,
+    describe,
+    pair_turns,
+    scene_turns,
+)
+from dataset.synthetic_world import SPLITS, Scene, sample_scene
+
+IMAGE_TAG = "<image>"
+MAX_IMAGES = 1_000_000  # the width of the numbers in the file names
+MAX_PAIR_TRIES = 1000
+COMBINATION_EVERY = 4  # one held-out picture of so many
+CHARACTER_SHARE = 0.3
+
+
+def scene_rng(split: str, seed: int, index: int | str) -> Random:
+    """The generator of one record, independent of how many others are made."""
+    return Random(f"{split}/{seed}/{index}")  # seeds by SHA-512, the same in every process
+
+
+def make_record(
+    turns: list[Turn], *, images: Iterable[str] = (), prefix: str = "", with_types: bool = False
+) -> dict:
+    """A record in the published format; what stands for the scene opens the first question."""
+    images = list(images)
+    opening = prefix or "\n".join([IMAGE_TAG] * len(images))
+    conversations = []
+    for number, turn in enumerate(turns):
+        question = f"{opening}\n{turn.question}" if number == 0 else turn.question
+        conversations.append({"role": "user", "content": question})
+        conversations.append({"role": "assistant", "content": turn.answer})
+    record: dict = {"conversations": conversations}
+    if images:
+        record["image"] = ", ".join(images)
+    if with_types:
+        record["types"] = [turn.type for turn in turns]
+    return record
+
+
+def text_conversations(
+    num: int,
+    *,
+    seed: int = 0,
+    split: str = "train",
+    languages: tuple[str, ...] = LANGUAGES,
+    styles: tuple[str, ...] = STYLES,
+    num_turns: int = 8,
+) -> Iterator[dict]:
+    """Conversations about scenes told in words, with the questions that pictures get.
+
+    For a language model that shall answer them before it sees any picture. No held-out pair or
+    scene occurs in the split "train".
+
+    Args:
+        num: how many records to yield.
+        styles: see `synthetic_text.describe`; drawn at random for each record.
+    Raises:
+        ValueError: an unknown split, language or style.
+    """
+    for index in range(num):
+        rng = scene_rng(split, seed, f"text {index}")
+        scene = sample_scene(rng, split=split, character_share=CHARACTER_SHARE)
+        language = rng.choice(languages)
+        told = describe(scene, rng, language=language, style=rng.choice(styles))
+        turns = scene_turns(scene, rng, language=language, num_turns=num_turns)
+        yield make_record(turns, prefix=told, with_types=split == "heldout")
+
+
+def sample_text(num: int, *, seed: int = 0) -> Iterator[str]:
+    """What the training split says about `num` scenes told in words, a message at a time, under
+    its role as the chat format writes it."""
+    for record in text_conversations(num, seed=seed, styles=("sentences", "table")):
+        for message in record["conversations"]:
+            yield f"{message['role']}\n{message['content']}"
+
+
+def write_dataset(
+    out: Path,
+    *,
+    num_images: int,
+    seed: int = 0,
+    split: str = "train",
+    num_pairs: int = 0,
+    num_text: int = 0,
+    num_turns: int = 8,
+    image_size: int = 96,
+    languages: tuple[str, ...] = LANGUAGES,
+    character_share: float = CHARACTER_SHARE,
+) -> Counter:
+    """Write a split as described at the top of this file.
+
+    A record file appears under its name only when it is whole, after the pictures.
+
+    Returns:
+        held-out questions per type.
+    Raises:
+        ValueError: an argument out of its range.
+        OSError: the folder cannot be written.
+    """
+    options = {"languages": languages, "num_turns": num_turns, "split": split, "seed": seed}
+    images = out / f"{split}_images"
+    images.mkdir(parents=True, exist_ok=True)
+    comparable, records, captions = [], [], []
+    for index in tqdm(range(num_images), desc=f"{split} pictures", disable=None):
+        rng = scene_rng(split, seed, index)
+        is_combination = split == "heldout" and index % COMBINATION_EVERY == COMBINATION_EVERY - 1
+        scene = sample_scene(
+            rng, split=split, is_combination=is_combination, character_share=character_share
+        )
+        name = f"{split}_{index:06d}.png"
+        draw_scene(scene, image_size=image_size).save(images / name)
+        language = rng.choice(languages)
+        if is_combination:
+            turns = combination_turns(scene, rng, language=language)[:num_turns]
+        else:
+            turns = scene_turns(scene, rng, language=language, num_turns=num_turns)
+            comparable.append((name, scene))
+        records.append(make_record(turns, images=[name], with_types=split == "heldout"))
+        told = [caption_turn(scene, rng, language=language)]
+        captions.append(make_record(told, images=[name]))
+    files = {
+        "_captions": captions,
+        "_pairs": _pair_records(comparable, num_pairs, **options),
+        "_text": text_conversations(num_text, **options),
+        "": records,
+    }
+    counts: Counter = Counter()
+    for suffix, rows in files.items():
+        counts += _write_jsonl(out / f"{split}{suffix}.jsonl", rows)
+    return counts
+
+
+def _pair_records(
+    scenes: list[tuple[str, Scene]],
+    num_pairs: int,
+    *,
+    seed: int,
+    split: str,
+    languages: tuple[str, ...],
+    num_turns: int,
+) -> Iterator[dict]:
+    if num_pairs and len(scenes) < 2:
+        raise ValueError(f"pairs need two pictures at least; got {len(scenes)}: raise --num_images")
+    for index in range(num_pairs):
+        rng = scene_rng(split, seed, f"pair {index}")
+        for _ in range(MAX_PAIR_TRIES):
+            (name, first), (other, second) = rng.sample(scenes, 2)
+            turns = pair_turns(first, second, rng, language=rng.choice(languages))[:num_turns]
+            if turns:
+                yield make_record(turns, images=[name, other], with_types=split == "heldout")
+                break
+        else:
+            raise ValueError(
+                f"no two of the {len(scenes)} pictures differ in what a pair asks for; "
+                "raise --num_images or set --num_pairs 0"
+            )
+
+
+def _write_jsonl(path: Path, records: Iterable[dict]) -> Counter:
+    """Write records, whole or not at all (none: no file); returns the questions per type."""
+    counts, partial = Counter(), path.with_name(path.name + ".part")
+    with open(partial, "w", encoding="utf-8", newline="\n") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            counts.update(record.get("types", ()))
+    if partial.stat().st_size:
+        os.replace(partial, path)
+    else:
+        partial.unlink()
+        path.unlink(missing_ok=True)
+    return counts
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write a data set or the evaluation pictures; returns the exit status."""
+    args = _parse_args(argv)
+    try:
+        if args.eval_images:
+            for path in write_eval_images(args.out):
+                print(path)
+            return 0
+        _check_args(args)
+        counts = write_dataset(
+            args.out,
+            num_images=args.num_images,
+            seed=args.seed,
+            split=args.split,
+            num_pairs=args.num_images // 4 if args.num_pairs is None else args.num_pairs,
+            num_text=args.num_text,
+            num_turns=args.num_turns,
+            image_size=args.image_size,
+            languages=LANGUAGES if args.language == "both" else (args.language,),
+            character_share=args.character_share,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {args.num_images} {args.split} pictures with their records to {args.out}")
+    for type_, num in sorted(counts.items()):
+        print(f"  {type_}: {num} questions, chance {CHANCE[type_]:.1%}")
+    return 0
+
+
+def _parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dataset.synthetic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder to write into | 输出目录")
+    add("--num_images", type=int, default=1000, help="pictures | 图片数")
+    add("--seed", type=int, default=0, help="another seed gives other scenes | 随机种子")
+    add("--split", choices=SPLITS, default="train", help="which set | 训练集或留出集")
+    add("--num_pairs", type=int, help="two-picture records; default a quarter of --num_images "
+        "| 双图记录数")  # fmt: skip
+    add("--num_text", type=int, default=0, help="records without pictures | 纯文本记录数")
+    add("--num_turns", type=int, default=8, help="questions a record at most | 每条最多提问数")
+    add("--image_size", type=int, default=96, help="side in pixels | 图片边长（像素）")
+    add("--language", choices=("both", *LANGUAGES), default="both", help="| 语言")
+    add("--character_share", type=float, default=CHARACTER_SHARE,
+        help="share of scenes with room that get a letter or digit | 带字符的比例")  # fmt: skip
+    add("--eval_images", type=int, choices=(0, 1), nargs="?", const=1, default=0,
+        help="1: write the named evaluation pictures instead | 改为生成评测图片")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def _check_args(args: argparse.Namespace) -> None:
+    limits = {
+        "num_images": (1, MAX_IMAGES),
+        "num_pairs": (0, MAX_IMAGES),
+        "num_text": (0, None),
+        "num_turns": (1, None),
+        "image_size": (MIN_IMAGE_SIZE, 1024),
+        "character_share": (0.0, 1.0),
+    }
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            wanted = f"{low} or more" if high is None else f"{low} to {high}"
+            raise ValueError(f"--{name} must be {wanted}, got {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
