@@ -80,6 +80,8 @@ class TextDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         """Block `index`; its last token is the next one's first, so that each is once a target."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # also what ends a for loop over the data set
         start = index * self.max_length
         input_ids = self.tokens[start : start + self.max_length + 1].long()
         return Sample(
