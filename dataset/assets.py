@@ -119,7 +119,7 @@ class Item:
 
     @property
     def missing_bytes(self) -> int:
-        return (self.remote.size or 0) - part_size(self.remote, self.path)
+        return max(0, (self.remote.size or 0) - part_size(self.remote, self.path))
 
 
 def chosen_assets(names: list[str], *, revision: str | None) -> list[str]:

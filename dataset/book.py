@@ -1,7 +1,7 @@
 """Owns the public text corpus: the book Dive into Deep Learning as text, a paragraph a line.
 
 The English and the Chinese edition are two GitHub repositories; their archives at fixed commits
-are read without being unpacked. The text is under CC BY-SA 4.0, which is written beside it.
+are read without being unpacked. Each has its own license, which is put beside the text.
 """
 
 import hashlib
@@ -12,7 +12,6 @@ from pathlib import Path
 
 from dataset.hub import RemoteFile, endpoint, fetch
 
-LICENSE = "CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/"
 AUTHORS = "Aston Zhang, Zachary C. Lipton, Mu Li, Alexander J. Smola and contributors"
 # The heads of the two repositories when this list was made: 2024-03-16 and 2023-08-18.
 EDITIONS = {
@@ -54,13 +53,13 @@ def paragraphs(markdown: str) -> list[str]:
     return found
 
 
-def read_archive(archive: Path, *, commit: str) -> list[str]:
-    """All paragraphs of a repository's archive, in the order of its paths.
+def read_archive(archive: Path, *, commit: str) -> tuple[list[str], str]:
+    """All paragraphs of a repository's archive, in the order of its paths, and its license.
 
     Raises:
-        ValueError: not an archive, of another commit, or without text.
+        ValueError: not an archive, of another commit, or without text or license.
     """
-    chapters = {}
+    chapters, license_text = {}, ""
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
@@ -68,15 +67,20 @@ def read_archive(archive: Path, *, commit: str) -> list[str]:
                 is_text = name.endswith(".md") and not name.endswith("_origin.md")
                 if member.isfile() and is_text:
                     chapters[name] = tar.extractfile(member).read().decode("utf-8")
+                elif member.isfile() and name == "LICENSE":
+                    license_text = tar.extractfile(member).read().decode("utf-8")
             found_commit = tar.pax_headers.get("comment")  # `git archive` writes it there
     except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{archive} is not a readable archive ({error}); try again") from error
     if found_commit != commit:
         raise ValueError(f"{archive.name} holds commit {found_commit}, expected {commit}")
     lines = [line for name in sorted(chapters) for line in paragraphs(chapters[name])]
-    if not lines:
-        raise ValueError(f"{archive.name} holds no text in {len(chapters)} Markdown files")
-    return lines
+    if not lines or not license_text:
+        raise ValueError(
+            f"{archive.name} holds {len(lines)} paragraphs in {len(chapters)} Markdown files and "
+            f"{'a' if license_text else 'no'} license; it is not the book"
+        )
+    return lines, license_text
 
 
 def archives() -> dict[str, RemoteFile]:
@@ -100,24 +104,25 @@ def is_there(folder: Path) -> bool:
         return False
 
 
-def fetch_corpus(folder: Path, *, retry_wait_s: float = 1.0) -> None:
-    """Fetch both editions and write `en.txt`, `zh.txt` and `SOURCE.json`.
+def fetch_corpus(folder: Path) -> None:
+    """Fetch both editions and write `en.txt`, `zh.txt`, their licenses and `SOURCE.json`.
 
     Raises:
         OSError, ValueError: as `fetch` and `read_archive`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    source: dict = {"license": LICENSE, "authors": AUTHORS}
+    source: dict = {"authors": AUTHORS}
     for language, remote in archives().items():
         repo, commit = EDITIONS[language]
         archive = folder / f".{language}.tar.gz"
-        fetch(remote, archive, retry_wait_s=retry_wait_s)
+        fetch(remote, archive)
         try:
-            lines = read_archive(archive, commit=commit)
+            lines, license_text = read_archive(archive, commit=commit)
         finally:
             archive.unlink()
         text = folder / f"{language}.txt"
         _write(text, "\n".join(lines) + "\n")
+        _write(folder / f"LICENSE.{language}", license_text)
         source[language] = {"repository": repo, "commit": commit, "sha256": _sha256(text)}
     _write(folder / SOURCE_FILE, json.dumps(source, indent=1, ensure_ascii=False) + "\n")
 

@@ -74,7 +74,7 @@ def print_plan(plan: list[Item], *, root: Path, corpus: str | None) -> None:
                 f"{corpus:<8}{'size ?':>10}  {CORPUS_DIR}/{language}.txt  ({remote.name} on "
                 f"{endpoint('github')}, checked by commit)"
             )
-        print(f"the corpus is under {book.LICENSE}")
+        print("each edition of the book has its own license, put beside the text")
 
 
 def readable(num_bytes: int | None) -> str:
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     for item in to_fetch:
         fetch(item.remote, item.path)
-        if item.state == "differs":  # what described the file that it replaced
+        if item.state == "differs" and item.path.suffix == ".pth":  # it told of the old weight
             item.path.with_suffix(".json").unlink(missing_ok=True)
     if more:
         book.fetch_corpus(root / CORPUS_DIR)

@@ -27,6 +27,7 @@ ENDPOINTS = {
 }
 TIMEOUT_S = 30.0
 MAX_STALLS = 5  # attempts in a row that bring nothing before a fetch gives up
+RETRY_WAIT_S = 1.0
 READ_BYTES = 1 << 22
 MODELSCOPE_PAGE = 100
 
@@ -164,7 +165,7 @@ def _wrong_checksum(remote: RemoteFile, path: Path) -> str:
     return ""
 
 
-def fetch(remote: RemoteFile, path: Path, *, retry_wait_s: float = 1.0) -> None:
+def fetch(remote: RemoteFile, path: Path) -> None:
     """Receive a file, going on from what an earlier attempt left, and check it.
 
     Raises:
@@ -194,7 +195,7 @@ def fetch(remote: RemoteFile, path: Path, *, retry_wait_s: float = 1.0) -> None:
                         f"{remote.size or 'unknown'} bytes are kept in {part}: run the same "
                         "command again to go on"
                     ) from error
-                time.sleep(retry_wait_s)
+                time.sleep(RETRY_WAIT_S)
     if problem := _wrong_checksum(remote, part):
         part.unlink()
         raise ValueError(
