@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_hub import hub, only_this_machine  # noqa: F401 (fixtures)
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast

@@ -27,6 +27,10 @@ ALLOWED = {
     "dataset.loss_mask": set(),
     "dataset.lm_dataset": {"dataset.records", "dataset.loss_mask"},
     "dataset.collate": {"dataset.lm_dataset"},
+    "dataset.hub": set(),
+    "dataset.book": {"dataset.hub"},
+    "dataset.assets": {"dataset.hub"},
+    "dataset.download": {"dataset.assets", "dataset.book", "dataset.hub"},
     "trainer.trainer_utils": {"model.inference", "model.weights"},
     "trainer.train_args": {"model.inference", "model.weights"},
     "trainer.optim": set(),
@@ -35,7 +39,7 @@ ALLOWED = {
     "trainer.preflight": {"trainer.metrics", "trainer.train_loop", "trainer.trainer_utils"},
     "eval_vlm": {"model.inference", "model.weights"},
 }
-SCRIPTS = {"trainer.train_pretrain_vlm", "trainer.train_sft_vlm"}
+SCRIPTS = {"dataset.download", "trainer.train_pretrain_vlm", "trainer.train_sft_vlm"}
 MAX_LINES = 400
 
 

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 import eval_vlm
+from dataset import download
 from trainer import train_pretrain_vlm, train_sft_vlm
 from trainer.train_args import parse_args
 
@@ -25,6 +26,7 @@ PARSERS = {
     "trainer/train_pretrain_vlm.py": parse_train(train_pretrain_vlm),
     "trainer/train_sft_vlm.py": parse_train(train_sft_vlm),
     "eval_vlm.py": eval_vlm.parse_args,
+    "dataset/download.py": download.parse_args,
 }
 
 

@@ -1,0 +1,221 @@
+"""Fetches the real assets: CLIP tower, base language models with their tokenizer, data, corpus.
+
+    python dataset/download.py                          # what the two training stages need
+    python dataset/download.py llm_768 sft --hub modelscope
+    python -m dataset.download corpus --yes
+
+It lists what it will fetch and how big that is, and asks before it starts. It never runs by itself;
+interrupted, it goes on where it stopped; what is there already is checked and not fetched again.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset import book
+from dataset.assets import (
+    ASSETS,
+    CORPUS,
+    DEFAULT_ASSETS,
+    TOKENIZER_DIR,
+    Item,
+    chosen_assets,
+    make_plan,
+)
+from dataset.hub import ENDPOINTS, endpoint, fetch
+
+ROOT = Path(__file__).resolve().parents[1]
+HUBS = ("huggingface", "modelscope")
+CORPUS_DIR = "dataset/corpus"
+# GitHub does not say how big its archives are. An allowance, far above what the text needs.
+CORPUS_ALLOWANCE_BYTES = 1 << 30
+DISK_MARGIN_BYTES = 64 << 20  # for the system and other programs
+INTERRUPTED = 130  # exit status after Ctrl-C: 128 plus the signal's number
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags of the command line."""
+    names = "\n".join(f"  {name:<15}{asset.about}" for name, asset in ASSETS.items())
+    parser = argparse.ArgumentParser(
+        prog="dataset/download.py",
+        description="Fetch weights, tokenizer, tower and data / 下载权重、分词器、视觉塔与数据",
+        epilog=f"assets / 可下载的内容:\n{names}\n  {CORPUS:<15}the book Dive into Deep Learning, "
+        "text / 《动手学深度学习》文本\n\nmirrors / 镜像: "
+        + ", ".join(variable for variable, _ in ENDPOINTS.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("assets", nargs="*", help=f"what to fetch / 下载什么 (default: {' '.join(DEFAULT_ASSETS)})")
+    add("--hub", choices=HUBS, default="huggingface", help="where from / 从哪里下载 (%(default)s)")
+    add("--revision", help="another commit, tag or branch, of one asset / 指定单个内容的版本")
+    add("--to", type=Path, default=ROOT, help="root of the same layout elsewhere / 另存到别处")
+    add("--yes", action="store_true", help="do not ask / 不再询问")
+    add("--dry_run", action="store_true", help="list and stop / 只列出, 不下载")
+    add("--force", action="store_true", help="replace files that differ / 覆盖不同的文件")
+    return parser.parse_args(argv)
+
+
+def print_plan(plan: list[Item], *, root: Path, corpus: str | None) -> None:
+    """One line a file: what happens, how big, from where, to where, how it is checked."""
+    for item in plan:
+        check = "sha256" if item.remote.sha256 else "git id" if item.remote.git_sha1 else "size"
+        print(
+            f"{item.state:<8}{readable(item.remote.size):>10}  {item.path.relative_to(root)}  "
+            f"({item.origin['repository']}, checked by {check})"
+        )
+    if corpus is not None:
+        for language, remote in book.archives().items():
+            print(
+                f"{corpus:<8}{'size ?':>10}  {CORPUS_DIR}/{language}.txt  ({remote.name} on "
+                f"{endpoint('github')}, checked by commit)"
+            )
+        print("each edition of the book has its own license, put beside the text")
+
+
+def readable(num_bytes: int | None) -> str:
+    """A size in decimal units, as hubs show it."""
+    if num_bytes is None:
+        return "size ?"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def check_disk(needed: list[tuple[Path, int]]) -> None:
+    """Raise OSError unless each disk takes what will be written to it.
+
+    Args:
+        needed: folders, which need not exist yet, and bytes to come there.
+    """
+    disks: dict[int, tuple[Path, int]] = {}
+    for folder, num_bytes in needed:
+        folder = folder.resolve()
+        while not folder.exists():
+            folder = folder.parent
+        disk = folder.stat().st_dev
+        first, before = disks.get(disk, (folder, 0))
+        disks[disk] = (first, before + num_bytes)
+    for folder, num_bytes in disks.values():
+        free = shutil.disk_usage(folder).free
+        if free < num_bytes + DISK_MARGIN_BYTES:
+            raise OSError(
+                f"not enough space on the disk of {folder}: {readable(num_bytes)} to come, "
+                f"{readable(free)} free; free some, choose fewer assets, or another --to"
+            )
+
+
+def confirm(question: str) -> bool:
+    """Ask on the terminal; ValueError if there is none."""
+    if not sys.stdin.isatty():
+        raise ValueError("no terminal to ask on; start it with --yes, or look with --dry_run")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+def record_pairing(weight: Path, origin: dict, tokenizer_dir: Path) -> None:
+    """Write beside a fetched weight which tokenizer it belongs to; loading holds to it.
+
+    Called by `main` alone, which may reach across to `model/`.
+
+    Raises:
+        ValueError: not a weight, or metadata there that names another tokenizer.
+    """
+    from model.vlm_processor import load_tokenizer, tokenizer_sha256
+    from model.weights import (
+        METADATA_FORMAT,
+        atomic_write,
+        read_metadata,
+        read_weights,
+        sizes_from_tensors,
+    )
+
+    sha256 = tokenizer_sha256(load_tokenizer(tokenizer_dir))
+    beside = weight.with_suffix(".json")
+    recorded = read_metadata(weight).get("tokenizer_sha256")
+    if recorded == sha256:
+        return
+    if recorded is not None:
+        raise ValueError(
+            f"{beside} names another tokenizer ({recorded[:12]}...) than the one in "
+            f"{tokenizer_dir} ({sha256[:12]}...); move {beside.name} away and start again"
+        )
+    metadata = {
+        "format": METADATA_FORMAT,
+        "config": sizes_from_tensors(read_weights(weight), path=weight),
+        "vision_tower_sha256": None,
+        "tokenizer_sha256": sha256,
+        "stage": "llm",
+        "source": origin,
+    }
+    text = json.dumps(metadata, indent=1, ensure_ascii=False)
+    atomic_write(beside, lambda file: file.write(text.encode()))
+    print(f"recorded in {beside}: {weight.name} belongs to the tokenizer in {tokenizer_dir}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, ask, fetch, record; returns the exit status."""
+    names = chosen_assets(args.assets, revision=args.revision)
+    root = args.to
+    hub_names = [name for name in names if name != CORPUS]
+    plan = make_plan(hub_names, hub=args.hub, revision=args.revision, root=root)
+    corpus = None
+    if CORPUS in names:
+        corpus = "there" if book.is_there(root / CORPUS_DIR) else "fetch"
+    print_plan(plan, root=root, corpus=corpus)
+    differing = [item.path for item in plan if item.state == "differs"]
+    if differing and not args.force:
+        raise ValueError(
+            f"{', '.join(map(str, differing))}: there, but not the file of the hub; move it away, "
+            "or replace it by --force"
+        )
+    to_fetch = [item for item in plan if item.state != "there"]
+    num_bytes = sum(item.missing_bytes for item in to_fetch)
+    needed = [(item.path.parent, item.missing_bytes) for item in to_fetch]
+    more = " and the corpus" if corpus == "fetch" else ""
+    print(f"{readable(num_bytes)} to fetch{more} / 共需下载 {readable(num_bytes)}")
+    if more:
+        needed.append((root / CORPUS_DIR, CORPUS_ALLOWANCE_BYTES))
+    check_disk(needed)
+    if args.dry_run:
+        return 0
+    if (to_fetch or more) and not (args.yes or confirm("Start? / 开始下载?")):
+        print("nothing fetched / 未下载")
+        return 1
+    for item in to_fetch:
+        fetch(item.remote, item.path)
+        if item.state == "differs" and item.path.suffix == ".pth":  # it told of the old weight
+            item.path.with_suffix(".json").unlink(missing_ok=True)
+    if more:
+        book.fetch_corpus(root / CORPUS_DIR)
+    for item in plan:
+        if item.path.suffix == ".pth":
+            record_pairing(item.path, item.origin, root / TOKENIZER_DIR)
+    print("all there / 全部就绪")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line; what a user can mend ends in one line on stderr."""
+    args = parse_args(argv)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print(
+            "stopped; the same command goes on from here / 已中断, 重新运行即可续传",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        if os.environ.get("MINIMIND_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""Owns the network: asking a hub what a repository holds, and fetching a file whole or not at all.
+
+Two hubs, Hugging Face and ModelScope, and plain archives. A file is received into a `.part` file
+beside its place, which a later run goes on with, and gets its name only when size and checksum are
+those that the hub declares. The HTTP client is `huggingface_hub`'s (its proxy and offline settings
+hold). Its own downloader is not used, because it drops what an interrupted download had received,
+nor its HfApi, because that asks another address about the calling program first.
+"""
+
+import errno
+import hashlib
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote, urlencode
+
+from httpx2 import HTTPError
+from huggingface_hub import get_session, hf_hub_url
+from tqdm import tqdm
+
+# Variables name a mirror; HF_ENDPOINT is the one that huggingface_hub itself reads.
+ENDPOINTS = {
+    "huggingface": ("HF_ENDPOINT", "https://huggingface.co"),
+    "modelscope": ("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn"),
+    "github": ("GITHUB_ENDPOINT", "https://github.com"),
+}
+TIMEOUT_S = 30.0
+MAX_STALLS = 5  # attempts in a row that bring nothing before a fetch gives up
+RETRY_WAIT_S = 1.0
+READ_BYTES = 1 << 22
+MODELSCOPE_PAGE = 100
+
+
+class TransientError(Exception):
+    """The server could not answer now; asking again may help."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a repository, as its hub declares it; None where the hub does not say.
+
+    `git_sha1` is the id of the git blob, which Hugging Face declares for small files.
+    """
+
+    url: str
+    name: str
+    size: int | None = None
+    sha256: str | None = None
+    git_sha1: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What tells this version of the file from any other."""
+        declared = self.sha256 or self.git_sha1
+        return declared or hashlib.sha256(self.url.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a repository at one commit (None where the hub does not name it)."""
+
+    commit: str | None
+    files: dict[str, RemoteFile] = field(default_factory=dict)
+
+
+def endpoint(hub: str) -> str:
+    """The address of a hub, or of the mirror that its variable names."""
+    variable, default = ENDPOINTS[hub]
+    return os.environ.get(variable, default).rstrip("/")
+
+
+def list_files(hub: str, repo: str, *, kind: str, revision: str) -> Listing:
+    """What a repository holds at a revision.
+
+    Args:
+        hub: "huggingface" or "modelscope".
+        repo: "owner/name".
+        kind: "model" or "dataset".
+        revision: a commit, tag or branch.
+    Raises:
+        FileNotFoundError: no such repository or revision.
+        ConnectionError: the hub cannot be reached or does not answer as it should.
+    """
+    where = f"{repo} at revision {revision} on {endpoint(hub)}"
+    ask = {"huggingface": _list_huggingface, "modelscope": _list_modelscope}[hub]
+    try:
+        return ask(repo, kind, revision)
+    except HTTPError as error:
+        response = getattr(error, "response", None)
+        if response is not None and response.status_code in (401, 403, 404):
+            raise FileNotFoundError(
+                f"{where}: HTTP {response.status_code}, so there is no such repository or "
+                "revision, or it is not public; try another --hub or --revision"
+            ) from error
+        raise ConnectionError(f"{where} cannot be listed ({_first_line(error)})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConnectionError(f"{where}: an answer of unknown form ({error!r})") from error
+
+
+def _list_huggingface(repo: str, kind: str, revision: str) -> Listing:
+    """Source: HfApi.model_info and dataset_info with files_metadata=True."""
+    address = endpoint("huggingface")
+    url = f"{address}/api/{kind}s/{repo}/revision/{quote(revision, safe='')}?blobs=true"
+    response = get_session().get(url, timeout=TIMEOUT_S)
+    response.raise_for_status()
+    info = response.json()
+    files = {}
+    for entry in info["siblings"]:
+        name, lfs = entry["rfilename"], entry.get("lfs")
+        url = hf_hub_url(repo, name, repo_type=kind, revision=info["sha"], endpoint=address)
+        sha256 = lfs["sha256"] if lfs else None
+        git_sha1 = None if lfs else entry.get("blobId")  # of a large file it is its pointer's
+        files[name] = RemoteFile(url, name, entry.get("size"), sha256, git_sha1)
+    return Listing(info["sha"], files)
+
+
+def _list_modelscope(repo: str, kind: str, revision: str) -> Listing:
+    """Source: modelscope/hub/api.py of the ModelScope client (names of paths and fields)."""
+    base = f"{endpoint('modelscope')}/api/v1/{kind}s/{quote(repo)}/repo"
+    query = {"Revision": revision, "Root": "", "PageNumber": 1, "PageSize": MODELSCOPE_PAGE}
+    listing = f"{base}/{'files' if kind == 'model' else 'tree'}?{urlencode(query)}"
+    response = get_session().get(listing, timeout=TIMEOUT_S)
+    response.raise_for_status()
+    files = {}
+    for entry in response.json()["Data"]["Files"]:
+        if entry["Type"] != "tree":
+            path = entry["Path"]
+            url = f"{base}?{urlencode({'Revision': revision, 'FilePath': path})}"
+            files[path] = RemoteFile(url, path, int(entry["Size"]), entry.get("Sha256") or None)
+    return Listing(None, files)
+
+
+def part_path(remote: RemoteFile, path: Path) -> Path:
+    """Where a file is received: beside its place, one for each version of it."""
+    return path.with_name(f".{path.name}.{remote.identity[:12]}.part")
+
+
+def part_size(remote: RemoteFile, path: Path) -> int:
+    """Bytes already received for a file."""
+    part = part_path(remote, path)
+    return part.stat().st_size if part.is_file() else 0
+
+
+def is_same(remote: RemoteFile, path: Path) -> bool:
+    """Whether a local file is the one that the hub declares (by size, then by checksum)."""
+    if remote.size is not None and path.stat().st_size != remote.size:
+        return False
+    return not _wrong_checksum(remote, path)
+
+
+def _wrong_checksum(remote: RemoteFile, path: Path) -> str:
+    """What does not fit, in words; "" if all that the hub declares does."""
+    git_blob = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    for kind, expected, digest in (
+        ("sha256", remote.sha256, hashlib.sha256()),
+        ("git blob id", remote.git_sha1, git_blob),
+    ):
+        if expected is not None:
+            with open(path, "rb") as file:
+                while block := file.read(READ_BYTES):
+                    digest.update(block)
+            if digest.hexdigest() != expected:
+                return f"{kind} {digest.hexdigest()}, expected {expected}"
+    return ""
+
+
+def fetch(remote: RemoteFile, path: Path) -> None:
+    """Receive a file, going on from what an earlier attempt left, and check it.
+
+    Raises:
+        FileNotFoundError: the hub has no such file, or it is not public.
+        ConnectionError: the connection broke again and again; what was received is kept.
+        ValueError: the checksum is wrong; nothing is left behind.
+        OSError: the disk is full; what was received is kept.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = part_path(remote, path)
+    stalls = 0
+    with tqdm(total=remote.size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+        while not _is_complete(remote, part):
+            before = part_size(remote, path)
+            try:
+                _receive(remote, part, bar)
+                if remote.size is None:
+                    break
+                if part.stat().st_size < remote.size:
+                    raise TransientError("the answer ended early")
+            except (HTTPError, TransientError) as error:
+                received = part_size(remote, path)
+                stalls = stalls + 1 if received <= before else 0
+                if stalls >= MAX_STALLS:
+                    raise ConnectionError(
+                        f"{remote.url}: {_first_line(error)}; {received} of "
+                        f"{remote.size or 'unknown'} bytes are kept in {part}: run the same "
+                        "command again to go on"
+                    ) from error
+                time.sleep(RETRY_WAIT_S)
+    if problem := _wrong_checksum(remote, part):
+        part.unlink()
+        raise ValueError(
+            f"{remote.url} came with the wrong {problem}; nothing was left in {path}: try again, "
+            "or another --hub"
+        )
+    os.replace(part, path)
+
+
+def _is_complete(remote: RemoteFile, part: Path) -> bool:
+    if remote.size is None or not part.is_file():
+        return False
+    if part.stat().st_size > remote.size:  # not made by us, and no Range can mend it
+        part.unlink()
+        return False
+    return part.stat().st_size == remote.size
+
+
+def _receive(remote: RemoteFile, part: Path, bar: tqdm) -> None:
+    """One request: append what is missing (all of it, if the server cannot send a part)."""
+    have = part.stat().st_size if part.is_file() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with get_session().stream("GET", remote.url, headers=headers, timeout=TIMEOUT_S) as response:
+        status = response.status_code
+        if status in (401, 403, 404):
+            raise FileNotFoundError(
+                f"{remote.url}: HTTP {status}, so the file is not there or not public; try "
+                "another --hub or --revision"
+            )
+        if status not in (200, 206):
+            if status == 416:  # the part reaches beyond the file: begin again
+                part.unlink(missing_ok=True)
+            raise TransientError(f"HTTP {status}")
+        if status == 206 and not response.headers.get("Content-Range", "").startswith(
+            f"bytes {have}-"
+        ):
+            raise TransientError("the server sent another range than the one asked for")
+        bar.n = have if status == 206 else 0
+        try:
+            with open(part, "ab" if status == 206 else "wb") as file:
+                for block in response.iter_bytes():
+                    file.write(block)
+                    bar.update(len(block))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OSError(
+                f"the disk of {part.parent} is full; what was received is kept in {part.name}: "
+                "free some space and run the same command again, or name another folder by --to"
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
