@@ -3,7 +3,7 @@
 Shapes: T tokens, I images, S image side in pixels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset.loss_mask import supervised_mask
-from dataset.records import BadRecordError, Record, open_records
+from dataset.records import IMAGE_TAG, BadRecordError, Record, open_records
 
 IGNORE_INDEX = -100  # label of a position that is not supervised
 
@@ -111,6 +111,14 @@ class VLMDataset(Dataset):
             pixel_values=encoded["pixel_values"],
             is_truncated=encoded["is_truncated"],
         )
+
+    def without_images(self, index: int) -> Sample:
+        """The sample with its pictures and their tags taken out: what is left to a blind model."""
+        record = self.records[index]
+        messages = [
+            m | {"content": m["content"].replace(IMAGE_TAG, "").strip()} for m in record.messages
+        ]
+        return self._sample(index, replace(record, messages=messages, images=[]))
 
     def find_bad_records(self) -> list[BadSample]:
         """Every record whose fault shows without decoding a picture or counting tokens."""

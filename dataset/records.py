@@ -35,12 +35,14 @@ class BadRecordError(ValueError):
 class Record:
     """One checked conversation.
 
-    `images` are names below the images path, or the encoded bytes themselves.
+    `images` are names below the images path, or the encoded bytes themselves; `types` says, where
+    the record does, what kind of question each answer belongs to.
     """
 
     messages: list[dict]
     images: list[str | bytes]
     where: str
+    types: tuple[str, ...] = ()
 
 
 def default_data_paths(kind: str) -> tuple[Path, Path]:
@@ -232,7 +234,7 @@ class JsonlRecords:
                     f"{where}: image {name!r} is not in {self.images.root}; "
                     "add it, or name the right --images_path"
                 )
-        return Record(messages, images, where)
+        return Record(messages, images, where, tuple(raw.get("types") or ()))
 
     def _image_names(self, image, *, where: str) -> list[str]:
         """The `image` field: absent or empty, one name, names joined by commas, or a list."""

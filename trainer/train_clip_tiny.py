@@ -2,9 +2,10 @@
 
     python trainer/train_clip_tiny.py --steps 2500
 
-Every batch is made of groups of scenes that differ in one thing (a shape, a colour, a place), so
-telling pictures apart takes what the questions will ask for. The result is an ordinary CLIP
-folder; the language model only reads its vision half.
+A caption says what stands in each corner. After a first part with unrelated scenes, a batch is made
+of groups of scenes that differ in one thing (a shape, a colour, a place), so telling pictures apart
+takes what the questions will ask for. The result is an ordinary CLIP folder; the language model
+only reads its vision half.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from dataset.synthetic_drawing import draw_scene
-from dataset.synthetic_text import caption
+from dataset.synthetic_text import describe
 from dataset.synthetic_world import (
     COLOURS,
     PLACES,
@@ -40,6 +41,7 @@ from trainer.optim import get_lr, make_optimizer
 from trainer.trainer_utils import autocast, setup_seed
 
 GROUP = 4  # scenes of a group: one, and three that differ from it in one thing each
+UNRELATED_SHARE = 0.4  # of the groups, at the beginning, hold unrelated scenes: those are easier
 IMAGE_SIDE, PATCH_SIDE, DRAWN_SIDE = 224, 16, 96
 PROCESSOR = CLIPImageProcessorPil()  # CLIP's own mean and deviation
 
@@ -85,13 +87,15 @@ class SceneGroups(Dataset):
         """Pictures (GROUP, side, side, 3) uint8, and caption ids that end with eos."""
         rng = Random(f"{self.seed} {index}")
         scenes = [sample_scene(rng)]
+        is_unrelated = index < UNRELATED_SHARE * self.num_groups
         while len(scenes) < GROUP:
-            changed = change_scene(scenes[0], rng)
+            changed = sample_scene(rng) if is_unrelated else change_scene(scenes[0], rng)
             if not is_heldout_scene(changed) and changed not in scenes:
                 scenes.append(changed)
         pictures = [np.asarray(draw_scene(s, image_size=DRAWN_SIDE)) for s in scenes]
         tokenizer = self.tokenizer
-        texts = [tokenizer.encode(caption(s, rng)) + [tokenizer.eos_token_id] for s in scenes]
+        captions = [describe(s, rng, style="table") for s in scenes]
+        texts = [tokenizer.encode(c) + [tokenizer.eos_token_id] for c in captions]
         return np.stack(pictures), texts
 
 
