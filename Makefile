@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CPU_TORCH := torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup test test-quick test-all lint demo clean
+.PHONY: setup test test-quick test-all lint demo from-zero clean
 
 setup: $(VENV)/.done
 
@@ -37,8 +37,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 demo: setup
-	@echo "error: the embedded sample data does not exist yet, so there is nothing to show;" \
-	  "train on your own data as README.md says" >&2; exit 1
+	$(BIN)/python trainer/demo.py
+
+# The whole chain with nothing but generated data and the committed tokenizer.
+from-zero: setup
+	$(BIN)/python trainer/demo.py --from_zero 1
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache
