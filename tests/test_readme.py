@@ -8,7 +8,7 @@ from conftest import ROOT
 
 import eval_vlm
 from dataset import download
-from trainer import train_pretrain_vlm, train_sft_vlm
+from trainer import train_llm, train_pretrain_vlm, train_sft_vlm
 from trainer.train_args import parse_args
 
 READMES = ("README.md", "README_zh.md")
@@ -25,6 +25,7 @@ def parse_train(module):
 PARSERS = {
     "trainer/train_pretrain_vlm.py": parse_train(train_pretrain_vlm),
     "trainer/train_sft_vlm.py": parse_train(train_sft_vlm),
+    "trainer/train_llm.py": parse_train(train_llm),
     "eval_vlm.py": eval_vlm.parse_args,
     "dataset/download.py": download.parse_args,
 }
