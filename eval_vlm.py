@@ -22,7 +22,15 @@ import torch
 
 from dataset.collate import VLMCollator
 from dataset.lm_dataset import BadSample, Sample, VLMDataset
-from model.inference import LoadedModel, Sampling, add_model_arguments, ask, load_model, stream
+from model.inference import (
+    LoadedModel,
+    Sampling,
+    add_model_arguments,
+    ask,
+    load_model,
+    parse_path,
+    stream,
+)
 from model.scoring import score_answers, wilson_lower_bound
 from model.weights import ROOT, atomic_write
 
@@ -38,7 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add_model_arguments(parser)
     add = parser.add_argument
-    add("--image_dir", type=Path, default=ROOT / "dataset" / "eval_images",
+    add("--image_dir", type=parse_path, default=ROOT / "dataset" / "eval_images",
         help="folder of images / 图像目录")  # fmt: skip
     add("--prompt", default=DEFAULT_PROMPT,
         help="question; without <image>, the image comes first / 提问")  # fmt: skip
@@ -46,11 +54,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.65, help="0 is greedy / 采样温度")
     add("--top_p", type=float, default=0.85, help="nucleus sampling / 核采样阈值")
     add("--seed", type=int, default=2026, help="of the sampling / 随机种子")
-    add("--data_path", type=Path, help="score these records instead / 改为对数据集评分")
-    add("--images_path", type=Path, help="their images / 其图像")
+    add("--data_path", type=parse_path, help="score these records instead / 改为对数据集评分")
+    add("--images_path", type=parse_path, help="their images / 其图像")
     add("--max_seq_len", type=int, default=1536, help="longest record in tokens / 最大长度")
     add("--batch_size", type=int, default=16, help="records scored at a time / 批大小")
-    add("--json", type=Path, help="write the scores here too / 评分写入 JSON")
+    add("--json", type=parse_path, help="write the scores here too / 评分写入 JSON")
     return parser.parse_args(argv)
 
 
@@ -82,7 +90,7 @@ def describe_folder(loaded: LoadedModel, images: list[Path], args: argparse.Name
         torch.manual_seed(args.seed)
         try:
             describe(loaded, image, args.prompt, sampling)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print(f"\nerror: {image}: {error}", file=sys.stderr)
             status = 1
     return status

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset.loss_mask import supervised_mask
-from dataset.records import IMAGE_TAG, BadRecordError, Record, open_records
+from dataset.records import IMAGE_TAG, BadRecordError, Record, open_records, shorten
 
 IGNORE_INDEX = -100  # label of a position that is not supervised
 
@@ -90,7 +90,7 @@ class VLMDataset(Dataset):
             images = [self.records.read_image(image) for image in record.images]
             encoded = self.processor(record.messages, images, max_length=self.max_length)
         except (ValueError, OSError) as error:
-            names = ", ".join(i for i in record.images if isinstance(i, str))
+            names = ", ".join(shorten(i) for i in record.images if isinstance(i, str))
             about = f" (image {names})" if names else ""
             raise BadRecordError(f"{record.where}: {error}{about}") from error
         mask = supervised_mask(encoded["input_ids"].tolist(), self.processor.tokenizer)

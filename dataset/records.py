@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -98,11 +100,19 @@ def check_tags(messages: list[dict], images: list, *, where: str) -> None:
     """Raise `BadRecordError` unless there is exactly one `<image>` tag per image."""
     num_tags = sum(m["content"].count(IMAGE_TAG) for m in messages)
     if num_tags != len(images):
-        names = ", ".join(repr(i) if isinstance(i, str) else f"{len(i)} bytes" for i in images[:3])
+        names = ", ".join(
+            shorten(image) if isinstance(image, str) else f"{len(image)} bytes"
+            for image in images[:3]
+        )
         raise BadRecordError(
             f"{where}: {num_tags} {IMAGE_TAG} tag(s) but {len(images)} image(s) [{names}]; "
             "give every tag exactly one image"
         )
+
+
+def shorten(name: str, *, limit: int = 80) -> str:
+    """A name in quotes, cut where it is too long to read."""
+    return repr(name if len(name) <= limit else name[:limit] + "...")
 
 
 class ImageFolder:
@@ -116,7 +126,10 @@ class ImageFolder:
         return frozenset(entry.name for entry in os.scandir(self.root))
 
     def exists(self, name: str) -> bool:
-        return name in self._names or (self.root / name).is_file()
+        try:
+            return name in self._names or (self.root / name).is_file()
+        except OSError:  # no file system takes such a name
+            return False
 
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
@@ -139,17 +152,22 @@ class ImageZip:
 
     @cached_property
     def _members(self) -> dict[str, str]:
-        """File name -> member; a name may also be given with its folder inside the zip."""
+        """File name -> member; a name may also be given with its folder inside the zip. A name
+        that several folders have stands for none of them."""
         members = [m for m in self._open().namelist() if not m.endswith("/")]
-        return {m.rsplit("/", 1)[-1]: m for m in members} | {m: m for m in members}
+        times = Counter(m.rsplit("/", 1)[-1] for m in members)
+        by_name = {m.rsplit("/", 1)[-1]: m for m in members}
+        unique = {name: member for name, member in by_name.items() if times[name] == 1}
+        return unique | {m: m for m in members}
 
     def exists(self, name: str) -> bool:
         return name in self._members
 
     def read(self, name: str) -> bytes:
-        if name not in self._members:
-            raise FileNotFoundError(name)
-        return self._open().read(self._members[name])
+        try:
+            return self._open().read(self._members[name])
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"{name} in {self.root.name} cannot be read ({error})") from error
 
     def __getstate__(self):
         return {"root": self.root, "_opened_by": None, "_zip": None}
@@ -221,7 +239,7 @@ class JsonlRecords:
         line = self._read(self._starts[index], self._lengths[index])
         try:
             raw = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRecordError(f"{where}: not valid JSON ({error}); mend or delete it") from None
         if not isinstance(raw, dict):
             raise BadRecordError(f"{where}: a record must be a JSON object")
@@ -231,10 +249,13 @@ class JsonlRecords:
         for name in images:
             if not self.images.exists(name):
                 raise BadRecordError(
-                    f"{where}: image {name!r} is not in {self.images.root}; "
-                    "add it, or name the right --images_path"
+                    f"{where}: image {shorten(name)} is not in {self.images.root} (in a zip, a "
+                    "name that several folders have needs its folder); add it, or name the right "
+                    "--images_path"
                 )
-        return Record(messages, images, where, tuple(raw.get("types") or ()))
+        types = raw.get("types")
+        has_types = isinstance(types, list) and all(isinstance(t, str) for t in types)
+        return Record(messages, images, where, tuple(types) if has_types else ())
 
     def _image_names(self, image, *, where: str) -> list[str]:
         """The `image` field: absent or empty, one name, names joined by commas, or a list."""
@@ -263,6 +284,12 @@ class ParquetRecords:
     """Records of today's published layout: columns `conversations` (JSON) and `image_bytes`."""
 
     num_blank = 0
+
+    def __getstate__(self):
+        return {"data_path": self.data_path}  # a spawned worker reads the file for itself
+
+    def __setstate__(self, state):
+        self.__init__(state["data_path"])
 
     def __init__(self, data_path: Path):
         import pyarrow
@@ -296,7 +323,7 @@ class ParquetRecords:
         if isinstance(raw, str):
             try:
                 raw = json.loads(raw)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadRecordError(f"{where}: conversations: not valid JSON ({error})") from None
         messages = check_conversation(raw, where=where)
         images = self._table["image_bytes"][int(index)].as_py() or []

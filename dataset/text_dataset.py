@@ -66,7 +66,7 @@ class TextDataset(Dataset):
             return ""
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRecordError(f"{where}: not valid JSON ({error}); mend or delete it") from None
         if isinstance(record, dict) and isinstance(record.get("text"), str):
             return record["text"].strip()

@@ -42,13 +42,24 @@ def parse_bool(text: str) -> bool:
     return values[text.lower()]
 
 
+def parse_path(text: str) -> Path:
+    """A path; `~` is the home folder also where the shell left it alone."""
+    return Path(text).expanduser()
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say which model to use; evaluation, demo and export share them."""
     add = parser.add_argument
     add("--load_from", default=NATIVE,
         help="'model': a weight of this project; else a transformers folder / "
              "原生权重，或 transformers 目录")  # fmt: skip
-    add("--save_dir", "--out_dir", type=Path, default=OUT_DIR, help="folder of weights / 权重目录")
+    add(
+        "--save_dir",
+        "--out_dir",
+        type=parse_path,
+        default=OUT_DIR,
+        help="folder of weights / 权重目录",
+    )
     add("--weight", default="sft_vlm", help="name or path of the weight / 权重名称或路径")
     add("--hidden_size", "--dim", type=int, help="default: the weight's / 默认随权重")
     add("--num_hidden_layers", "--n_layers", type=int, help="default: the weight's / 默认随权重")
@@ -59,8 +70,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         const=True,
         help="default: the weight's / 默认随权重",
     )
-    add("--vision_model_path", type=Path, help="folder of the CLIP tower / CLIP 目录")
-    add("--tokenizer_path", type=Path, help="folder of the tokenizer / 分词器目录")
+    add("--vision_model_path", type=parse_path, help="folder of the CLIP tower / CLIP 目录")
+    add("--tokenizer_path", type=parse_path, help="folder of the tokenizer / 分词器目录")
     add("--keep_cls", type=parse_bool, nargs="?", const=True,
         help="CLS is an image token (first release) / 保留 CLS")  # fmt: skip
     add("--image_special_token", help="placeholder text of one image / 图像占位符")
@@ -82,6 +93,8 @@ def choose_device(name: str | None = None) -> torch.device:
         device = torch.device(name or ("cuda" if has_cuda else "mps" if has_mps else "cpu"))
     except RuntimeError:
         raise ValueError(f"--device {name!r} is not a device; try cpu, cuda or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name!r} is not supported; try cpu, cuda or mps")
     for kind, is_there in (("cuda", has_cuda), ("mps", has_mps)):
         if device.type == kind and not is_there:
             raise ValueError(f"--device {name}: this machine or torch build has no {kind.upper()}")

@@ -121,6 +121,12 @@ def load_vision_tower(folder: Path) -> CLIPVisionModel:
         tower, report = CLIPVisionModel.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True
         )
+    except Exception as error:  # safetensors and the unpickler raise almost anything
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{folder}: the tower's weights cannot be read ({first_line}); fetch the folder again "
+            "(a clone may need `git lfs pull`)"
+        ) from error
     finally:
         hf_logging.set_verbosity(verbosity)
         if progress_bar:

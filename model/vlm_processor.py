@@ -19,6 +19,7 @@ from model.model_vlm import VLMConfig
 
 IMAGE_TAG = "<image>"
 MODEL_DIR = Path(__file__).resolve().parent
+MAX_ASPECT = 100  # the shorter side becomes the tower's: a thinner image would fill the memory
 EXIF_TURNS = {  # EXIF orientation -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -59,7 +60,13 @@ def load_tokenizer(
             "name the folder of the tokenizer by --tokenizer_path"
         )
     for folder in present:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # a damaged file raises almost anything
+            raise ValueError(
+                f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}); fetch "
+                "it again (a clone may need `git lfs pull`)"
+            ) from error
         if expected_sha256 in (None, tokenizer_sha256(tokenizer)):
             return tokenizer
     raise ValueError(
@@ -97,6 +104,8 @@ def open_image(source: Image.Image | bytes | str | Path) -> Image.Image:
         raise
     except Exception as error:  # decoders raise almost anything on damaged data
         raise ValueError(f"not a readable image ({error})") from error
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"not a readable image ({image.width}x{image.height} is too thin)")
     image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)

@@ -53,6 +53,8 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         if temporary.is_file():
             temporary.unlink()
+        if isinstance(error.__context__, KeyboardInterrupt):  # and Ctrl-C too
+            raise KeyboardInterrupt from error
         raise OSError(
             f"could not write {path} ({error}); what stood there before is untouched; free some "
             "space or choose another folder"
@@ -140,9 +142,10 @@ def find_weight(
         ValueError: several sizes fit.
     """
     if name.endswith(".pth") or os.sep in name:
-        if not Path(name).is_file():
+        path = Path(name).expanduser()
+        if not path.is_file():
             raise FileNotFoundError(f"no weight file {name}")
-        return Path(name)
+        return path
     folders = list(dict.fromkeys([save_dir.resolve(), OUT_DIR]))
     size = r"\d+" if hidden_size is None else str(hidden_size)
     moe = "(_moe)?" if use_moe is None else "_moe" if use_moe else ""

@@ -29,7 +29,11 @@ def test_json_log_drops_what_a_resumed_run_does_again(tmp_path):
     log.close()
     assert [json.loads(line)["step"] for line in path.open()] == [1, 2, 3, 4]
     JsonLog(path).close()
-    assert path.read_text() == ""
+    assert path.read_text(), "a run that logs nothing leaves the file of an earlier one"
+    fresh = JsonLog(path)
+    fresh.write({"step": 1, "grad_norm": float("nan")})
+    fresh.close()
+    assert path.read_text() == '{"step": 1, "grad_norm": null}\n'
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def test_ranks_give_the_update_of_one_process(assets, tmp_path):
     one = train_flags(assets, tmp_path / "one", *data, batch_size=8)
     run_script("trainer/train_pretrain_vlm.py", *one)
     two = train_flags(assets, tmp_path / "two", *data, batch_size=2, accumulation_steps=2)
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29731]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     run_module(torchrun, "trainer/train_pretrain_vlm.py", two)
     losses = [[f["loss"] for f in metrics_of(tmp_path / n / "out")] for n in ("one", "two")]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=0)

@@ -1,6 +1,7 @@
 """Owns figures: what a log window measures, and where it goes (console, JSON lines, SwanLab)."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -82,12 +83,15 @@ class JsonLog:
     """
 
     def __init__(self, path: Path, *, resume_step: int | None = None):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._resume_step = path, resume_step
+        self._file = None  # opened by the first line: a run that never starts changes nothing
+
+    def _open(self) -> None:
         kept = b""
-        if resume_step is not None and path.is_file():
-            kept = b"".join(self._until(path, resume_step))
-        atomic_write(path, lambda file: file.write(kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        if self._resume_step is not None and self._path.is_file():
+            kept = b"".join(self._until(self._path, self._resume_step))
+        atomic_write(self._path, lambda file: file.write(kept))
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
 
     @staticmethod
     def _until(path: Path, step: int) -> list[bytes]:
@@ -102,11 +106,20 @@ class JsonLog:
         return lines
 
     def write(self, figures: dict) -> None:
-        self._file.write(json.dumps(figures, ensure_ascii=False) + "\n")
+        if self._file is None:
+            self._open()
+        finite = {k: None if _is_not_finite(v) else v for k, v in figures.items()}
+        self._file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def _is_not_finite(value) -> bool:
+    """JSON has no NaN and no infinity."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 class Console:

@@ -97,8 +97,17 @@ def report_end(run: Run, paths: RunPaths, is_complete: bool) -> int:
              "raise --max_seq_len to keep them whole")  # fmt: skip
     if progress.skipped_steps:
         warn(f"{progress.skipped_steps} step(s) were left out: loss or gradient not finite")
+    if is_complete and progress.step and progress.skipped_steps == progress.step:
+        warn("no step was applied: the weight is as it was; lower --learning_rate or use --dtype "
+             "bfloat16 or float32")  # fmt: skip
+        return 1
     if not is_complete:
-        Logger(f"stopped at step {progress.step}, state saved; go on with --from_resume 1")
+        is_saved = progress.samples > run.started_samples
+        Logger(
+            f"stopped at step {progress.step}, state saved; go on with --from_resume 1"
+            if is_saved
+            else "stopped before the first step; nothing was written"
+        )
         return INTERRUPTED + (run.stop.signum or 0)
     Logger(f"done: {paths.weight}")
     return 0

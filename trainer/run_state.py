@@ -1,6 +1,8 @@
 """Owns what a run saves and resumes: the training state, the weight, and what must not change."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from trainer.trainer_utils import (
     set_rng_state,
     trained_state,
     vlm_checkpoint,
+    warn,
 )
 
 
@@ -35,23 +38,54 @@ class RunState:
     paths: RunPaths
     metadata: dict  # what the weight says of itself
     identity: dict  # what a state and the run that resumes it must share
+    is_continued: bool = False  # the state on disk is this run's own
+
+    @property
+    def old_state(self) -> Path:
+        """Where the state of an earlier run goes that this one does not continue."""
+        return self.paths.state.with_name(self.paths.state.name + ".old")
+
+    def start(self) -> bool:
+        """Resume if asked to and possible, else begin afresh; True if resumed."""
+        if self.args.from_resume:
+            self.is_continued = self.resume()
+        elif self.paths.state.is_file():
+            warn(
+                f"{self.paths.state} is the state of an earlier run; this run does not continue it "
+                f"(--from_resume 1 does) and moves it to {self.old_state.name} when it first saves"
+            )
+        return self.is_continued
 
     def save(self) -> None:
         """Write state and weight (in this order: the state is what nothing else can replace)."""
-        if is_main_process():
-            about = {"args": self.args.as_text(), "versions": versions()}
-            state = {
-                "model": trained_state(self.model),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "progress": self.progress.as_dict(),
-                "rng": rng_state(self.ranks.device),
-                "world_size": self.ranks.world_size,
-            }
-            vlm_checkpoint(self.paths.state, state | about, identity=self.identity)
-            about["step"] = self.progress.step
-            save_weights(self.model, self.paths.weight, self.metadata | about)
-        self.ranks.barrier()
+        failure = None
+        try:
+            if is_main_process():
+                self._write()
+        except (ValueError, OSError) as error:
+            failure = error
+        is_failed = self.ranks.host_sum([float(failure is not None)])[0]  # all wait for the writer
+        if failure is not None:
+            raise failure
+        if is_failed:
+            raise ValueError("the main process could not save; see its message")
+
+    def _write(self) -> None:
+        if not self.is_continued and self.paths.state.is_file():
+            os.replace(self.paths.state, self.old_state)  # another run's: kept once
+        self.is_continued = True
+        about = {"args": self.args.as_text(), "versions": versions()}
+        state = {
+            "model": trained_state(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": self.progress.as_dict(),
+            "rng": rng_state(self.ranks.device),
+            "world_size": self.ranks.world_size,
+        }
+        vlm_checkpoint(self.paths.state, state | about, identity=self.identity)
+        about["step"] = self.progress.step
+        save_weights(self.model, self.paths.weight, self.metadata | about)
 
     def resume(self) -> bool:
         """Go back to where the state was saved; False if there is none.
@@ -65,7 +99,8 @@ class RunState:
             return False
         self.model.load_state_dict(state["model"], strict=False)  # the identity holds the names
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty unless it was saved in float16
+            self.scaler.load_state_dict(state["scaler"])
         set_rng_state(state["rng"], self.ranks.device)
         self.progress = Progress(**state["progress"])
         Logger(

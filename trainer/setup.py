@@ -51,6 +51,13 @@ def main(stage: Stage, argv: list[str] | None, *, description: str) -> int:
         print(f"error: out of memory ({str(error).split('. ')[0]}); lower --batch_size and raise "
               "--accumulation_steps by as much", file=sys.stderr, flush=True)  # fmt: skip
         return 1
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        print(f"error: {str(error).splitlines()[0]}; memory or /dev/shm may be full: use "
+              "fewer --num_workers, and go on with --from_resume 1",
+              file=sys.stderr, flush=True)  # fmt: skip
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -82,7 +89,7 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
         metadata=metadata,
         identity=identity,
     )
-    is_resumed = args.from_resume and state.resume()
+    is_resumed = state.start()
     metrics = make_metrics(state, num_samples=len(parts.dataset), is_resumed=is_resumed)
     run = make_run(state, parts, metrics, stop)
     try:

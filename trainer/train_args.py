@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from model.inference import parse_bool
+from model.inference import parse_bool, parse_path
 from model.weights import OUT_DIR, ROOT
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -103,7 +103,8 @@ def parse_args(stage: Stage, argv: list[str] | None, *, description: str) -> Tra
         if item.type is bool:
             options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "0/1"}
         else:
-            options |= {"type": item.type, "choices": item.metadata.get("choices")}
+            reader = parse_path if item.type is Path else item.type
+            options |= {"type": reader, "choices": item.metadata.get("choices")}
         parser.add_argument(*names, **options)
     args = TrainArgs(**vars(parser.parse_args(argv)))
     args.check()

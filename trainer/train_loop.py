@@ -68,6 +68,8 @@ class Run:
     bad_in_a_row: int = 0
     started_s: float = field(default_factory=time.perf_counter)
     started_samples: int = 0
+    steps_done: int = 0  # by this process
+    is_stopping: bool = False  # all ranks agree to
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -101,20 +103,24 @@ def train(run: Run) -> bool:
     """Train to the end of the last epoch, or to a stop signal.
 
     Returns:
-        Whether the run is complete.
+        Whether the run is complete; what it did is saved in any case.
     Raises:
         ValueError: too many non-finite steps or bad samples. State and weights are saved first.
     """
     run.started_samples = run.progress.samples
+    if run.ranks.host_sum([float(run.stop.signum is not None)])[0]:
+        return False  # stopped before the first step: there is nothing to save
     while run.progress.epoch < run.args.epochs:
         if not train_epoch(run, run.progress.epoch):
             run.save()
             return False
         run.progress.epoch += 1
         run.progress.samples_in_epoch = run.progress.bad_samples_in_epoch = 0
-        if run.val_batches is not None:
+        if run.val_batches is not None and not run.is_stopping:
             report_validation(run)
         run.save()
+        if run.is_stopping and run.progress.epoch < run.args.epochs:
+            return False
     return True
 
 
@@ -129,6 +135,8 @@ def train_epoch(run: Run, epoch: int) -> bool:
         progress.samples += result.samples
         progress.samples_in_epoch += result.samples
         progress.step += 1
+        run.steps_done += 1
+        run.is_stopping = bool(counts["stop"])
         run.window.add(result)
         run.pending.append((result.is_bad, result.sample_names))
         run.metrics.advance(result.samples)
@@ -138,9 +146,9 @@ def train_epoch(run: Run, epoch: int) -> bool:
             log_window(run)
         elif run.device.type == "cpu":
             check_finite(run)
-        if progress.samples - run.started_samples == ESTIMATE_STEPS * run.samples_per_step:
+        if run.steps_done == ESTIMATE_STEPS:
             report_estimate(run)
-        if counts["stop"] and not is_last:
+        if run.is_stopping and not is_last:
             check_finite(run)
             return False
         if progress.step % run.args.save_interval == 0 and not is_last:
@@ -201,7 +209,7 @@ def optimizer_step(run: Run, micro_batches: list, counts: dict[str, int]) -> Ste
     if counts["supervised"]:
         run.optimizer.found_inf = is_bad.float()  # read by the fused kernel, on the device
         run.optimizer.step()
-        run.scaler.update()
+    run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     return StepResult(
         samples=counts["samples"],
@@ -232,12 +240,16 @@ def check_finite(run: Run) -> None:
         shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
         run.metrics.line(f"step {step} left out: loss or gradient not finite; samples: {shown}")
         if run.bad_in_a_row >= limit:
-            run.save()
-            raise ValueError(
+            message = (
                 f"stopped at step {step}: {run.bad_in_a_row} steps in a row were not finite, the "
-                f"last on samples {shown}; the weights are saved as they were before them: lower "
+                f"last on samples {shown}; the weights are as they were before them: lower "
                 "--learning_rate, use --dtype bfloat16 or float32, or look at these samples"
             )
+            try:
+                run.save()
+            except (ValueError, OSError) as error:
+                message += f" (and saving failed: {error})"
+            raise ValueError(message)
 
 
 def report_bad_samples(run: Run, micro_batches: list, counts: dict[str, int]) -> None:

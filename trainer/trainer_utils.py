@@ -179,6 +179,7 @@ class StopSignal:
 
     def _note(self, signum: int, _frame) -> None:
         if self.signum is not None and signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
             raise KeyboardInterrupt
         self.signum = signum
         if is_main_process():  # os.write, since print may be interrupted in the middle of itself
