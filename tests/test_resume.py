@@ -30,10 +30,13 @@ CASES = {
 QUICK = ("sigterm-dense-accumulated", "kill9-moe-workers")
 
 
-def interrupt(flags: list[str], *, at_step: int, signum: int) -> int:
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def interrupt(flags: list[str], *, at_step: int, signum: int, launcher=()) -> int:
     """Start a run, send it a signal once it logged a step, and return its exit status."""
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / SCRIPT), *flags],
+        [sys.executable, *launcher, str(ROOT / SCRIPT), *flags],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=script_environment(),
     )  # fmt: skip
     seen = 0
@@ -98,6 +101,24 @@ def test_resume_is_bit_identical(case, assets, tmp_path):
     ]
     for key in ("step", "epoch", "lr", "loss", "samples"):
         assert [m[key] for m in logged[0]] == [m[key] for m in logged[1]], key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM])
+def test_resume_on_two_ranks_is_bit_identical(signum, assets, tmp_path):
+    """torchrun hands the signal on; the ranks agree on the step after which they save."""
+    data, images = make_records(tmp_path, num_records=46, multi=True)
+    common = {"batch_size": 2, "epochs": 3, "accumulation_steps": 2}
+    folders = [tmp_path / "whole", tmp_path / "cut"]
+    whole, cut = (train_flags(assets, f, data, images, **common) for f in folders)
+    command = [sys.executable, *TORCHRUN, str(ROOT / SCRIPT)]
+    options = {"env": script_environment(), "check": True, "timeout": 120, "capture_output": True}
+    subprocess.run([*command, *whole], **options)
+    assert interrupt(cut, at_step=7, signum=signum, launcher=TORCHRUN) != 0
+    before = saved(folders[1] / "checkpoints", "*_resume.pth")["progress"]
+    assert 7 <= before["step"] < 18 and before["samples"] > 0
+    subprocess.run([*command, *cut, "--from_resume", "1"], **options)
+    assert_same_state(*(saved(f / "checkpoints", "*_resume.pth") for f in folders))
 
 
 @pytest.mark.slow
