@@ -167,7 +167,7 @@ def test_broken_pictures_are_named(tmp_path, processor):
     (images / "empty.jpg").write_bytes(b"")
     for name in ("cut.jpg", "text.jpg", "empty.jpg"):
         data = write_lines(tmp_path, conversation("<image>", "x", image=name))
-        with pytest.raises(BadRecordError, match=rf"^data.jsonl:1: not a readable .*{name}\)$"):
+        with pytest.raises(BadRecordError, match=rf"^data.jsonl:1: not a readable .*'{name}'\)$"):
             VLMDataset(data, images, processor)[0]
 
 
