@@ -87,6 +87,22 @@ def test_bad_flag_is_one_line(flags, message, capfd):
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
+def test_whole_chain_from_zero_runs_and_finds_what_is_done(tmp_path, monkeypatch, capfd):
+    """As `make from-zero` does it, on a handful of scenes."""
+    monkeypatch.setattr(demo, "DEMO_DIR", tmp_path)
+    monkeypatch.setattr(demo, "TOWER_DIR", tmp_path / "tower")
+    monkeypatch.setattr(demo, "LLM", tmp_path / "llm_192.pth")
+    argv = ["--from_zero", "1", "--tower_steps", "2", "--num_text", "20", "--num_train", "32",
+            "--num_heldout", "24", "--sft_epochs", "1"]  # fmt: skip
+    assert demo.main(argv) == 0
+    out = capfd.readouterr().out
+    assert "grounding gap" in out and "shuffled" in out and "GFLOP/s" in out
+    assert Image.open(tmp_path / "report.png").size > (600, 400)
+    assert demo.main(argv) == 0
+    assert "Epoch:[" not in capfd.readouterr().out  # nothing is trained twice
+
+
 def test_demo_without_weights_names_the_way(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(demo, "LLM", tmp_path / "llm_192.pth")
     assert demo.main([]) == 1

@@ -161,12 +161,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="train tower and language model first / 先训练视觉塔和语言模型")  # fmt: skip
     add("--tower_steps", type=int, default=1100, help="of the tower / 视觉塔训练步数")
     add("--num_text", type=int, default=7000, help="scenes told in words / 文本场景数")
-    add("--num_train", type=int, default=3000, help="training pictures / 训练图片数")
-    add("--num_heldout", type=int, default=600, help="held-out pictures / 留出图片数")
+    add("--num_train", type=int, default=5000, help="training pictures / 训练图片数")
+    add("--num_heldout", type=int, default=500, help="held-out pictures / 留出图片数")
     add("--pretrain_epochs", type=int, default=1, help="passes of the first stage / 预训练轮数")
     add("--pretrain_lr", type=float, default=2e-3, help="its learning rate / 预训练学习率")
     add("--sft_epochs", type=int, default=2, help="passes of the second / 微调轮数")
-    add("--sft_lr", type=float, default=5e-4, help="its learning rate / 微调学习率")
+    add("--sft_lr", type=float, default=1e-3, help="its learning rate / 微调学习率")
     return parser.parse_args(argv)
 
 
