@@ -118,7 +118,7 @@ def write_report(path: Path, data: Path) -> None:
         axes = figure.add_subplot(grid[0, column : column + 2])
         lines = (DEMO_DIR / f"{name}_192_metrics.jsonl").read_text().splitlines()
         points = [(f["step"], f["loss"]) for f in map(json.loads, lines) if f.get("loss")]
-        axes.plot(*zip(*points, strict=True))
+        axes.plot(*zip(*points, strict=True), marker=".")
         axes.set(title=name, xlabel="step", ylabel="loss (nats per token)")
     for i, (image, title) in enumerate(answered_examples(data)):
         axes = figure.add_subplot(grid[1 + i // 4, i % 4])
