@@ -61,7 +61,8 @@ def default_data_paths(kind: str) -> tuple[Path, Path]:
                 return path, DATASET_DIR / images
     raise FileNotFoundError(
         f"no training data: expected {DATASET_DIR / names[0]}.jsonl with its images in "
-        f"{DATASET_DIR / images}; name other files by --data_path and --images_path"
+        f"{DATASET_DIR / images}; fetch it by `python dataset/download.py`, or name other files by "
+        "--data_path and --images_path"
     )
 
 

@@ -69,8 +69,8 @@ def find_vision_dir(vision_model_path: str | Path | None = None) -> Path:
             return folder
     raise FileNotFoundError(
         f"no CLIP vision tower: {' nor '.join(str(c) for c in candidates)} holds a config.json; "
-        "put the files of openai/clip-vit-base-patch16 into model/vision_model/"
-        "clip-vit-base-patch16, or name another folder by --vision_model_path"
+        "fetch it by `python dataset/download.py vision`, or name another folder by "
+        "--vision_model_path"
     )
 
 

@@ -57,7 +57,8 @@ def load_tokenizer(
     if not present:
         raise FileNotFoundError(
             f"no tokenizer: {' nor '.join(str(f) for f in folders)} holds a tokenizer.json; "
-            "name the folder of the tokenizer by --tokenizer_path"
+            "fetch it by `python dataset/download.py tokenizer`, or name its folder by "
+            "--tokenizer_path"
         )
     for folder in present:
         try:

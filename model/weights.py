@@ -163,10 +163,15 @@ def find_weight(
                     f"{', '.join(p.name for p in found)}; choose one by --hidden_size and --use_moe"
                 )
     there = sorted({p.name for folder in folders for p in folder.glob("*.pth")})
-    wanted = f"{name}_{hidden_size or 'SIZE'}{'_moe' if use_moe else ''}.pth"
+    wanted = weight_stem(name, hidden_size=hidden_size or 512, use_moe=bool(use_moe)) + ".pth"
+    ways = {
+        "llm": "fetch it by `python dataset/download.py llm_512`, make it by trainer/train_llm.py",
+        "pretrain_vlm": "make it by trainer/train_pretrain_vlm.py",
+        "sft_vlm": "make it by trainer/train_sft_vlm.py",
+    }
     raise FileNotFoundError(
         f"no weight {wanted} in {' or '.join(str(f) for f in folders)} (there: "
-        f"{', '.join(there) or 'no weights'}); train it first, copy it there, or name its path"
+        f"{', '.join(there) or 'no weights'}); {ways.get(name, 'make it first')}, or name its path"
     )
 
 

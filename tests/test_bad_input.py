@@ -214,7 +214,7 @@ def test_eval_reports_bad_input(assets, trained, tmp_path):
             "--tokenizer_path", assets / "tokenizer", "--image_dir", folder / "data" / "images",
             "--max_new_tokens", 2]  # fmt: skip
     for extra, message in (
-        (["--weight", "gone"], "no weight gone_SIZE.pth"),
+        (["--weight", "gone"], "no weight gone_512.pth"),
         (["--weight", "llm", "--hidden_size", 64], "no weight llm_64.pth"),
         (["--image_dir", tmp_path / "gone"], "is not a folder"),
         (["--load_from", tmp_path], "no config.json there"),
