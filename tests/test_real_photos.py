@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import zipfile
 from collections import Counter
@@ -63,10 +64,11 @@ def test_real_photos_end_to_end(form, shared, tmp_path):
     data = ["--data_path", train, "--images_path", tmp_path / "train", "--val_data_path", val,
             "--val_images_path", tmp_path / "val", "--checkpoint_dir", tmp_path, "--epochs", epochs,
             "--log_interval", 20]  # fmt: skip
+    threads = {"OMP_NUM_THREADS": str(os.cpu_count() if form == "full" else 1)}
     run_script("trainer/train_pretrain_vlm.py", *common, *data, "--num_hidden_layers", layers,
                "--from_weight", "none", "--freeze_llm", 0, "--learning_rate", lr,
-               timeout_s=3000)  # fmt: skip
-    sft = run_script("trainer/train_sft_vlm.py", *common, *data, timeout_s=3000)
+               timeout_s=3000, env=threads)  # fmt: skip
+    sft = run_script("trainer/train_sft_vlm.py", *common, *data, timeout_s=3000, env=threads)
 
     fitted, own = unigram_losses(train, val, AutoTokenizer.from_pretrained(tokenizer_path))
     loss = float(re.findall(r"val_loss:(\S+)", sft.stdout)[-1])
