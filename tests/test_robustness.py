@@ -70,6 +70,23 @@ def test_float16_goes_on_after_a_step_without_a_usable_sample(assets, tmp_path, 
     assert "sample left out: data_0.jsonl:121" in capfd.readouterr().out
 
 
+def test_mended_sample_is_not_lost_by_a_resumed_run(assets, tmp_path, capfd):
+    """The run that stopped at it takes it again: the end is that of a run on whole data."""
+    data, images = make_records(tmp_path / "data", num_records=40)
+    picture = (images / "0_5.png").read_bytes()
+    flags = {"epochs": 2, "save_interval": 1, "batch_size": 2}
+    assert train_pretrain_vlm.main(train_flags(assets, tmp_path / "a", data, images, **flags)) == 0
+    (images / "0_5.png").write_bytes(picture[: len(picture) // 2])
+    argv = train_flags(assets, tmp_path / "b", data, images, **flags)
+    assert train_pretrain_vlm.main([*argv, "--on_bad_sample", "error"]) == 1
+    assert "error: data_0.jsonl:6: not a readable image" in capfd.readouterr().err
+    (images / "0_5.png").write_bytes(picture)
+    assert train_pretrain_vlm.main([*argv, "--from_resume", "1"]) == 0
+    whole, mended = (state_of(tmp_path / side) for side in ("a", "b"))
+    assert whole["progress"] == mended["progress"]
+    assert all(torch.equal(whole["model"][k], mended["model"][k]) for k in whole["model"])
+
+
 @pytest.mark.parametrize(("before", "after"), [("float32", "float16"), ("float16", "bfloat16")])
 def test_resume_with_another_dtype(before, after, assets, tmp_path, data, capfd):
     argv = train_flags(assets, tmp_path, *data, dtype=before)

@@ -131,9 +131,11 @@ def train_epoch(run: Run, epoch: int) -> bool:
     progress = run.progress
     for micro_batches in steps_of(run, run.batches(epoch, progress.samples_in_epoch)):
         counts = count_step(run, micro_batches)
+        check_bad_samples(run, micro_batches, counts)
         result = optimizer_step(run, micro_batches, counts)
         progress.samples += result.samples
         progress.samples_in_epoch += result.samples
+        progress.truncated_samples += counts["truncated"]
         progress.step += 1
         run.steps_done += 1
         run.is_stopping = bool(counts["stop"])
@@ -141,7 +143,6 @@ def train_epoch(run: Run, epoch: int) -> bool:
         run.pending.append((result.is_bad, result.sample_names))
         run.metrics.advance(result.samples)
         is_last = progress.samples_in_epoch >= run.num_samples
-        report_bad_samples(run, micro_batches, counts)
         if progress.step % run.args.log_interval == 0 or is_last:
             log_window(run)
         elif run.device.type == "cpu":
@@ -252,10 +253,13 @@ def check_finite(run: Run) -> None:
             raise ValueError(message)
 
 
-def report_bad_samples(run: Run, micro_batches: list, counts: dict[str, int]) -> None:
-    """Show and count the samples that could not be used; stop where the policy says so."""
+def check_bad_samples(run: Run, micro_batches: list, counts: dict[str, int]) -> None:
+    """Show and count the samples that cannot be used; stop where the policy says so.
+
+    It stops before the step, so that a resumed run takes the same samples again: once they are
+    mended, none of them is lost.
+    """
     progress = run.progress
-    progress.truncated_samples += counts["truncated"]
     if not counts["bad"]:
         return
     reasons = [bad.reason for batch in micro_batches for bad in batch.bad_samples]
@@ -263,16 +267,20 @@ def report_bad_samples(run: Run, micro_batches: list, counts: dict[str, int]) ->
         gathered = [None] * run.ranks.world_size
         dist.all_gather_object(gathered, reasons)
         reasons = [reason for of_rank in gathered for reason in of_rank]
-    progress.bad_samples += counts["bad"]
-    progress.bad_samples_in_epoch += counts["bad"]
+    num_bad = progress.bad_samples_in_epoch + counts["bad"]
+    message = None
     if run.args.on_bad_sample == "error":
-        run.save()
-        raise ValueError(f"{reasons[0]} (--on_bad_sample skip goes on without it)")
+        message = f"{reasons[0]} (--on_bad_sample skip goes on without it)"
+    elif num_bad > MAX_BAD_SHARE * run.num_samples:
+        message = too_many_bad(num_bad, run.num_samples, reasons[-1])
+    if message:
+        if run.steps_done:
+            run.save()
+        raise ValueError(message)
     for reason in reasons:
         run.metrics.line(f"sample left out: {reason}")
-    if progress.bad_samples_in_epoch > MAX_BAD_SHARE * run.num_samples:
-        run.save()
-        raise ValueError(too_many_bad(progress.bad_samples_in_epoch, run.num_samples, reasons[-1]))
+    progress.bad_samples += counts["bad"]
+    progress.bad_samples_in_epoch = num_bad
 
 
 def too_many_bad(num_bad: int, num_samples: int, last_reason: str) -> str:
