@@ -62,9 +62,6 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def barrier(self) -> None:
-        self.host_sum([0.0])
-
 
 def init_distributed_mode(device: str | None = None) -> Ranks:
     """Join the process group of torchrun or deepspeed, if there is one, and choose the device.
