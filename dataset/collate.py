@@ -64,6 +64,7 @@ class VLMCollator:
                 "pixel_values": None,
             }
         inputs["is_right_padded"] = True
+        inputs["target_positions"] = target_positions(inputs["labels"])
         return Batch(
             inputs=inputs,
             num_samples=len(samples),
@@ -90,3 +91,10 @@ class VLMCollator:
             "image_mask": stack("image_mask", False),
             "pixel_values": images if len(images) else None,
         }
+
+
+def target_positions(labels: Tensor) -> Tensor:
+    """Where, in the flattened (B, T), the next token is supervised: (N,). Counted here, on the
+    CPU, so that the model computes logits only there without asking its device how many."""
+    is_target = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+    return is_target.flatten().nonzero().flatten()

@@ -3,7 +3,7 @@
 Shapes: T tokens, I images, S image side in pixels.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset.loss_mask import supervised_mask
-from dataset.records import IMAGE_TAG, BadRecordError, Record, open_records, shorten
+from dataset.records import BadRecordError, Record, open_records, shorten
 
 IGNORE_INDEX = -100  # label of a position that is not supervised
 
@@ -39,6 +39,43 @@ class Sample:
     image_mask: Tensor
     pixel_values: Tensor
     is_truncated: bool
+
+
+def _about(record: Record) -> str:
+    names = ", ".join(shorten(i) for i in record.images if isinstance(i, str))
+    return f" (image {names})" if names else ""
+
+
+def make_sample(
+    record: Record, images: list | Tensor, processor, *, index: int, max_length: int
+) -> Sample:
+    """A record with its pictures (or their pixel_values) as a sample.
+
+    Raises:
+        BadRecordError: a broken picture, a text that cannot be a prompt, nothing to learn from.
+    """
+    try:
+        encoded = processor(record.messages, images, max_length=max_length)
+    except (ValueError, OSError) as error:
+        raise BadRecordError(f"{record.where}: {error}{_about(record)}") from error
+    mask = supervised_mask(encoded["input_ids"].tolist(), processor.tokenizer)
+    # The first token is never predicted, so a label there would not count.
+    is_target = torch.tensor(mask, dtype=torch.bool)
+    labels = encoded["input_ids"].masked_fill(~is_target, IGNORE_INDEX)
+    if not any(mask):
+        raise BadRecordError(
+            f"{record.where}: no supervised token within {max_length} tokens: the answer "
+            "begins behind the limit; raise --max_seq_len or shorten the text"
+        )
+    return Sample(
+        index=index,
+        where=record.where,
+        input_ids=encoded["input_ids"],
+        labels=labels,
+        image_mask=encoded["image_mask"],
+        pixel_values=encoded["pixel_values"],
+        is_truncated=encoded["is_truncated"],
+    )
 
 
 class VLMDataset(Dataset):
@@ -88,37 +125,9 @@ class VLMDataset(Dataset):
     def _sample(self, index: int, record: Record) -> Sample:
         try:
             images = [self.records.read_image(image) for image in record.images]
-            encoded = self.processor(record.messages, images, max_length=self.max_length)
         except (ValueError, OSError) as error:
-            names = ", ".join(shorten(i) for i in record.images if isinstance(i, str))
-            about = f" (image {names})" if names else ""
-            raise BadRecordError(f"{record.where}: {error}{about}") from error
-        mask = supervised_mask(encoded["input_ids"].tolist(), self.processor.tokenizer)
-        # The first token is never predicted, so a label there would not count.
-        is_target = torch.tensor(mask, dtype=torch.bool)
-        labels = encoded["input_ids"].masked_fill(~is_target, IGNORE_INDEX)
-        if not any(mask):
-            raise BadRecordError(
-                f"{record.where}: no supervised token within {self.max_length} tokens: the answer "
-                "begins behind the limit; raise --max_seq_len or shorten the text"
-            )
-        return Sample(
-            index=index,
-            where=record.where,
-            input_ids=encoded["input_ids"],
-            labels=labels,
-            image_mask=encoded["image_mask"],
-            pixel_values=encoded["pixel_values"],
-            is_truncated=encoded["is_truncated"],
-        )
-
-    def without_images(self, index: int) -> Sample:
-        """The sample with its pictures and their tags taken out: what is left to a blind model."""
-        record = self.records[index]
-        messages = [
-            m | {"content": m["content"].replace(IMAGE_TAG, "").strip()} for m in record.messages
-        ]
-        return self._sample(index, replace(record, messages=messages, images=[]))
+            raise BadRecordError(f"{record.where}: {error}{_about(record)}") from error
+        return make_sample(record, images, self.processor, index=index, max_length=self.max_length)
 
     def find_bad_records(self) -> list[BadSample]:
         """Every record whose fault shows without decoding a picture or counting tokens."""

@@ -9,7 +9,11 @@ writes into --out, for the split S (train or heldout):
     S.jsonl            questions, several turns a picture
     S_captions.jsonl   a caption a picture
     S_pairs.jsonl      questions that compare two of the pictures
-    S_text.jsonl       the questions about scenes told in words, without pictures (--num_text)
+    S_text.jsonl       the questions about scenes told in words, without pictures (--num_text),
+                       and scenes told of over and over as plain text (--num_retold)
+
+--num_blind adds questions without any picture or telling to S.jsonl: they teach how likely each
+answer is when nothing is seen, which makes "no image" an honest control.
 
 The same arguments give the same bytes. A held-out question has one right answer, to be compared
 as text, and its type stands in the record's field "types", one per turn in order. A quarter of the
@@ -18,7 +22,8 @@ held-out pictures hold a colour-shape pair that never occurs in training; about 
 
     python -m dataset.synthetic --out dataset/eval_images --eval_images 1
 
-writes a few named pictures instead.
+writes a few named pictures instead, and `--eval_images 2` two of them in a folder each, for
+`dataset/eval_multi_images`.
 """
 
 import argparse
@@ -32,7 +37,12 @@ from random import Random
 
 from tqdm import tqdm
 
-from dataset.synthetic_drawing import MIN_IMAGE_SIZE, draw_scene, write_eval_images
+from dataset.synthetic_drawing import (
+    MIN_IMAGE_SIZE,
+    draw_scene,
+    write_eval_images,
+    write_eval_multi_images,
+)
 from dataset.synthetic_text import (
     CHANCE,
     LANGUAGES,
@@ -42,6 +52,7 @@ from dataset.synthetic_text import (
     combination_turns,
     describe,
     pair_turns,
+    retell,
     scene_turns,
 )
 from dataset.synthetic_world import SPLITS, Scene, sample_scene
@@ -64,9 +75,10 @@ def make_record(
     """A record in the published format; what stands for the scene opens the first question."""
     images = list(images)
     opening = prefix or "\n".join([IMAGE_TAG] * len(images))
+    opening += "\n" if opening else ""
     conversations = []
     for number, turn in enumerate(turns):
-        question = f"{opening}\n{turn.question}" if number == 0 else turn.question
+        question = opening + turn.question if number == 0 else turn.question
         conversations.append({"role": "user", "content": question})
         conversations.append({"role": "assistant", "content": turn.answer})
     record: dict = {"conversations": conversations}
@@ -85,6 +97,7 @@ def text_conversations(
     languages: tuple[str, ...] = LANGUAGES,
     styles: tuple[str, ...] = STYLES,
     num_turns: int = 8,
+    caption_share: float = 0.0,
 ) -> Iterator[dict]:
     """Conversations about scenes told in words, with the questions that pictures get.
 
@@ -94,6 +107,7 @@ def text_conversations(
     Args:
         num: how many records to yield.
         styles: see `synthetic_text.describe`; drawn at random for each record.
+        caption_share: of the records also ask for a caption, at the end.
     Raises:
         ValueError: an unknown split, language or style.
     """
@@ -103,7 +117,34 @@ def text_conversations(
         language = rng.choice(languages)
         told = describe(scene, rng, language=language, style=rng.choice(styles))
         turns = scene_turns(scene, rng, language=language, num_turns=num_turns)
+        turns += _last_turns(scene, rng, language, caption_share)
         yield make_record(turns, prefix=told, with_types=split == "heldout")
+
+
+def _last_turns(scene: Scene, rng: Random, language: str, caption_share: float) -> list[Turn]:
+    """A request for a caption, with that chance; none is drawn where there is none."""
+    if caption_share and rng.random() < caption_share:
+        return [caption_turn(scene, rng, language=language)]
+    return []
+
+
+def retold_scenes(num: int, *, seed: int, split: str, languages: tuple[str, ...]) -> Iterator[dict]:
+    """Plain texts that tell of a scene over and over, see `synthetic_text.retell`."""
+    for index in range(num):
+        rng = scene_rng(split, seed, f"retold {index}")
+        scene = sample_scene(rng, split=split, character_share=0)
+        yield {"text": retell(scene, rng, language=rng.choice(languages))}
+
+
+def blind_conversations(
+    num: int, *, seed: int, split: str, languages: tuple[str, ...], num_turns: int
+) -> Iterator[dict]:
+    """The questions that pictures get, about pictures that are not shown."""
+    for index in range(num):
+        rng = scene_rng(split, seed, f"blind {index}")
+        scene = sample_scene(rng, split=split, character_share=CHARACTER_SHARE)
+        turns = scene_turns(scene, rng, language=rng.choice(languages), num_turns=num_turns)
+        yield make_record(turns, with_types=split == "heldout")
 
 
 def sample_text(num: int, *, seed: int = 0) -> Iterator[str]:
@@ -126,6 +167,9 @@ def write_dataset(
     image_size: int = 96,
     languages: tuple[str, ...] = LANGUAGES,
     character_share: float = CHARACTER_SHARE,
+    caption_share: float = 0.0,
+    num_blind: int = 0,
+    num_retold: int = 0,
 ) -> Counter:
     """Write a split as described at the top of this file.
 
@@ -154,14 +198,18 @@ def write_dataset(
             turns = combination_turns(scene, rng, language=language)[:num_turns]
         else:
             turns = scene_turns(scene, rng, language=language, num_turns=num_turns)
+            turns += _last_turns(scene, rng, language, caption_share)
             comparable.append((name, scene))
         records.append(make_record(turns, images=[name], with_types=split == "heldout"))
         told = [caption_turn(scene, rng, language=language)]
         captions.append(make_record(told, images=[name]))
+    records += blind_conversations(num_blind, **options)
+    texts = list(text_conversations(num_text, caption_share=caption_share, **options))
+    texts += retold_scenes(num_retold, seed=seed, split=split, languages=languages)
     files = {
         "_captions": captions,
         "_pairs": _pair_records(comparable, num_pairs, **options),
-        "_text": text_conversations(num_text, **options),
+        "_text": texts,
         "": records,
     }
     counts: Counter = Counter()
@@ -216,7 +264,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse_args(argv)
     try:
         if args.eval_images:
-            for path in write_eval_images(args.out):
+            writers = {1: write_eval_images, 2: write_eval_multi_images}
+            for path in writers[args.eval_images](args.out):
                 print(path)
             return 0
         _check_args(args)
@@ -231,6 +280,9 @@ def main(argv: list[str] | None = None) -> int:
             image_size=args.image_size,
             languages=LANGUAGES if args.language == "both" else (args.language,),
             character_share=args.character_share,
+            caption_share=args.caption_share,
+            num_blind=args.num_blind,
+            num_retold=args.num_retold,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -260,8 +312,13 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--language", choices=("both", *LANGUAGES), default="both", help="| 语言")
     add("--character_share", type=float, default=CHARACTER_SHARE,
         help="share of scenes with room that get a letter or digit | 带字符的比例")  # fmt: skip
-    add("--eval_images", type=int, choices=(0, 1), nargs="?", const=1, default=0,
-        help="1: write the named evaluation pictures instead | 改为生成评测图片")  # fmt: skip
+    add("--caption_share", type=float, default=0.0,
+        help="share of records that also ask for a caption | 带描述的比例")  # fmt: skip
+    add("--num_blind", type=int, default=0, help="records without anything to see | 无图提问记录数")
+    add("--num_retold", type=int, default=0, help="plain texts about scenes | 纯文本复述数")
+    add("--eval_images", type=int, choices=(0, 1, 2), nargs="?", const=1, default=0,
+        help="1: write the named evaluation pictures instead, 2: pairs of them "
+        "| 改为生成评测图片，2 为成对图片")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -273,6 +330,9 @@ def _check_args(args: argparse.Namespace) -> None:
         "num_turns": (1, None),
         "image_size": (MIN_IMAGE_SIZE, 1024),
         "character_share": (0.0, 1.0),
+        "caption_share": (0.0, 1.0),
+        "num_blind": (0, None),
+        "num_retold": (0, None),
     }
     for name, (low, high) in limits.items():
         value = getattr(args, name)

@@ -12,7 +12,7 @@ from dataset.synthetic_world import GROUNDS, PLACES, Item, Scene, sample_scene
 OVERSAMPLING = 2  # drawn so many times larger, then averaged down, for smooth edges
 MIN_IMAGE_SIZE = 32
 CHARACTER_HALF_HEIGHT = 0.13  # of the image's side
-SHADE = 0.30  # how far a texture's second tone is from the first
+SHADE = 0.22  # how far a texture's second tone is from the first
 
 # Strokes in a box from (-1, -1) to (1, 1); own strokes look the same whatever fonts there are.
 STROKES = {
@@ -40,6 +40,17 @@ EVAL_IMAGES = (
     ("white", "cross", 4, None, "白色十字形等四个图形-white-cross-and-three-more"),
     ("red", "triangle", 1, "A", "红色三角形和字母A-red-triangle-and-letter-A"),
 )
+EVAL_MULTI_IMAGES = {  # sub-folder -> the pictures in it
+    "圆形和正方形-circle-and-square": ("红色圆形-red-circle", "蓝色正方形-blue-square"),
+    "两个三角形-two-triangles": (
+        "绿色三角形-green-triangle",
+        "红色三角形和字母A-red-triangle-and-letter-A",
+    ),
+    "哪张更多-which-has-more": (
+        "紫色心形和另一个图形-purple-heart-and-another",
+        "白色十字形等四个图形-white-cross-and-three-more",
+    ),
+}
 
 
 @cache
@@ -172,14 +183,27 @@ def _draw_character(image: Image.Image, scene: Scene) -> None:
 def write_eval_images(out: Path) -> list[Path]:
     """Write the pictures of `dataset/eval_images/`: held-out scenes, named in both languages."""
     out.mkdir(parents=True, exist_ok=True)
+    return [_save_eval_image(name, out / f"{name}.png") for *_, name in EVAL_IMAGES]
+
+
+def write_eval_multi_images(out: Path) -> list[Path]:
+    """Write the samples of `dataset/eval_multi_images/`: two of those pictures in a folder each."""
     paths = []
-    for colour, shape, num_items, character, name in EVAL_IMAGES:
-        rng = Random(name)
-        while True:
-            scene = sample_scene(rng, split="heldout", num_items=num_items, character_share=0.5)
-            first = scene.items[0]
-            if (first.colour, first.shape, scene.character) == (colour, shape, character):
-                break
-        paths.append(out / f"{name}.png")
-        draw_scene(scene, image_size=EVAL_IMAGE_SIZE).save(paths[-1], optimize=True)
+    for folder, names in EVAL_MULTI_IMAGES.items():
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        for number, name in enumerate(names, 1):
+            paths.append(_save_eval_image(name, out / folder / f"{number}-{name}.png"))
     return paths
+
+
+def _save_eval_image(name: str, path: Path) -> Path:
+    wanted = {spec[-1]: spec for spec in EVAL_IMAGES}[name]
+    colour, shape, num_items, character, _ = wanted
+    rng = Random(name)
+    while True:
+        scene = sample_scene(rng, split="heldout", num_items=num_items, character_share=0.5)
+        first = scene.items[0]
+        if (first.colour, first.shape, scene.character) == (colour, shape, character):
+            break
+    draw_scene(scene, image_size=EVAL_IMAGE_SIZE).save(path, optimize=True)
+    return path

@@ -5,7 +5,6 @@ number is asked before anything is named, the one place that is asked for is nam
 and of a shape is asked only what none of its questions name.
 """
 
-import math
 from dataclasses import dataclass
 from random import Random
 
@@ -13,9 +12,9 @@ from dataset.synthetic_world import CHARACTERS, COLOURS, PLACES, SHAPES, Item, S
 
 LANGUAGES = ("en", "zh")
 PLACE_TURN_SHARE = 0.8  # of the records ask for a place; the same share asks for the number
-PATCH_ROWS = 14  # a description patch by patch is as long as the tower's 14 x 14 patches
-PATCH_COVER = 0.8  # of the radius; so there is ground between the words of two shapes
-STYLES = ("sentences", "table", "patches")
+MAX_PIECES = 3  # how often at most a shape is told of in pieces
+NUM_RETOLD = 12  # pieces of a scene told over and over
+STYLES = ("sentences", "table", "pieces")
 
 # What a uniform guess among the type's answers scores.
 CHANCE = {
@@ -37,7 +36,7 @@ CHINESE = {
     "small": "小的", "medium": "中等的", "large": "大的",
     "plain": "", "striped": "条纹", "dotted": "圆点", "checked": "格子",
     "the first": "第一张", "the second": "第二张",
-    "nothing": "空", "ground": "底",
+    "nothing": "空",
 }  # fmt: skip
 
 # (type, how the shape is named) -> ways to ask.
@@ -228,9 +227,9 @@ def describe(scene: Scene, rng: Random, *, language: str = "en", style: str = "s
     """A scene in words, to stand where a picture would.
 
     Args:
-        style: "sentences" is a caption; "table" says for each quadrant what is in it; "patches"
-            says it for each of 14 x 14 patches, the way the picture's tokens come: colour and
-            shape in turns where a shape covers the patch, else "ground".
+        style: "sentences" is a caption; "table" says for each quadrant what is in it; "pieces"
+            tells of every shape once or more, in any order and with its words in any order, as
+            a picture does whose patches each show some of it.
     Raises:
         ValueError: an unknown style.
     """
@@ -238,8 +237,8 @@ def describe(scene: Scene, rng: Random, *, language: str = "en", style: str = "s
         return caption(scene, rng, language=language)
     if style == "table":
         return _table(scene, language)
-    if style == "patches":
-        return _patches(scene, rng, language)
+    if style == "pieces":
+        return _pieces(scene, rng, language)
     raise ValueError(f"style {style!r} is unknown; expected one of {', '.join(STYLES)}")
 
 
@@ -258,16 +257,29 @@ def _table(scene: Scene, language: str) -> str:
     return "\n".join(lines)
 
 
-def _patches(scene: Scene, rng: Random, language: str) -> str:
-    words, phase = [], rng.randrange(2)
-    column, row = PLACES[scene.character_place] if scene.character else (-1, -1)
-    for index in range(PATCH_ROWS**2):
-        y_index, x_index = divmod(index, PATCH_ROWS)
-        x, y = (x_index + 0.5) / PATCH_ROWS, (y_index + 0.5) / PATCH_ROWS
-        name = "ground"
-        for item in scene.items:
-            if math.hypot(x - item.x, y - item.y) <= PATCH_COVER * item.radius:
-                name = (item.colour, item.shape)[(x_index + y_index + phase) % 2]
-        is_character = abs(x - 0.25 - 0.5 * column) < 0.07 and abs(y - 0.25 - 0.5 * row) < 0.1
-        words.append(scene.character if is_character else word(name, language))
-    return (" " if language == "en" else "").join(words)
+def _pieces(scene: Scene, rng: Random, language: str) -> str:
+    items = [item for item in scene.items for _ in range(rng.randint(1, MAX_PIECES))]
+    pieces = [_piece(item, rng, language) for item in items]
+    if scene.character is not None:
+        gap = " " if language == "en" else ""
+        pieces.append(gap.join((word(scene.character_place, language), scene.character)))
+    rng.shuffle(pieces)
+    return (", " if language == "en" else "，").join(pieces)
+
+
+def _piece(item: Item, rng: Random, language: str) -> str:
+    names = [item.colour, item.shape, item.place]
+    if rng.random() < 0.5:
+        names.append(item.size)
+    rng.shuffle(names)
+    return (" " if language == "en" else "").join(word(name, language) for name in names)
+
+
+def retell(scene: Scene, rng: Random, *, language: str = "en") -> str:
+    """A scene's shapes told of again and again, each time in another order of words.
+
+    Whoever predicts the next word here has to find what was said of the same shape before: the
+    skill that every question about a scene takes.
+    """
+    pieces = [_piece(rng.choice(scene.items), rng, language) for _ in range(NUM_RETOLD)]
+    return (", " if language == "en" else "，").join(pieces)

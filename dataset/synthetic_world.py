@@ -26,7 +26,7 @@ PLACES = {  # the corner of each quadrant, in quadrants
     "bottom left": (0, 1),
     "bottom right": (1, 1),
 }
-SIZES = {"small": 0.11, "medium": 0.15, "large": 0.19}  # radius
+SIZES = {"small": 0.13, "medium": 0.17, "large": 0.205}  # radius
 TEXTURES = ("plain", "striped", "dotted", "checked")
 GROUNDS = {
     "grey": (140, 140, 140),
@@ -55,7 +55,7 @@ HELDOUT_PAIRS = (
 TRAIN_PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELDOUT_PAIRS)
 
 HELDOUT_SHARE = 8  # one of so many scenes belongs to the held-out set
-CENTRE_JITTER = 0.035
+CENTRE_JITTER = 0.02
 MAX_ANGLE_DEGREES = 12.0
 COLOUR_JITTER = 10  # of 255, per channel
 MIN_CONTRAST = 95.0  # distance in RGB between a shape and the ground
@@ -170,7 +170,7 @@ def _make_item(rng: Random, colour: str, shape: str, place: str) -> Item:
         texture=rng.choice(TEXTURES),
         x=0.25 + 0.5 * column + rng.uniform(-CENTRE_JITTER, CENTRE_JITTER),
         y=0.25 + 0.5 * row + rng.uniform(-CENTRE_JITTER, CENTRE_JITTER),
-        radius=SIZES[size] * rng.uniform(0.93, 1.05),
+        radius=SIZES[size] * rng.uniform(0.93, 1.02),
         angle=rng.uniform(-MAX_ANGLE_DEGREES, MAX_ANGLE_DEGREES),
         rgb=tuple(
             min(255, max(0, channel + rng.randint(-COLOUR_JITTER, COLOUR_JITTER)))

@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.lm_dataset import BadSample, Sample
+from dataset.lm_dataset import IGNORE_INDEX, BadSample, Sample
+from dataset.loss_mask import supervised_mask
 from dataset.records import BadRecordError, check_conversation, file_fingerprint
 
+LOSS_ON = ("all", "answers")
 TOKENIZE_AT_ONCE = 1000  # documents handed to the tokenizer together
 
 
@@ -17,15 +19,28 @@ class TextDataset(Dataset):
     """A `.txt` file (a document a line) or JSONL (`{"text"}` or `{"conversations"}` records).
 
     Documents are tokenized, each between the tokenizer's bos and eos, a conversation as the chat
-    template writes it, laid end to end and cut into blocks of `max_length`. Every token but a
-    block's first is a target, so nothing is spent on padding.
+    template writes it.
 
+    Args:
+        loss_on: "all" lays the documents end to end and cuts them into blocks of `max_length`, so
+            that nothing is spent on padding; every token but a block's first is a target.
+            "answers" makes each document a sample of its own, cut at `max_length`, and of a
+            conversation only the answers are targets, as in the stages with images.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no text in it.
+        ValueError: no text in it, or an unknown `loss_on`.
     """
 
-    def __init__(self, data_path: str | Path, tokenizer, *, max_length: int = 512):
+    def __init__(
+        self,
+        data_path: str | Path,
+        tokenizer,
+        *,
+        max_length: int = 512,
+        loss_on: str = "all",
+    ):
+        if loss_on not in LOSS_ON:
+            raise ValueError(f"loss_on {loss_on!r} is not one of {', '.join(LOSS_ON)}")
         self.data_path = Path(data_path)
         if not self.data_path.is_file():
             raise FileNotFoundError(f"no text {self.data_path}; name it by --data_path")
@@ -33,15 +48,22 @@ class TextDataset(Dataset):
         self.num_blank = 0
         self._bad: list[BadSample] = []
         documents = self._documents(tokenizer)
-        ends = np.array([tokenizer.bos_token_id, tokenizer.eos_token_id], dtype=np.int32)
-        pieces = []
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        pieces, masks = [], []
         for start in range(0, len(documents), TOKENIZE_AT_ONCE):
             some = documents[start : start + TOKENIZE_AT_ONCE]
             for ids in tokenizer(some, add_special_tokens=False)["input_ids"]:
-                pieces += [ids] if ids[:1] == [ends[0]] else [ends[:1], ids, ends[1:]]
+                is_conversation = ids[:1] == [bos]
+                whole = ids if is_conversation else [bos, *ids, eos]
+                pieces.append(np.array(whole, dtype=np.int32))
+                only_answers = is_conversation and loss_on == "answers"
+                mask = supervised_mask(whole, tokenizer) if only_answers else [1] * len(whole)
+                masks.append(np.array(mask, dtype=bool))
         if not pieces:
             raise ValueError(f"{self.data_path}: no text in it")
-        self.tokens = torch.from_numpy(np.concatenate(pieces).astype(np.int32))
+        self.tokens = torch.from_numpy(np.concatenate(pieces))
+        self.is_target = torch.from_numpy(np.concatenate(masks))
+        self.ends = np.cumsum([len(piece) for piece in pieces]) if loss_on == "answers" else None
 
     def _documents(self, tokenizer) -> list[str]:
         is_json = self.data_path.suffix == ".jsonl"
@@ -76,28 +98,38 @@ class TextDataset(Dataset):
         raise BadRecordError(f"{where}: a record needs 'text' or 'conversations'")
 
     def __len__(self) -> int:
+        if self.ends is not None:
+            return len(self.ends)
         return -(-(len(self.tokens) - 1) // self.max_length) or 1
 
+    def _span(self, index: int) -> slice:
+        """Document `index`, or block `index`, whose last token is the next block's first, so that
+        each is a target once."""
+        if self.ends is None:
+            return slice(index * self.max_length, (index + 1) * self.max_length + 1)
+        start = int(self.ends[index - 1]) if index else 0
+        return slice(start, min(int(self.ends[index]), start + self.max_length))
+
     def __getitem__(self, index: int) -> Sample:
-        """Block `index`; its last token is the next one's first, so that each is once a target."""
+        """Block or document `index`."""
         if not 0 <= index < len(self):
             raise IndexError(index)  # also what ends a for loop over the data set
-        start = index * self.max_length
-        input_ids = self.tokens[start : start + self.max_length + 1].long()
+        span = self._span(index)
+        input_ids = self.tokens[span].long()
         return Sample(
             index=index,
-            where=f"{self.data_path.name}:block {index}",
+            where=f"{self.data_path.name}:{'block' if self.ends is None else 'document'} {index}",
             input_ids=input_ids,
-            labels=input_ids,
+            labels=input_ids.masked_fill(~self.is_target[span], IGNORE_INDEX),
             image_mask=torch.zeros_like(input_ids, dtype=torch.bool),
             pixel_values=torch.zeros(0, 3, 1, 1),
-            is_truncated=False,
+            is_truncated=self.ends is not None and span.stop < self.ends[index],
         )
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the text, wherever the file lies."""
-        return file_fingerprint(self.data_path, len(self.tokens))
+        """Identifies the text and its targets, wherever the file lies."""
+        return file_fingerprint(self.data_path, int(self.is_target.sum()))
 
     def find_bad_records(self) -> list[BadSample]:
         """Lines that hold no usable record; they are not among the blocks."""

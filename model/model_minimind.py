@@ -31,6 +31,8 @@ class MiniMindConfig(PreTrainedConfig):
 
     Args:
         intermediate_size: F; None means `64 * ceil(int(hidden_size * 8 / 3) / 64)`.
+        initializer_range: standard deviation of new weights; None means that of `nn.Linear` itself,
+            `(3 * hidden_size) ** -0.5`: a fixed one starves narrow models.
         inference_rope_scaling: YaRN by a factor of 4 over 2048 positions.
         use_moe: experts instead of one MLP; the fields below it are ignored otherwise.
         seq_aux: balance experts within each sequence (True) or over the whole batch.
@@ -55,7 +57,7 @@ class MiniMindConfig(PreTrainedConfig):
         rope_theta: float = 1e6,
         inference_rope_scaling: bool = False,
         dropout: float = 0.0,
-        initializer_range: float = 0.02,
+        initializer_range: float | None = None,
         use_moe: bool = False,
         n_routed_experts: int = 4,
         num_experts_per_tok: int = 2,
@@ -84,7 +86,7 @@ class MiniMindConfig(PreTrainedConfig):
         self.rope_theta = rope_theta
         self.inference_rope_scaling = inference_rope_scaling
         self.dropout = dropout
-        self.initializer_range = initializer_range
+        self.initializer_range = initializer_range or (3 * hidden_size) ** -0.5
         self.use_moe = use_moe
         self.n_routed_experts = n_routed_experts
         self.num_experts_per_tok = num_experts_per_tok
@@ -149,15 +151,11 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(config: MiniMindConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's rotation angles, in float32.
+    """Cosine and sine of the rotation angles of positions (B, T): two times (B, T, K), float32.
 
     They are computed where they are used rather than kept as a buffer: a buffer would lose
     precision in `model.half()`, be broadcast by DDP and come back undefined from the meta device.
 
-    Args:
-        position_ids: (B, T) integer positions.
-    Returns:
-        cos, sin: (B, T, K) float32.
     Source: Su et al., "RoFormer" (2021); Peng et al., "YaRN" (2023).
     """
     device = position_ids.device
@@ -342,6 +340,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        target_positions: Tensor | None = None,  # (N,) into the flattened (B, T)
         is_right_padded: bool = False,
         **_,
     ) -> MiniMindOutput:
@@ -349,10 +348,11 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
         Args:
             logits_to_keep: only the last that many positions (0: all), or their indices.
+            target_positions: where the next token is supervised: logits (N, V) only there.
             is_right_padded: the caller vouches that padding stands behind the text only, so
                 that attention needs no mask of its own (training batches).
         Returns:
-            See `MiniMindOutput`; `logits` are (B, T, V).
+            See `MiniMindOutput`; `logits` are (B, T, V), or (N, V).
         Raises:
             ValueError: neither or both of `input_ids` and `inputs_embeds`; labels together
                 with `logits_to_keep`.
@@ -374,26 +374,27 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             is_right_padded=is_right_padded,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, keep])
+        every = target_positions is None
+        logits = self.lm_head(hidden[:, keep] if every else hidden.flatten(0, 1)[target_positions])
         return MiniMindOutput(
-            loss=None if labels is None else next_token_loss(logits, labels),
+            loss=None if labels is None else next_token_loss(logits, labels, target_positions),
             logits=logits,
             past_key_values=past_key_values,
             aux_loss=aux_loss,
         )
 
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def next_token_loss(logits: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
     """Mean cross entropy of each supervised token given what stands before it, in float32.
 
     Args:
-        logits: (B, T, V). labels: (B, T) aligned with the inputs; `IGNORE_INDEX` is left out.
+        logits: (B, T, V), or (N, V) at `positions`. labels: (B, T) aligned with the inputs.
     Returns:
         A scalar; 0, not NaN, when nothing is supervised.
     """
     # Shift the labels, not the logits: those are large and would be copied.
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-    total = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    targets = targets if positions is None else targets[positions]
+    logits = logits.flatten(0, -2).float()
+    total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)

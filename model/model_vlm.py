@@ -57,13 +57,21 @@ class VLMConfig(MiniMindConfig):
         return len(self.image_ids)
 
 
-def find_vision_dir(vision_model_path: str | Path | None = None) -> Path:
+def find_vision_dir(
+    vision_model_path: str | Path | None = None, *, named: str | None = None
+) -> Path:
     """The folder of the CLIP tower: the given one, else the default places.
 
+    Args:
+        named: the folder in `model/vision_model/` that a weight was trained with.
     Raises:
         FileNotFoundError: no `config.json` there; says what to do.
     """
-    candidates = [Path(vision_model_path)] if vision_model_path else [CLIP_DIR, VISION_DIR]
+    if vision_model_path:
+        candidates = [Path(vision_model_path)]
+    else:
+        known = [VISION_DIR / Path(named).name] if named else []
+        candidates = [*known, CLIP_DIR, VISION_DIR]
     for folder in candidates:
         if (folder / "config.json").is_file():
             return folder
@@ -181,6 +189,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             ValueError: its width or number of tokens is not the config's.
         """
         tower, processor = self.get_vision_model(vision_model_path)
+        self.vision_dir = Path(vision_model_path).resolve()
         num_tokens = count_image_tokens(tower.config, keep_cls=self.config.keep_cls)
         if num_tokens != self.config.num_image_tokens:
             raise ValueError(

@@ -87,10 +87,15 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def open_image(source: Image.Image | bytes | str | Path) -> Image.Image:
+def open_image(
+    source: Image.Image | bytes | str | Path, *, max_pixels: int | None = None
+) -> Image.Image:
     """Any picture as 8-bit RGB, upright by its EXIF tag, the first frame of an animation.
 
     16-bit grey is scaled to 8 bits (PIL's own conversion would clip it to white).
+
+    Args:
+        max_pixels: a larger picture is refused before it is decoded; None leaves it to Pillow.
 
     Raises:
         ValueError: not a picture, broken or too large.
@@ -100,6 +105,8 @@ def open_image(source: Image.Image | bytes | str | Path) -> Image.Image:
             image = source
         else:
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise ValueError(f"{image.width}x{image.height} is over {max_pixels:,} pixels")
         image.load()
     except FileNotFoundError:
         raise
@@ -161,7 +168,20 @@ class VLMProcessor:
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
 
+    def plain(self, text: str) -> str:
+        """Text that is only words in a message: a space breaks tags, special tokens, placeholders.
+
+        For what was not meant as a prompt, such as a model's own answer in the history.
+        """
+        for token in (IMAGE_TAG, *self.tokenizer.all_special_tokens, self.placeholder):
+            middle = max(1, len(token) // 2)
+            while token in text:  # again: in a long run of @ the halves of two make a whole
+                text = text.replace(token, f"{token[:middle]} {token[middle:]}")
+        return text
+
     def _fill(self, content: str) -> str:
+        if any("\ud800" <= character <= "\udfff" for character in content):
+            raise ValueError("the text holds half a character (a UTF-16 surrogate); take it out")
         for token in self.tokenizer.all_special_tokens:
             if token in content:
                 raise ValueError(f"the text holds the special token {token}; take it out")
@@ -183,7 +203,7 @@ class VLMProcessor:
     def __call__(
         self,
         messages: list[dict],
-        images: list,
+        images: list | Tensor,
         *,
         max_length: int | None = None,
         add_generation_prompt: bool = False,
@@ -192,7 +212,8 @@ class VLMProcessor:
 
         Args:
             messages: `{"role", "content"}` each, with one `<image>` per picture.
-            images: pictures in reading order: PIL images, encoded bytes or paths.
+            images: pictures in reading order: PIL images, encoded bytes or paths; or, where they
+                are preprocessed already, their `pixel_values`.
             max_length: tokens to keep; an image that would be cut is left out whole, with all
                 that follows it.
         Returns:
@@ -229,13 +250,24 @@ class VLMProcessor:
             "is_truncated": is_truncated,
         }
 
-    def pixel_values(self, images: list) -> Tensor:
+    def pixel_values(self, images: list | Tensor) -> Tensor:
         """Preprocess pictures: (I, 3, S, S) float32; (0, 3, S, S) for none."""
+        if isinstance(images, Tensor):
+            return images
         if not images:
             side = self.image_processor.crop_size
             return torch.zeros(0, 3, side["height"], side["width"])
         pictures = [open_image(image) for image in images]
         return self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+
+    def pictures(self, pixel_values: Tensor) -> list[Image.Image]:
+        """The pictures that the tower sees: (I, 3, S, S) with the colours put back."""
+        mean, std = (
+            pixel_values.new_tensor(values)[:, None, None]
+            for values in (self.image_processor.image_mean, self.image_processor.image_std)
+        )
+        scaled = ((pixel_values * std + mean).clamp(0, 1) * 255).round().byte()
+        return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in scaled]
 
     def prompt_batch(self, conversations: list[tuple[list[dict], list]]) -> dict[str, Tensor]:
         """Prompts for generation, padded on the left.

@@ -4,11 +4,15 @@ A weight is `NAME_{hidden}{_moe}.pth`, a plain fp16 state dict of the contract's
 `NAME_{hidden}{_moe}.json`, which says what it is. The vision tower is never in it.
 """
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -42,13 +46,27 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     Raises:
         OSError: naming the file; the half-written one is removed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with staged_write(path, write):
+        pass
+
+
+@contextlib.contextmanager
+def staged_write(path: Path, write: Callable[[IO[bytes]], None]) -> Iterator[Path]:
+    """Write a file beside its place, whole and on disk; it takes that place when the block ends.
+
+    Yields:
+        Where it stands until then.
+    Raises:
+        OSError: naming the file; the half-written one is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         if temporary.is_file():
@@ -62,23 +80,34 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the rename itself must reach the disk
-        folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """See to it that the names in a folder are on disk too."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
 
 
-def half_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors as fp16 on the CPU, without the tower; tied ones stay tied.
+def remove_leftovers(path: Path) -> None:
+    """Remove what writes of this file that were killed have left beside it."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def half_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors as fp16 on the CPU, without the tower; tied ones stay tied.
 
     Raises:
         ValueError: a tensor does not fit fp16, or is not finite.
     """
     halves: dict[int, Tensor] = {}
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         if name.startswith(VISION_PREFIX):
             continue
         if tensor.data_ptr() not in halves:
@@ -95,16 +124,41 @@ def half_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_weights(model: nn.Module, path: Path, metadata: dict) -> None:
+def save_weights(model: nn.Module | dict[str, Tensor], path: Path, metadata: dict) -> None:
     """Save the fp16 weight and, beside it, what it is.
 
+    The description is written first and holds the former one too: whichever weight stands there
+    after a kill, `read_metadata` finds the one that belongs to it.
+
     Args:
+        model: the model, or its state dict.
         metadata: from `describe_model`, with the stage and its arguments.
     """
-    state = half_state(model)
-    text = json.dumps({"format": METADATA_FORMAT} | metadata, indent=1, ensure_ascii=False)
-    atomic_write(path, lambda file: torch.save(state, file))
-    atomic_write(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    state = half_state(model.state_dict() if isinstance(model, nn.Module) else model)
+    former = former_metadata(path) if path.is_file() else None
+    with staged_write(path, lambda file: torch.save(state, file)) as temporary:
+        about = {"format": METADATA_FORMAT} | metadata | {"weight_id": weight_id(temporary)}
+        text = json.dumps(about | {"former": former}, indent=1, ensure_ascii=False)
+        atomic_write(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+
+
+def weight_id(path: Path) -> str | None:
+    """Tells weight files apart by the checksums of their tensors; None for what is not one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sums = [(item.filename.partition("/")[2], item.CRC) for item in archive.infolist()]
+    except (zipfile.BadZipFile, OSError):
+        return None
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
+
+
+def former_metadata(path: Path) -> dict:
+    """What is known of the weight that a save replaces, with its id."""
+    try:
+        metadata = read_metadata(path)
+    except ValueError:
+        metadata = {}
+    return metadata | {"weight_id": weight_id(path)}
 
 
 def describe_model(model, *, tokenizer_sha256: str) -> dict:
@@ -116,6 +170,7 @@ def describe_model(model, *, tokenizer_sha256: str) -> dict:
     tower = getattr(model, "vision_encoder", None)
     return {
         "config": {name: getattr(config, name) for name in names if hasattr(config, name)},
+        "vision_tower": model.vision_dir.name if tower is not None else None,
         "vision_tower_sha256": tower_sha256(tower) if tower is not None else None,
         "tokenizer_sha256": tokenizer_sha256,
     }
@@ -220,6 +275,9 @@ def read_metadata(path: Path) -> dict:
         raise ValueError(f"{beside} is not weight metadata ({error!r}); mend it") from None
     if metadata["format"] != METADATA_FORMAT:
         raise ValueError(f"{beside} has format {metadata.get('format')}, not {METADATA_FORMAT}")
+    former = metadata.pop("former", None)
+    if former and former["weight_id"] == weight_id(path):
+        return former if "format" in former else {}  # a save was cut off before the weight
     return metadata
 
 

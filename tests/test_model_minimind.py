@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import TINY_MODEL
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dataset.collate import target_positions
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
 torch.set_num_threads(1)  # at these sizes more threads only wait for each other
@@ -335,3 +336,37 @@ def test_model_save_pretrained_round_trip(tmp_path, use_moe):
     assert loaded.config.inference_rope_scaling and loaded.config.rope_theta == 1e4
     ids = random_ids(1, 9)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@KINDS
+def test_logits_at_targets_alone_give_the_same_loss_and_gradient(use_moe):
+    ids = random_ids(3, 12)
+    labels = ids.masked_fill(random_ids(3, 12, seed=2) % 3 > 0, -100)
+    labels[1] = -100  # a row without any target
+    losses, gradients = [], []
+    for positions in (None, target_positions(labels)):
+        model = make_model(use_moe).train()
+        output = model(ids, labels=labels, target_positions=positions)
+        output.loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+        losses.append(output.loss)
+    assert len(output.logits) == len(target_positions(labels)) < ids.numel()
+    torch.testing.assert_close(*losses)
+    for every, alone in zip(*gradients, strict=True):
+        torch.testing.assert_close(every, alone)
+
+
+def test_no_target_at_all_is_a_loss_of_zero_with_a_gradient():
+    model, labels = make_model(), torch.full((2, 5), -100)
+    loss = model(random_ids(2, 5), labels=labels, target_positions=target_positions(labels)).loss
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_new_weights_are_as_wide_as_those_of_a_linear_layer():
+    torch.manual_seed(0)
+    for hidden_size in (64, 512):
+        config = MiniMindConfig(hidden_size=hidden_size, num_hidden_layers=1)
+        weight = MiniMindForCausalLM(config).model.layers[0].self_attn.q_proj.weight
+        usual = torch.nn.Linear(hidden_size, hidden_size).weight
+        assert abs(weight.std() / usual.std() - 1) < 0.05

@@ -16,7 +16,15 @@ from PIL import Image, ImageChops
 from dataset import synthetic
 from dataset.records import open_records
 from dataset.synthetic_drawing import draw_scene
-from dataset.synthetic_text import CHANCE, STYLES, describe, pair_turns, scene_turns, word
+from dataset.synthetic_text import (
+    CHANCE,
+    QUESTIONS,
+    STYLES,
+    describe,
+    pair_turns,
+    scene_turns,
+    word,
+)
 from dataset.synthetic_world import (
     CHARACTERS,
     COLOURS,
@@ -114,7 +122,7 @@ def test_heldout_pairs_never_occur_in_training_text(world):
     texts = list(synthetic.sample_text(1500))
     for kind in ("", "_captions", "_pairs", "_text"):
         texts += (world / f"train{kind}.jsonl").read_text(encoding="utf-8").splitlines()
-    for record in synthetic.text_conversations(1500, seed=5, styles=("patches",)):
+    for record in synthetic.text_conversations(1500, seed=5, styles=("pieces",)):
         texts.append(record["conversations"][0]["content"])
     together = "\n".join(texts)
     pairs = [(c, s) for c in COLOURS for s in SHAPES]
@@ -286,16 +294,17 @@ def test_a_described_scene_names_every_shape(style, language):
             assert word(item.colour, language) in text and word(item.shape, language) in text
         if scene.character:
             assert scene.character in text
-    if style == "patches" and language == "en":
-        assert len(text.split()) == 14 * 14
     with pytest.raises(ValueError, match="style"):
         describe(scene, Random(0), style="poem")
 
 
-def test_eval_images_are_the_committed_ones(tmp_path):
-    made = {path.name: path for path in synthetic.write_eval_images(tmp_path)}
-    committed = {path.name: path for path in (ROOT / "dataset/eval_images").glob("*.png")}
-    assert made.keys() == committed.keys() and "红色圆形-red-circle.png" in made
+@pytest.mark.parametrize(("which", "folder"), [(1, "eval_images"), (2, "eval_multi_images")])
+def test_eval_images_are_the_committed_ones(which, folder, tmp_path):
+    assert synthetic.main(["--out", str(tmp_path), "--eval_images", str(which)]) == 0
+    made = {path.relative_to(tmp_path): path for path in tmp_path.rglob("*.png")}
+    root = ROOT / "dataset" / folder
+    committed = {path.relative_to(root): path for path in root.rglob("*.png")}
+    assert made.keys() == committed.keys() and "red-circle" in "".join(map(str, made))
     for name, path in committed.items():
         with Image.open(path) as image, Image.open(made[name]) as again:
             assert image.tobytes() == again.tobytes()
@@ -321,3 +330,28 @@ def test_command_line_prints_types_and_chance(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "position: " in printed and "chance 25.0%" in printed
     assert len(read_jsonl(tmp_path / "heldout_pairs.jsonl")) == 5
+
+
+def test_blind_retold_and_captioned_records(tmp_path):
+    argv = ["--out", str(tmp_path), "--num_images", "20", "--num_pairs", "0", "--num_blind", "30",
+            "--num_text", "20", "--num_retold", "40", "--caption_share", "1"]  # fmt: skip
+    assert synthetic.main(argv) == 0
+    records = read_jsonl(tmp_path / "train.jsonl")
+    shown = [r for r in records if "image" in r]
+    blind = [r for r in records if "image" not in r]
+    assert (len(shown), len(blind)) == (20, 30)
+    for record in blind:
+        first = record["conversations"][0]["content"]
+        assert first == first.strip() and "<image>" not in first
+    assert all(r["conversations"][-2]["content"] in captions_asked() for r in shown)
+    texts = read_jsonl(tmp_path / "train_text.jsonl")
+    retold = [r["text"] for r in texts if "text" in r]
+    assert len(texts) == 60 and len(retold) == 40
+    for text in retold:
+        pieces = text.replace("，", ", ").split(", ")
+        assert len(pieces) == 12 and len({len(p) for p in pieces}) > 1
+    assert any("red" in t for t in retold) and any("红色" in t for t in retold)
+
+
+def captions_asked() -> set[str]:
+    return {q for language in LANGUAGES for q in QUESTIONS[language]["caption", None]}

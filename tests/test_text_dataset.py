@@ -53,6 +53,24 @@ def test_jsonl_holds_text_and_conversations(tokenizer, tmp_path):
     assert reasons[1].startswith("text.jsonl:4: not valid JSON")
 
 
+def test_answers_alone_are_targets_and_a_document_is_a_sample(tokenizer, tmp_path):
+    path = tmp_path / "text.jsonl"
+    records = [{"text": "A red circle."}, conversation("What?", "A circle."),
+               conversation("Why?", "A long reason. " * 30)]  # fmt: skip
+    path.write_text("\n".join(json.dumps(r) for r in records) + "\n")
+    dataset = TextDataset(path, tokenizer, max_length=60, loss_on="answers")
+    assert len(dataset) == 3
+    said = [tokenizer.decode(s.labels[s.labels >= 0]) for s in dataset]
+    assert said[0] == "<|im_start|>A red circle.<|im_end|>"
+    assert said[1] == "A circle.<|im_end|>\n"
+    assert [s.is_truncated for s in dataset] == [False, False, True]
+    assert len(dataset[2].input_ids) == 60
+    packed = TextDataset(path, tokenizer, max_length=60)
+    assert packed.fingerprint != dataset.fingerprint  # a state of one is not the other's
+    with pytest.raises(ValueError, match="loss_on 'questions'"):
+        TextDataset(path, tokenizer, loss_on="questions")
+
+
 def test_missing_or_empty_text_is_named(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.txt.*--data_path"):
         TextDataset(tmp_path / "gone.txt", tokenizer)

@@ -12,7 +12,7 @@ from dataset.records import default_data_paths
 from dataset.text_dataset import TextDataset
 from model.inference import attach_tower, placeholder_config
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.model_vlm import MiniMindVLM
+from model.model_vlm import MiniMindVLM, find_vision_dir
 from model.vlm_processor import VLMProcessor, load_tokenizer
 from model.weights import (
     find_weight,
@@ -57,7 +57,8 @@ class Start:
 
 def read_start(args: TrainArgs) -> Start:
     """Read the weight to start from and compare it with the flags."""
-    names = ("hidden_size", "num_hidden_layers", "use_moe", "keep_cls", "image_special_token")
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "use_moe", "keep_cls",
+             "image_special_token")  # fmt: skip
     flags = {name: getattr(args, name) for name in names}
     if args.from_weight == "none":
         return Start({k: v for k, v in flags.items() if v is not None}, {})
@@ -89,14 +90,13 @@ def init_vlm_model(args: TrainArgs, *, device: torch.device) -> tuple[MiniMindVL
     tokenizer = load_tokenizer(
         args.tokenizer_path, expected_sha256=start.metadata.get("tokenizer_sha256")
     )
-    model = MiniMindVLM(placeholder_config(start.fields, tokenizer, args.vision_model_path))
+    tower = find_vision_dir(args.vision_model_path, named=start.metadata.get("vision_tower"))
+    model = MiniMindVLM(placeholder_config(start.fields, tokenizer, tower))
     if start.state is not None:
         has_projection = load_weights(model, start.state, path=start.path, may_lack_projection=True)
         Logger(f"weights: {start.path}" + ("" if has_projection else " (its projection is new)"))
     check_language(model, tokenizer, start)
-    attach_tower(
-        model, args.vision_model_path, metadata=start.metadata, path=start.path or Path("none")
-    )
+    attach_tower(model, tower, metadata=start.metadata, path=start.path or Path("none"))
     model.to(device)
     return model, VLMProcessor(tokenizer, model.image_processor, config=model.config)
 
@@ -137,10 +137,11 @@ def make_text_datasets(args: TrainArgs, tokenizer) -> tuple[TextDataset, TextDat
     """Training and validation text, packed."""
     if args.data_path is None:
         raise ValueError("name the text to train on by --data_path: a .txt or .jsonl file")
-    dataset = TextDataset(args.data_path, tokenizer, max_length=args.max_seq_len)
+    options = {"max_length": args.max_seq_len, "loss_on": args.loss_on}
+    dataset = TextDataset(args.data_path, tokenizer, **options)
     if args.val_data_path is None:
         return dataset, None
-    return dataset, TextDataset(args.val_data_path, tokenizer, max_length=args.max_seq_len)
+    return dataset, TextDataset(args.val_data_path, tokenizer, **options)
 
 
 def loader(dataset: Dataset, sampler, args: TrainArgs, ranks: Ranks, pad: int) -> DataLoader:

@@ -1,18 +1,21 @@
 """The whole chain on the sample world, with the real scripts: data, pretrain, sft, scores, report.
 
+    python trainer/demo.py
     python trainer/demo.py --from_zero 1
 
-Trains tower and language model first (`make from-zero`), or starts from those it finds (`make
-demo`); ends with a table, the picture `out/demo/report.png` and the commands to go on with. What a
-run finds done, it does not do again.
+The first (`make demo`) starts from the tiny tower and language model of the repository; the second
+(`make from-zero`) makes those too, from generated data alone. Both end with a table, the picture
+`report.png` and the commands to go on with. What a run finds done, it does not do again.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,13 +24,67 @@ import torch
 
 from dataset.synthetic_text import CHANCE
 from model.inference import parse_bool
-from model.weights import ROOT
+from model.model_vlm import VISION_DIR
+from model.weights import OUT_DIR, ROOT
+from trainer.plot import draw_curve, read_metrics
 
-DEMO_DIR = ROOT / "out" / "demo"
-TOWER_DIR = DEMO_DIR / "clip-tiny-patch16"
-LLM = DEMO_DIR / "llm_192.pth"
+TOWER, LLM, VLM = "clip-tiny-patch16", "llm_demo_128", "sft_vlm_demo_128"  # as the repository has
+SIZES = ("--hidden_size", 128, "--num_hidden_layers", 4, "--num_attention_heads", 2)
+SEED = 42
 MATRIX_SIDE, MATRIX_ROUNDS = 1024, 10
 EXAMPLES = 8  # pictures in the report
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Where a chain works and how long it trains; the defaults are those of `make demo`."""
+
+    folder: Path = OUT_DIR / "demo"
+    tower: Path = VISION_DIR / TOWER
+    llm: Path = OUT_DIR / f"{LLM}.pth"
+    seed: int = SEED  # of order and new weights
+    num_train: int = 5000  # pictures, and a twentieth as many questions without one
+    num_heldout: int = 400
+    sft_epochs: int = 1
+    tower_steps: int = 0
+    text_share: float = 1.0  # of `TEXT_STAGES`
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def out(self) -> Path:
+        """Where the stages with images write; another seed than the usual has its own folder."""
+        return self.folder if self.seed == SEED else self.folder / f"seed_{self.seed}"
+
+
+@dataclass(frozen=True)
+class TextStage:
+    """One run of the language model from zero."""
+
+    name: str  # of its weight
+    flag: str  # of dataset.synthetic: which texts
+    count: int
+    seed: int
+    batch_size: int
+    learning_rate: float
+
+
+TEXT_STAGES = (
+    TextStage("llm_told", "--num_retold", 16000, 11, 32, 3e-3),
+    TextStage("llm_asked", "--num_text", 50000, 11, 16, 2e-3),
+    TextStage("llm_demo", "--num_text", 60000, 12, 16, 2e-3),
+)
+FROM_ZERO = {  # what differs in `make from-zero`
+    "folder": OUT_DIR / "from_zero",
+    "tower": OUT_DIR / "from_zero" / TOWER,
+    "llm": OUT_DIR / "from_zero" / f"{LLM}.pth",
+    "num_train": 8000,
+    "num_heldout": 1100,
+    "sft_epochs": 3,
+    "tower_steps": 3500,
+}
 
 
 def run(*command) -> None:
@@ -46,49 +103,59 @@ def matrix_rate() -> float:
     return 2e-9 * MATRIX_ROUNDS * MATRIX_SIDE**3 / (time.perf_counter() - started_s)
 
 
-def make_data(folder: Path, args: argparse.Namespace) -> None:
+def make_data(chain: Chain) -> None:
     """Training and held-out pictures with their questions."""
-    for split, count in (("train", args.num_train), ("heldout", args.num_heldout)):
-        if not (folder / f"{split}.jsonl").is_file():
-            run("-m", "dataset.synthetic", "--out", folder, "--split", split, "--num_images", count,
-                "--num_pairs", 0)  # fmt: skip
+    train = ("--num_blind", chain.num_train // 20, "--caption_share", 0.1)
+    for split, count, more in (("train", chain.num_train, train),
+                               ("heldout", chain.num_heldout, ())):  # fmt: skip
+        if not (chain.data / f"{split}.jsonl").is_file():
+            run("-m", "dataset.synthetic", "--out", chain.data, "--split", split, "--num_images",
+                count, "--num_pairs", 0, *more)  # fmt: skip
 
 
-def train_from_zero(data: Path, args: argparse.Namespace) -> None:
-    """The tower on pictures and captions, the language model on scenes told in words."""
-    if not (TOWER_DIR / "preprocessor_config.json").is_file():  # written last
-        run("trainer/train_clip_tiny.py", "--save_dir", TOWER_DIR, "--steps", args.tower_steps,
-            "--batch_size", 64, "--warmup_steps", 50)  # fmt: skip
-    text = data / "text"
-    if not (text / "train_text.jsonl").is_file():
-        run("-m", "dataset.synthetic", "--out", text, "--split", "train", "--seed", 11,
-            "--num_images", 1, "--num_pairs", 0, "--num_text", args.num_text)  # fmt: skip
-    run("trainer/train_llm.py", "--data_path", text / "train_text.jsonl", "--hidden_size", 192,
-        "--num_hidden_layers", 4, "--batch_size", 16, "--learning_rate", 2e-3, "--log_interval", 20,
-        "--num_workers", 0, "--save_dir", DEMO_DIR, "--checkpoint_dir", DEMO_DIR,
-        "--from_resume", 1)  # fmt: skip
+def train_tower(chain: Chain) -> None:
+    """The tower, on pictures, captions and words."""
+    if not (chain.tower / "preprocessor_config.json").is_file():  # written last
+        run("trainer/train_clip_tiny.py", "--save_dir", chain.tower, "--steps", chain.tower_steps)
 
 
-def train(data: Path, args: argparse.Namespace) -> None:
+def train_llm(chain: Chain) -> None:
+    """The language model: scenes told over and over, then questions about told scenes."""
+    start = "none"
+    for stage in TEXT_STAGES:
+        text = chain.data / stage.name
+        if not (text / "train_text.jsonl").is_file():
+            run("-m", "dataset.synthetic", "--out", text, "--split", "train", "--seed", stage.seed,
+                "--num_images", 1, "--num_pairs", 0, "--caption_share", 0.1, stage.flag,
+                round(stage.count * chain.text_share))  # fmt: skip
+        run("trainer/train_llm.py", *SIZES, "--max_seq_len", 340, "--loss_on", "answers",
+            "--data_path", text / "train_text.jsonl", "--batch_size", stage.batch_size,
+            "--learning_rate", stage.learning_rate, "--warmup_steps", 50, "--log_interval", 50,
+            "--num_workers", 0, "--save_dir", chain.folder, "--checkpoint_dir", chain.folder,
+            "--from_weight", start, "--save_weight", stage.name, "--from_resume", 1)  # fmt: skip
+        start = stage.name
+
+
+def train(chain: Chain) -> None:
     """Both stages; one that is complete ends at once."""
-    common = ("--vision_model_path", TOWER_DIR, "--save_dir", DEMO_DIR,
-              "--checkpoint_dir", DEMO_DIR,
-              "--data_path", data / "train.jsonl", "--images_path", data / "train_images",
-              "--batch_size", 16, "--log_interval", 20, "--num_workers", 1,
-              "--from_resume", 1)  # fmt: skip
-    run("trainer/train_pretrain_vlm.py", *common, "--from_weight", LLM, "--epochs",
-        args.pretrain_epochs, "--learning_rate", args.pretrain_lr)  # fmt: skip
-    run("trainer/train_sft_vlm.py", *common, "--from_weight", "pretrain_vlm", "--hidden_size", 192,
-        "--epochs", args.sft_epochs, "--learning_rate", args.sft_lr)  # fmt: skip
+    common = ("--vision_model_path", chain.tower, "--save_dir", chain.out,
+              "--checkpoint_dir", chain.out, "--data_path", chain.data / "train.jsonl",
+              "--images_path", chain.data / "train_images", "--seed", chain.seed,
+              "--log_interval", 20, "--num_workers", 1, "--from_resume", 1)  # fmt: skip
+    run("trainer/train_pretrain_vlm.py", *common, "--from_weight", chain.llm, "--epochs", 1,
+        "--batch_size", 16, "--learning_rate", 3e-3, "--save_weight",
+        "pretrain_vlm_demo")  # fmt: skip
+    run("trainer/train_sft_vlm.py", *common, "--from_weight", "pretrain_vlm_demo", "--hidden_size",
+        128, "--epochs", chain.sft_epochs, "--batch_size", 8, "--learning_rate", 1.5e-3,
+        "--warmup_steps", 100, "--save_weight", "sft_vlm_demo")  # fmt: skip
 
 
-def evaluate(data: Path) -> dict:
+def evaluate(chain: Chain) -> dict:
     """Score the held-out questions; returns the scores."""
-    scores = DEMO_DIR / "scores.json"
-    run("eval_vlm.py", "--save_dir", DEMO_DIR, "--hidden_size", 192,
-        "--vision_model_path", TOWER_DIR,
-        "--data_path", data / "heldout.jsonl", "--images_path", data / "heldout_images",
-        "--json", scores)  # fmt: skip
+    scores = chain.out / "scores.json"
+    run("eval_vlm.py", "--weight", chain.out / f"{VLM}.pth", "--vision_model_path", chain.tower,
+        "--data_path", chain.data / "heldout.jsonl", "--images_path",
+        chain.data / "heldout_images", "--json", scores)  # fmt: skip
     return json.loads(scores.read_text())
 
 
@@ -96,7 +163,7 @@ def print_table(scores: dict) -> None:
     """Accuracy per question type beside chance."""
     print(f"\n{'held-out question':20}{'answers':>8}{'right image':>13}{'shuffled':>10}"
           f"{'no image':>10}{'chance':>8}")  # fmt: skip
-    for name, cell in scores["right"].items():
+    for name, cell in sorted(scores["right"].items(), key=lambda item: item[0] == "all"):
         shares = [scores[c][name]["right"] / cell["total"] for c in ("right", "shuffled", "blind")]
         chance = f"{CHANCE[name]:.1%}" if name in CHANCE else ""
         print(f"{name:20}{cell['total']:>8}{shares[0]:>13.1%}{shares[1]:>10.1%}{shares[2]:>10.1%}"
@@ -104,8 +171,8 @@ def print_table(scores: dict) -> None:
     print(f"grounding gap: {scores['grounding_gap']:.3f} nats per supervised token")
 
 
-def write_report(path: Path, data: Path) -> None:
-    """Loss curves of both stages, and held-out pictures with the model's captions of them."""
+def write_report(chain: Chain) -> None:
+    """Loss curves of both stages, and held-out pictures with the model's answers."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,89 +181,121 @@ def write_report(path: Path, data: Path) -> None:
 
     figure = plt.figure(figsize=(13, 9), layout="constrained")
     grid = figure.add_gridspec(3, 4)
-    for column, name in ((0, "pretrain_vlm"), (2, "sft_vlm")):
+    for column, name in ((0, "pretrain_vlm_demo"), (2, "sft_vlm_demo")):
         axes = figure.add_subplot(grid[0, column : column + 2])
-        lines = (DEMO_DIR / f"{name}_192_metrics.jsonl").read_text().splitlines()
-        points = [(f["step"], f["loss"]) for f in map(json.loads, lines) if f.get("loss")]
-        axes.plot(*zip(*points, strict=True), marker=".")
-        axes.set(title=name, xlabel="step", ylabel="loss (nats per token)")
-    for i, (image, title) in enumerate(answered_examples(data)):
+        draw_curve(axes, read_metrics(chain.out / f"{name}_128_metrics.jsonl"), "loss")
+        axes.set(title=name, xlabel="step", ylabel="loss (nats per supervised token)")
+    for i, (image, title) in enumerate(answered_examples(chain)):
         axes = figure.add_subplot(grid[1 + i // 4, i % 4])
         axes.imshow(Image.open(image))
         axes.set_title(title, fontsize=8)
         axes.axis("off")
-    figure.savefig(path, dpi=100)
+    figure.savefig(chain.out / "report.png", dpi=100)
     plt.close(figure)
 
 
-def answered_examples(data: Path) -> list[tuple[Path, str]]:
+def answered_examples(chain: Chain) -> list[tuple[Path, str]]:
     """A few held-out pictures, each with a question and the model's and the right answer."""
-    from model.inference import Sampling, add_model_arguments, generate, load_model
+    from model.inference import Sampling, VLMEngine, add_model_arguments
 
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)
-    loaded = load_model(parser.parse_args(
-        ["--save_dir", str(DEMO_DIR), "--hidden_size", "192", "--vision_model_path", str(TOWER_DIR)]
+    engine = VLMEngine.from_args(parser.parse_args(
+        ["--weight", str(chain.out / f"{VLM}.pth"), "--vision_model_path", str(chain.tower)]
     ))  # fmt: skip
     shown = []
-    with (data / "heldout.jsonl").open(encoding="utf-8") as lines:
+    with (chain.data / "heldout.jsonl").open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines]
     english = [r for r in records if r["conversations"][0]["content"].isascii()]
     for record in english[:EXAMPLES]:
-        image = data / "heldout_images" / record["image"]
+        image = chain.data / "heldout_images" / record["image"]
         question, answer = (m["content"] for m in record["conversations"][:2])
         messages = [{"role": "user", "content": question}]
-        said = generate(loaded, [(messages, [image])], Sampling(16, 0))[0]
+        said = engine.generate([(messages, [image])], Sampling(16, 0))[0].text
+        said = said.encode("ascii", "replace").decode()  # an untrained model may say anything
         title = f"{question.removeprefix('<image>').strip()}\n{said} (right: {answer})"
         shown.append((image, title))
     return shown
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def print_next_steps(chain: Chain) -> None:
+    """The three commands to go on with."""
+    model = f"--weight {chain.out / VLM}.pth --vision_model_path {chain.tower}"
+    print(f"""
+Go on with:
+  chat       {sys.executable} eval_vlm.py --chat {model}
+  web page   {sys.executable} web_demo.py {model}
+  real data  {sys.executable} dataset/download.py --help""")
+
+
+def publish(chain: Chain) -> None:
+    """Put what a chain from zero made where the repository keeps it."""
+    shutil.copytree(chain.tower, VISION_DIR / TOWER, dirs_exist_ok=True)
+    for stem, source in ((LLM, chain.folder), (VLM, chain.out)):
+        for suffix in (".pth", ".json"):
+            shutil.copy(source / f"{stem}{suffix}", OUT_DIR / f"{stem}{suffix}")
+    print(f"published: {VISION_DIR / TOWER}, {OUT_DIR / LLM}.pth, {OUT_DIR / VLM}.pth")
+
+
+def parse_args(argv: list[str] | None) -> tuple[Chain, argparse.Namespace]:
+    """The chain that the flags describe, and the other flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--from_zero", type=parse_bool, nargs="?", const=True, default=False,
-        help="train tower and language model first / 先训练视觉塔和语言模型")  # fmt: skip
-    add("--tower_steps", type=int, default=1100, help="of the tower / 视觉塔训练步数")
-    add("--num_text", type=int, default=7000, help="scenes told in words / 文本场景数")
-    add("--num_train", type=int, default=5000, help="training pictures / 训练图片数")
-    add("--num_heldout", type=int, default=500, help="held-out pictures / 留出图片数")
-    add("--pretrain_epochs", type=int, default=1, help="passes of the first stage / 预训练轮数")
-    add("--pretrain_lr", type=float, default=2e-3, help="its learning rate / 预训练学习率")
-    add("--sft_epochs", type=int, default=2, help="passes of the second / 微调轮数")
-    add("--sft_lr", type=float, default=1e-3, help="its learning rate / 微调学习率")
-    return parser.parse_args(argv)
+        help="make tower and language model too / 从零训练视觉塔和语言模型")  # fmt: skip
+    add("--publish", type=parse_bool, nargs="?", const=True, default=False,
+        help="copy what --from_zero made over the repository's own / 覆盖仓库中的权重")  # fmt: skip
+    add("--seed", type=int, help="of the stages with images / 视觉语言阶段的随机种子")
+    for name, text in (
+        ("tower_steps", "of the tower / 视觉塔训练步数"),
+        ("num_train", "training pictures / 训练图片数"),
+        ("num_heldout", "held-out pictures / 留出图片数"),
+        ("sft_epochs", "passes of the second stage / 微调轮数"),
+    ):
+        add(f"--{name}", type=int, help=text)
+    add("--text_share", type=float, help="of the texts from zero / 文本比例")
+    args = parser.parse_args(argv)
+    if args.publish and not args.from_zero:
+        parser.error("--publish needs --from_zero 1")
+    names = ("seed", "tower_steps", "text_share", "num_train", "num_heldout", "sft_epochs")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return Chain(**((FROM_ZERO if args.from_zero else {}) | given)), args
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the chain; returns the exit status."""
-    args = parse_args(argv)
-    if not args.from_zero and not (LLM.is_file() and (TOWER_DIR / "config.json").is_file()):
+    chain, args = parse_args(argv)
+    if not args.from_zero and not (chain.llm.is_file() and (chain.tower / "config.json").is_file()):
         print("error: the tiny language model and tower are not part of the repository yet; "
-              "`make from-zero` trains them here first, in about an hour on 2 CPU cores",
-              file=sys.stderr)  # fmt: skip
+              "`make from-zero` makes them here first, in an hour or two on 2 CPU cores, and "
+              "`python trainer/demo.py --from_zero 1 --publish 1` puts them where `make demo` "
+              "looks", file=sys.stderr)  # fmt: skip
         return 1
-    started_s, data = time.perf_counter(), DEMO_DIR / "data"
+    started_s = time.perf_counter()
     print(f"matrix products: {matrix_rate():.0f} GFLOP/s in float32")
     try:
-        make_data(data, args)
+        make_data(chain)
         if args.from_zero:
-            train_from_zero(data, args)
-        train(data, args)
-        scores = evaluate(data)
+            train_tower(chain)
+            train_llm(chain)
+        train(chain)
+        scores = evaluate(chain)
     except subprocess.CalledProcessError as error:
         print(f"error: the step above ended with status {error.returncode}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nleft; `make demo` goes on from here")
+        print("\nleft; the same command goes on from here")
         return 130
-    write_report(DEMO_DIR / "report.png", data)
+    write_report(chain)
     print_table(scores)
     cpu_s = sum(os.times()[:4])
     print(f"\n{time.perf_counter() - started_s:.0f} s, {cpu_s:.0f} CPU-seconds; "
-          f"curves and answers: {DEMO_DIR / 'report.png'}")  # fmt: skip
+          f"curves and answers: {chain.out / 'report.png'}")  # fmt: skip
+    if args.publish:
+        publish(chain)
+    print_next_steps(chain)
     return 0
 
 

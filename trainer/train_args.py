@@ -4,10 +4,13 @@ import argparse
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from dataset.text_dataset import LOSS_ON
 from model.inference import parse_bool, parse_path
 from model.weights import OUT_DIR, ROOT
 
 DTYPES = ("bfloat16", "float16", "float32")
+TRACKERS = ("swanlab", "wandb", "tensorboard")
+TRACKER_MODES = ("online", "offline", "local", "disabled")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class TrainArgs:
     epochs: int = flag("passes over the data / 训练轮数", low=1)
     batch_size: int = flag("samples per device and micro-step / 每卡批大小", low=1)
     learning_rate: float = flag("peak is 1.1 times this / 学习率", low=0.0)
+    warmup_steps: int = flag("steps of a rising rate at the start / 预热步数", 0, low=0)
     device: str = flag("cpu, cuda, cuda:1, mps; default: the best / 默认自动选择")
     dtype: str = flag("arithmetic of the forward pass / 混合精度类型", "bfloat16", choices=DTYPES)
     num_workers: int = flag("processes that load data / 数据加载进程数", 8, low=0)
@@ -43,15 +47,26 @@ class TrainArgs:
     save_interval: int = flag("steps between saves / 保存间隔", 100, low=1)
     hidden_size: int = flag("default: the weight's, else 512 / 隐藏维度", alias="--dim", low=16)
     num_hidden_layers: int = flag("default: the weight's, else 8 / 层数", alias="--n_layers", low=1)
+    num_attention_heads: int = flag("default: the weight's, else 8 / 注意力头数", low=1)
     use_moe: bool = flag("mixture of experts; default: the weight's / 是否使用 MoE")
     max_seq_len: int = flag("longest sample in tokens / 最大长度", low=8)
+    loss_on: str = flag(
+        "text stage: every token, or a conversation's answers / 文本阶段监督范围",
+        "all",
+        choices=LOSS_ON,
+    )
     data_path: Path = flag("records: .jsonl or .parquet / 训练数据")
     images_path: Path = flag("folder or zip of images / 图像目录或 zip")
     from_weight: str = flag("weight to start from, or none / 起始权重")
     from_resume: bool = flag("continue an interrupted run / 断点续训", False)
     freeze_llm: bool = flag("train the projection only / 只训练投影层")
     use_multi_image: bool = flag("the default data is the multi-image set / 多图数据", False)
-    use_wandb: bool = flag("track with SwanLab / 使用 SwanLab 记录", False)
+    use_wandb: bool = flag("track the run; default: if --tracker is given / 是否记录实验")
+    tracker: str = flag("where to; default: swanlab / 记录工具", choices=TRACKERS)
+    tracker_mode: str = flag(
+        "default: the tracker's own, online mostly; without a login offline or local / 记录模式",
+        choices=TRACKER_MODES,
+    )
     wandb_project: str = flag("project name of the tracker / 项目名")
     wandb_run_name: str = flag("run name of the tracker / 运行名")
     vision_model_path: Path = flag("folder of the CLIP tower / CLIP 目录")
@@ -66,6 +81,10 @@ class TrainArgs:
     on_bad_sample: str = flag(
         "skip: count and report, stop above 1%% / 坏样本处理", "skip", choices=("skip", "error")
     )
+    deepspeed: str = flag("ZeRO configuration: a file, or ds_zero2.json / ZeRO 配置")
+    rank_timeout: float = flag(
+        "seconds of silence after which a rank counts as lost / 判定进程失联的秒数", 20.0, low=2
+    )
     local_rank: int = flag("set by the deepspeed launcher / 由启动器设置", -1)
 
     def check(self) -> None:
@@ -78,6 +97,11 @@ class TrainArgs:
             raise ValueError(f"--learning_rate {self.learning_rate} must be above 0")
         if self.val_images_path and not self.val_data_path:
             raise ValueError("--val_images_path needs --val_data_path")
+
+    def tracker_name(self) -> str | None:
+        """The tracker to use, or None."""
+        is_wanted = self.tracker is not None if self.use_wandb is None else self.use_wandb
+        return (self.tracker or TRACKERS[0]) if is_wanted else None
 
     def as_text(self) -> dict:
         """Every argument in a form that JSON holds."""

@@ -1,17 +1,15 @@
 """The tiny vision tower: a CLIP trained contrastively on pictures and captions of the sample world.
 
-    python trainer/train_clip_tiny.py --steps 2500
+    python trainer/train_clip_tiny.py --steps 4000
 
-A caption says what stands in each corner. After a first part with unrelated scenes, a batch is made
-of groups of scenes that differ in one thing (a shape, a colour, a place), so telling pictures apart
-takes what the questions will ask for. The result is an ordinary CLIP folder; the language model
-only reads its vision half.
+Two contrasts train it: whole pictures with their captions, as in CLIP, and single patches with the
+words for what they show, since the language model will read the patches one by one. The result is
+an ordinary CLIP folder; the language model only reads its vision half.
 """
 
 import argparse
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -27,11 +25,13 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 from dataset.synthetic_drawing import draw_scene
 from dataset.synthetic_text import describe
 from dataset.synthetic_world import (
+    CHARACTERS,
     COLOURS,
     PLACES,
     SHAPES,
+    SIZES,
+    TEXTURES,
     Scene,
-    is_heldout_scene,
     sample_scene,
 )
 from model.inference import choose_device
@@ -40,72 +40,89 @@ from model.weights import ROOT
 from trainer.optim import get_lr, make_optimizer
 from trainer.trainer_utils import autocast, setup_seed
 
-GROUP = 4  # scenes of a group: one, and three that differ from it in one thing each
-UNRELATED_SHARE = 0.4  # of the groups, at the beginning, hold unrelated scenes: those are easier
 IMAGE_SIDE, PATCH_SIDE, DRAWN_SIDE = 224, 16, 96
+NUM_ROWS = IMAGE_SIDE // PATCH_SIDE
 PROCESSOR = CLIPImageProcessorPil()  # CLIP's own mean and deviation
+HEAD_DIM = 64  # as in CLIP; fewer, wider heads are also much faster on a CPU
+MAX_WAVELENGTH = 100.0  # of the sines that positions start from, in patches
+WORD_WEIGHT = 5.0  # of the contrast of patches and words
+UNNAMED = -1  # a patch of which a list of words says nothing
+
+# What can be said of a patch: one word of each list, or nothing.
+WORDS = {
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "place": tuple(PLACES),
+    "size": tuple(SIZES),
+    "texture": TEXTURES,
+    "character": tuple(f"letter {c}" for c in CHARACTERS),
+    "count": ("1 shape", "2 shapes", "3 shapes", "4 shapes"),  # of the whole picture: the ground
+}
 
 
-def change_scene(scene: Scene, rng: Random) -> Scene:
-    """The scene with another shape, another colour or another place of one of its items."""
-    items = list(scene.items)
-    index = rng.randrange(len(items))
-    item = items[index]
-    kind = rng.choice(("shape", "colour", "place"))
-    if kind == "shape":
-        items[index] = replace(item, shape=rng.choice([s for s in SHAPES if s != item.shape]))
-    elif kind == "colour":
-        colour = rng.choice([c for c in COLOURS if c != item.colour])
-        items[index] = replace(item, colour=colour, rgb=COLOURS[colour])
-    else:
-        taken = {scene.character_place}
-        place = rng.choice([p for p in PLACES if p != item.place and p not in taken])
-        for other, neighbour in enumerate(items):
-            if neighbour.place == place:  # the two change places
-                items[other] = move(neighbour, item.place)
-        items[index] = move(item, place)
-    return replace(scene, items=tuple(items))
+def name_patches(scene: Scene) -> np.ndarray:
+    """Which word of each list fits each patch: (words lists, P) int64, `UNNAMED` for none.
+
+    The patches within a shape's radius show its words, those of a character its name, the ground
+    the number of shapes.
+    """
+    centres = (np.arange(NUM_ROWS) + 0.5) / NUM_ROWS
+    x, y = np.meshgrid(centres, centres)
+    names = dict(zip(WORDS, np.full((len(WORDS), NUM_ROWS, NUM_ROWS), UNNAMED), strict=True))
+    names["count"][:] = len(scene.items) - 1
+    for item in scene.items:
+        is_covered = np.hypot(x - item.x, y - item.y) <= item.radius
+        names["count"][is_covered] = UNNAMED
+        for kind in ("colour", "shape", "place", "size", "texture"):
+            names[kind][is_covered] = WORDS[kind].index(getattr(item, kind))
+    if scene.character is not None:
+        column, row = PLACES[scene.character_place]
+        is_covered = (abs(x - 0.25 - 0.5 * column) < 0.1) & (abs(y - 0.25 - 0.5 * row) < 0.13)
+        names["count"][is_covered] = UNNAMED
+        names["character"][is_covered] = CHARACTERS.index(scene.character)
+        names["place"][is_covered] = WORDS["place"].index(scene.character_place)
+    return np.stack(list(names.values())).reshape(len(WORDS), -1)
 
 
-def move(item, place: str):
-    """The item in another quadrant, as far from its middle as before."""
-    (column, row), (old_column, old_row) = PLACES[place], PLACES[item.place]
-    x, y = item.x + 0.5 * (column - old_column), item.y + 0.5 * (row - old_row)
-    return replace(item, place=place, x=x, y=y)
+class Scenes(Dataset):
+    """Scene `index` of a seed, of the training split only."""
 
-
-class SceneGroups(Dataset):
-    """Group `index` of a seed: `GROUP` pictures with their captions, of training scenes only."""
-
-    def __init__(self, num_groups: int, *, seed: int, tokenizer):
-        self.num_groups, self.seed, self.tokenizer = num_groups, seed, tokenizer
+    def __init__(self, num_scenes: int, *, seed: int, tokenizer):
+        self.num_scenes, self.seed, self.tokenizer = num_scenes, seed, tokenizer
 
     def __len__(self) -> int:
-        return self.num_groups
+        return self.num_scenes
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, list[list[int]]]:
-        """Pictures (GROUP, side, side, 3) uint8, and caption ids that end with eos."""
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Picture (3, side, side) uint8, caption ids, names of its patches."""
+        if not 0 <= index < self.num_scenes:
+            raise IndexError(index)
         rng = Random(f"{self.seed} {index}")
-        scenes = [sample_scene(rng)]
-        is_unrelated = index < UNRELATED_SHARE * self.num_groups
-        while len(scenes) < GROUP:
-            changed = sample_scene(rng) if is_unrelated else change_scene(scenes[0], rng)
-            if not is_heldout_scene(changed) and changed not in scenes:
-                scenes.append(changed)
-        pictures = [np.asarray(draw_scene(s, image_size=DRAWN_SIDE)) for s in scenes]
-        tokenizer = self.tokenizer
-        captions = [describe(s, rng, style="table") for s in scenes]
-        texts = [tokenizer.encode(c) + [tokenizer.eos_token_id] for c in captions]
-        return np.stack(pictures), texts
+        scene = sample_scene(rng)
+        picture = torch.from_numpy(np.asarray(draw_scene(scene, image_size=DRAWN_SIDE)).copy())
+        ids = encode(self.tokenizer, describe(scene, rng, style="table"))
+        return picture.permute(2, 0, 1), ids, torch.from_numpy(name_patches(scene))
 
 
-def collate(groups: list) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures (B, 3, side, side) uint8, ids and mask (B, T)."""
-    pictures = torch.from_numpy(np.concatenate([g[0] for g in groups])).permute(0, 3, 1, 2)
-    texts = [torch.tensor(ids) for g in groups for ids in g[1]]
+def encode(tokenizer, text: str) -> Tensor:
+    """Token ids with the token behind them at which CLIP reads a text: the padding token, since
+    CLIP's code takes an end token of id 2, as ours is, for a mark of old checkpoints."""
+    return torch.tensor([*tokenizer.encode(text), tokenizer.pad_token_id])
+
+
+def pad_ids(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, both (B, T)."""
     ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     lengths = torch.tensor([len(t) for t in texts])
-    return pictures, ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+
+def collate(scenes: list) -> dict[str, Tensor]:
+    """Pictures (B, 3, side, side) uint8, ids and mask (B, T), names (B, word lists, P)."""
+    pictures, texts, names = zip(*scenes, strict=True)
+    ids, mask = pad_ids(list(texts))
+    return {"pictures": torch.stack(pictures), "ids": ids, "mask": mask,
+            "names": torch.stack(names)}  # fmt: skip
 
 
 def preprocess(pictures: Tensor) -> Tensor:
@@ -114,13 +131,25 @@ def preprocess(pictures: Tensor) -> Tensor:
     pixels = F.interpolate(pictures, size=IMAGE_SIDE, mode="bicubic", antialias=True).float()
     mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1)
                  for v in (PROCESSOR.image_mean, PROCESSOR.image_std))  # fmt: skip
-    return (pixels / 255 - mean) / std
+    return pixels.mul_(1 / (255 * std)).sub_(mean / std)
+
+
+def position_waves(num_rows: int, width: int) -> Tensor:
+    """Sines and cosines of each patch's column and row: (P, width).
+
+    Source: Beyer et al., "Better plain ViT baselines for ImageNet-1k" (2022), with a lower
+    highest wavelength, since there are few rows.
+    """
+    frequencies = MAX_WAVELENGTH ** -(torch.arange(width // 4) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(num_rows), torch.arange(num_rows), indexing="ij")
+    angles = [at.flatten()[:, None] * frequencies for at in (column, row)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
 def make_model(args: argparse.Namespace, tokenizer) -> CLIPModel:
     """A CLIP of the flags' sizes with random weights."""
-    heads = args.hidden_size // 48
-    shared = {"hidden_act": "quick_gelu", "projection_dim": args.projection_dim}
+    heads = args.hidden_size // HEAD_DIM
+    shared = {"hidden_act": "gelu", "projection_dim": args.projection_dim}
     vision = shared | {
         "hidden_size": args.hidden_size,
         "intermediate_size": 4 * args.hidden_size,
@@ -134,57 +163,106 @@ def make_model(args: argparse.Namespace, tokenizer) -> CLIPModel:
         "hidden_size": args.text_hidden_size,
         "intermediate_size": 4 * args.text_hidden_size,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        "num_attention_heads": max(1, args.text_hidden_size // HEAD_DIM),
         "max_position_embeddings": 128,
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.pad_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     model = CLIPModel(
         CLIPConfig(text_config=text, vision_config=vision, projection_dim=args.projection_dim)
     )
-    model.set_attn_implementation("eager")  # at this width faster than SDPA, whose backward is slow
+    model.set_attn_implementation("eager")  # at this width faster than SDPA's backward
+    positions = model.vision_model.embeddings.position_embedding.weight
+    with torch.no_grad():  # CLIP's own start, near zero, takes long to tell places apart
+        positions[1:] = position_waves(NUM_ROWS, args.hidden_size)
     return model
 
 
-def train(model: CLIPModel, args: argparse.Namespace, tokenizer, device: torch.device) -> float:
-    """Train with the symmetric contrastive loss; returns the last window's in-batch accuracy.
+def encode_words(tokenizer) -> tuple[Tensor, Tensor, list[int]]:
+    """All words of all lists in a row: ids and mask (words, T), and how many each list has."""
+    texts = [encode(tokenizer, word) for words in WORDS.values() for word in words]
+    return *pad_ids(texts), [len(words) for words in WORDS.values()]
+
+
+def word_loss(
+    model: CLIPModel, states: Tensor, names: Tensor, words: tuple
+) -> tuple[Tensor, Tensor]:
+    """Contrast every named patch with the words of each list.
+
+    Args:
+        states: the tower's last hidden states of the patches (B, P, V).
+        names: (B, word lists, P), see `name_patches`. words: see `encode_words`.
+    Returns:
+        The mean cross entropy over the lists, and for each list the share of patches whose word
+        is the likeliest.
+
+    Source: the contrast of regions and texts in Zhong et al., "RegionCLIP" (2022).
+    """
+    patches = model.visual_projection(model.vision_model.post_layernorm(states))
+    patches = F.normalize(patches.float(), dim=-1)
+    ids, mask, lengths = words
+    texts = model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+    texts = F.normalize(texts.float(), dim=-1).split(lengths)
+    losses, shares = [], []
+    for index, text in enumerate(texts):
+        targets = names[:, index]
+        logits = (model.logit_scale.exp() * patches @ text.T).flatten(0, 1)
+        targets = targets.flatten()
+        num_named = (targets != UNNAMED).sum().clamp(min=1)
+        total = F.cross_entropy(logits, targets, ignore_index=UNNAMED, reduction="sum")
+        losses.append(total / num_named)
+        shares.append((logits.argmax(-1) == targets).sum() / num_named)
+    return torch.stack(losses).mean(), torch.stack(shares).detach()
+
+
+def train(model: CLIPModel, args: argparse.Namespace, tokenizer, device: torch.device) -> dict:
+    """Train; returns the last window's in-batch accuracy and share of patches by word list.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language
     Supervision" (2021).
     """
-    groups = SceneGroups(args.steps * args.batch_size // GROUP, seed=args.seed, tokenizer=tokenizer)
-    loader = DataLoader(groups, batch_size=args.batch_size // GROUP, collate_fn=collate,
+    loader = DataLoader(Scenes(args.steps * args.batch_size, seed=args.seed, tokenizer=tokenizer),
+                        batch_size=args.batch_size, collate_fn=collate,
                         num_workers=args.num_workers)  # fmt: skip
     optimizer = make_optimizer(model.parameters(), lr=args.learning_rate)
-    started_s, correct, total = time.perf_counter(), 0, 0
-    for step, (pictures, ids, mask) in enumerate(loader, 1):
+    ids, mask, lengths = encode_words(tokenizer)
+    words = ids.to(device), mask.to(device), lengths
+    started_s, window = time.perf_counter(), []
+    for step, batch in enumerate(loader, 1):
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
         warmup = min(1.0, step / args.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = warmup * get_lr(step, args.steps, args.learning_rate)
         with autocast(device, args.dtype):
             output = model(
-                pixel_values=preprocess(pictures.to(device)),
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
+                pixel_values=preprocess(batch["pictures"]),
+                input_ids=batch["ids"],
+                attention_mask=batch["mask"],
                 return_loss=True,
             )
-        output.loss.backward()
+            states = output.vision_model_output.last_hidden_state[:, 1:]
+            loss, shares = word_loss(model, states, batch["names"], words)
+        (output.loss + WORD_WEIGHT * loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             model.logit_scale.clamp_(max=np.log(100.0))
             guessed = output.logits_per_image.argmax(1)
-            correct += int((guessed == torch.arange(len(guessed), device=device)).sum())
-            total += len(guessed)
+            hits = (guessed == torch.arange(len(guessed), device=device)).float().mean()
+            window.append(torch.cat((hits[None], shares)))
         if step % args.log_interval == 0 or step == args.steps:
-            elapsed_s = time.perf_counter() - started_s
-            print(f"step {step}/{args.steps} loss:{output.loss.item():.4f} "
-                  f"in-batch accuracy:{correct / total:.3f} "
+            figures = dict(zip(("in-batch", *WORDS), torch.stack(window).mean(0).tolist(),
+                               strict=True))  # fmt: skip
+            elapsed_s, window = time.perf_counter() - started_s, []
+            print(f"step {step}/{args.steps} loss:{output.loss.item():.4f} {as_text(figures)} "
                   f"images/s:{step * args.batch_size / elapsed_s:.0f}", flush=True)  # fmt: skip
-            accuracy, correct, total = correct / total, 0, 0
-    return accuracy
+    return figures
+
+
+def as_text(figures: dict[str, float]) -> str:
+    return " ".join(f"{name}:{share:.1%}" for name, share in figures.items())
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -194,14 +272,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--save_dir", type=Path, default=ROOT / "model" / "vision_model" / "clip-tiny-patch16",
         help="CLIP folder to write / 输出目录")  # fmt: skip
-    add("--steps", type=int, default=2500, help="training steps / 训练步数")
-    add("--batch_size", type=int, default=128, help="pictures per step / 批大小")
-    add("--learning_rate", type=float, default=1e-3, help="peak is 1.1 times this / 学习率")
+    add("--steps", type=int, default=4000, help="training steps / 训练步数")
+    add("--batch_size", type=int, default=32, help="pictures per step / 批大小")
+    add("--learning_rate", type=float, default=1.5e-3, help="peak is 1.1 times this / 学习率")
     add("--warmup_steps", type=int, default=100, help="steps of rising rate / 预热步数")
-    add("--hidden_size", type=int, default=192, help="width of the tower / 视觉宽度")
+    add("--hidden_size", type=int, default=128, help="width of the tower / 视觉宽度")
     add("--num_hidden_layers", type=int, default=4, help="its layers / 视觉层数")
-    add("--text_hidden_size", type=int, default=128, help="width of the text half / 文本宽度")
-    add("--projection_dim", type=int, default=128, help="of the shared space / 共享空间维度")
+    add("--text_hidden_size", type=int, default=64, help="width of the text half / 文本宽度")
+    add("--projection_dim", type=int, default=96, help="of the shared space / 共享空间维度")
     add("--tokenizer_path", type=Path, help="folder of the tokenizer / 分词器目录")
     add("--device", help="default: the best / 默认自动选择")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="arithmetic / 精度")
@@ -209,10 +287,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--log_interval", type=int, default=50, help="steps between lines / 日志间隔")
     add("--seed", type=int, default=42, help="of scenes and weights / 随机种子")
     args = parser.parse_args(argv)
-    if args.batch_size % GROUP or args.batch_size < GROUP:
-        raise ValueError(f"--batch_size {args.batch_size} is not a multiple of {GROUP}")
-    if args.hidden_size % 48 or args.text_hidden_size % 4:
-        raise ValueError("--hidden_size must be a multiple of 48, --text_hidden_size of 4")
+    if args.hidden_size % HEAD_DIM or args.text_hidden_size % HEAD_DIM:
+        raise ValueError(f"--hidden_size and --text_hidden_size must be multiples of {HEAD_DIM}")
     if min(args.steps, args.warmup_steps, args.num_hidden_layers, args.log_interval) < 1:
         raise ValueError("--steps, --warmup_steps, --num_hidden_layers, --log_interval: at least 1")
     return args
@@ -231,12 +307,12 @@ def main(argv: list[str] | None = None) -> int:
     model = make_model(args, tokenizer).to(device)
     size = sum(p.numel() for p in model.vision_model.parameters())
     print(f"tower: {size:,} parameters of {sum(p.numel() for p in model.parameters()):,}")
-    accuracy = train(model, args, tokenizer, device)
+    figures = train(model, args, tokenizer, device)
     model.to("cpu", torch.float16).save_pretrained(args.save_dir)
     CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIDE}, crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE}
     ).save_pretrained(args.save_dir)
-    print(f"done: {args.save_dir}, in-batch accuracy {accuracy:.3f}")
+    print(f"done: {args.save_dir}; {as_text(figures)}")
     return 0
 
 

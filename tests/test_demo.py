@@ -1,0 +1,54 @@
+"""The chain on the sample world, on a handful of scenes, and the weights of the repository."""
+
+import pytest
+from PIL import Image
+
+from trainer import demo
+
+FEW = ["--num_train", "32", "--num_heldout", "24", "--sft_epochs", "1"]
+
+
+@pytest.fixture
+def chains_in(tmp_path, monkeypatch):
+    """Both chains work in a temporary folder."""
+    folder = tmp_path / "zero"
+    monkeypatch.setattr(demo, "FROM_ZERO", demo.FROM_ZERO | {
+        "folder": folder, "tower": folder / demo.TOWER, "llm": folder / f"{demo.LLM}.pth"
+    })  # fmt: skip
+    monkeypatch.setattr(demo, "VISION_DIR", tmp_path / "vision_model")
+    monkeypatch.setattr(demo, "OUT_DIR", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_whole_chain_from_zero_runs_finds_what_is_done_and_publishes(chains_in, capfd):
+    argv = ["--from_zero", "1", "--tower_steps", "2", "--text_share", "0.0005", *FEW]
+    assert demo.main(argv) == 0
+    out = capfd.readouterr().out
+    assert "grounding gap" in out and "shuffled" in out and "GFLOP/s" in out
+    assert "eval_vlm.py --chat" in out and "web_demo.py" in out and "download.py" in out
+    assert Image.open(chains_in / "zero" / "report.png").size > (600, 400)
+    assert demo.main([*argv, "--publish", "1"]) == 0
+    assert "Epoch:[" not in capfd.readouterr().out  # nothing is trained twice
+    assert (chains_in / "vision_model" / demo.TOWER / "config.json").is_file()
+    assert (chains_in / "out" / f"{demo.VLM}.pth").is_file()
+
+
+def test_another_seed_writes_beside_the_usual_one():
+    usual, other = demo.Chain(), demo.Chain(seed=7)
+    assert usual.out == usual.folder and other.out == usual.folder / "seed_7"
+    assert other.data == usual.data and other.llm == usual.llm
+
+
+def test_only_what_is_made_from_zero_is_published(capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--publish", "1"])
+    assert "--from_zero" in capsys.readouterr().err
+
+
+def test_demo_without_weights_names_the_way(tmp_path, monkeypatch, capfd):
+    chain = demo.Chain(llm=tmp_path / "gone.pth")
+    monkeypatch.setattr(demo, "Chain", lambda **_: chain)
+    assert demo.main([]) == 1
+    assert "make from-zero" in capfd.readouterr().err
