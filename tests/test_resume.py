@@ -60,7 +60,9 @@ def assert_same_state(left, right):
     for index, moments in left["optimizer"]["state"].items():
         for name, tensor in moments.items():
             assert torch.equal(tensor, right["optimizer"]["state"][index][name]), (index, name)
-    assert torch.equal(left["rng"]["cpu"], right["rng"]["cpu"])
+    assert len(left["rng"]) == left["world_size"]
+    for of_left, of_right in zip(left["rng"], right["rng"], strict=True):
+        assert torch.equal(of_left["cpu"], of_right["cpu"])
     assert left["progress"] == right["progress"]
 
 

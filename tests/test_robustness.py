@@ -141,7 +141,7 @@ def test_generators_are_restored(assets, tmp_path, data, monkeypatch):
     path = next((tmp_path / "checkpoints").glob("*_resume.pth"))
     state = torch.load(path, weights_only=True)
     generator = torch.Generator().manual_seed(123)
-    state["rng"]["cpu"] = generator.get_state()
+    state["rng"][0]["cpu"] = generator.get_state()
     torch.save(state, path)
     assert train_pretrain_vlm.main([*argv, "--from_resume", "1"]) == 0
     assert torch.equal(torch.rand(3), torch.rand(3, generator=generator))

@@ -1,4 +1,4 @@
-"""Owns figures: what a log window measures, and where it goes (console, JSON lines, SwanLab)."""
+"""Owns figures: what a log window measures, and where it goes (console, JSON lines, a tracker)."""
 
 import json
 import math
@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 from model.weights import atomic_write
-from trainer.trainer_utils import warn
 
 GIB = 2**30
 
@@ -112,7 +111,7 @@ class JsonLog:
         self._file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def close(self, outcome: str = "success") -> None:
         if self._file is not None:
             self._file.close()
 
@@ -146,46 +145,6 @@ class Console:
             self._bar.close()
 
 
-class SwanLab:
-    """The tracker of `--use_wandb`. A failure after the start is reported once and ends tracking,
-    never training.
-
-    Raises:
-        ValueError: it is not installed, or cannot start (not logged in, say).
-    """
-
-    def __init__(self, *, project: str, name: str, config: dict):
-        try:
-            import swanlab
-        except ImportError:
-            raise ValueError("--use_wandb needs swanlab: pip install swanlab") from None
-        try:
-            mode = os.environ.get("SWANLAB_MODE")
-            options = {"mode": mode} if mode else {}
-            swanlab.init(project=project, experiment_name=name, config=config, **options)
-        except Exception as error:
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(
-                f"--use_wandb: SwanLab did not start ({first_line}); run `swanlab login`, or set "
-                "SWANLAB_MODE=offline"
-            ) from error
-        self._swanlab = swanlab
-
-    def write(self, figures: dict) -> None:
-        if self._swanlab is None:
-            return
-        numbers = {k: v for k, v in figures.items() if isinstance(v, int | float)}
-        try:
-            self._swanlab.log(numbers, step=int(figures["step"]))
-        except Exception as error:
-            warn(f"SwanLab failed and is left out from here on: {error}")
-            self._swanlab = None
-
-    def close(self) -> None:
-        if self._swanlab is not None:
-            self._swanlab.finish()
-
-
 class Metrics:
     """All sinks of the main process; the other ranks have none (`active=False`)."""
 
@@ -206,8 +165,9 @@ class Metrics:
         for sink in self.sinks:
             sink.write(figures)
 
-    def close(self) -> None:
+    def close(self, *, outcome: str = "success") -> None:
+        """Args: outcome: "success", "aborted" (stopped, may be resumed) or "crashed"."""
         if self.console is not None:
             self.console.close()
         for sink in self.sinks:
-            sink.close()
+            sink.close(outcome)

@@ -23,6 +23,7 @@ PROBE_TEXTS = (
 )
 NEAR_CHANCE = 0.85  # share of ln(vocabulary) above which a loss counts as near chance
 STATE_BYTES = {"weight": 2, "master": 4, "adam": 8}  # per parameter
+KEPT_STATES = 2  # the newest and the one before
 ACTIVATION_BYTES = 34  # per token, layer and hidden unit, with a SwiGLU block; a rough guide
 
 
@@ -82,18 +83,25 @@ def check_writable(folder: Path, *, flag: str) -> None:
         ) from error
 
 
-def check_disk(model: nn.Module, *, save_dir: Path, checkpoint_dir: Path) -> None:
-    """Raise ValueError unless weight and state fit twice: the old ones stay until then."""
+def check_disk(
+    model: nn.Module, *, save_dir: Path, checkpoint_dir: Path, num_states: int = 0
+) -> None:
+    """Raise ValueError unless weights and states fit: the old ones stay until a new one is whole.
+
+    Args:
+        num_states: how many states of this run stand there already.
+    """
     own = [p for n, p in model.named_parameters() if not n.startswith("vision_encoder.")]
     num_all = sum(p.numel() for p in own)
     num_trained = sum(p.numel() for p in own if p.requires_grad)
     needs: dict[int, list] = {}
+    state_size = STATE_BYTES["master"] * num_all + STATE_BYTES["adam"] * num_trained
     for folder, size in (
-        (save_dir, STATE_BYTES["weight"] * num_all),
-        (checkpoint_dir, STATE_BYTES["master"] * num_all + STATE_BYTES["adam"] * num_trained),
+        (save_dir, 2 * STATE_BYTES["weight"] * num_all),
+        (checkpoint_dir, (KEPT_STATES + 1 - min(num_states, KEPT_STATES)) * state_size),
     ):
         need = needs.setdefault(os.stat(folder).st_dev, [folder, 0])
-        need[1] += 2 * size
+        need[1] += size
     for folder, size in needs.values():
         free = shutil.disk_usage(folder).free
         if free < size:
@@ -122,6 +130,16 @@ def report_memory(model: nn.Module, ranks: Ranks, args) -> None:
         f"estimated memory: {memory:.1f} GiB on {ranks.device.type} for samples of about "
         f"{num_tokens} tokens"
     )
+
+
+def check_balance(config, args, ranks: Ranks) -> None:
+    """Warn where the MoE loss is not one per sequence: then it is one per micro-batch."""
+    is_split = ranks.world_size * args.accumulation_steps > 1
+    if config.use_moe and not config.seq_aux and is_split:
+        warn(
+            "this model balances its experts over whole batches (seq_aux false), so its updates "
+            "depend on how a step is split over ranks and --accumulation_steps"
+        )
 
 
 def check_records(dataset, *, on_bad_sample: str) -> None:

@@ -10,9 +10,10 @@ import transformers
 from torch import nn
 
 from model.weights import ROOT, weight_stem
+from trainer.plot import METRICS_SUFFIX, write_curves
 from trainer.train_args import Stage, TrainArgs
 from trainer.train_loop import Run
-from trainer.trainer_utils import Logger, Ranks, warn
+from trainer.trainer_utils import Logger, Ranks, is_main_process, warn
 
 INTERRUPTED = 128  # plus the signal's number is the exit status of a run that was stopped
 
@@ -24,6 +25,7 @@ class RunPaths:
     weight: Path
     state: Path
     metrics: Path
+    curves: Path
 
 
 def run_paths(args: TrainArgs, model: nn.Module) -> RunPaths:
@@ -32,7 +34,8 @@ def run_paths(args: TrainArgs, model: nn.Module) -> RunPaths:
     return RunPaths(
         weight=args.save_dir / f"{stem}.pth",
         state=args.checkpoint_dir / f"{stem}_resume.pth",
-        metrics=args.save_dir / f"{stem}_metrics.jsonl",
+        metrics=args.save_dir / f"{stem}{METRICS_SUFFIX}",
+        curves=args.save_dir / f"{stem}_curves.png",
     )
 
 
@@ -110,4 +113,15 @@ def report_end(run: Run, paths: RunPaths, is_complete: bool) -> int:
         )
         return INTERRUPTED + (run.stop.signum or 0)
     Logger(f"done: {paths.weight}")
+    if is_main_process():
+        draw_curves(paths)
     return 0
+
+
+def draw_curves(paths: RunPaths) -> None:
+    """The run's curves beside its weight; the run is complete, so nothing here may fail it."""
+    try:
+        write_curves([paths.metrics], paths.curves)
+        Logger(f"curves: {paths.curves}")
+    except Exception as error:  # matplotlib missing or broken, the disk full, an odd font
+        warn(f"the curves were not drawn ({error}); `python -m trainer.plot` draws them later")

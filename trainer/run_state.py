@@ -1,33 +1,51 @@
 """Owns what a run saves and resumes: the training state, the weight, and what must not change."""
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from model.vlm_processor import tokenizer_sha256
-from model.weights import describe_model, save_weights
+from model.weights import (
+    describe_model,
+    read_metadata,
+    remove_leftovers,
+    save_weights,
+)
 from trainer.build import Parts
+from trainer.engine import Engine
+from trainer.metrics import GIB
 from trainer.report import RunPaths, versions
+from trainer.state_file import (
+    BackgroundWriter,
+    Snapshot,
+    old_path,
+    previous_path,
+    spare_bytes,
+    state_bytes,
+    vlm_checkpoint,
+)
 from trainer.train_args import Stage, TrainArgs
 from trainer.train_loop import Progress
 from trainer.trainer_utils import (
     Logger,
     Ranks,
     is_main_process,
+    launch_token,
     rng_state,
+    seed_rank,
     set_rng_state,
-    trained_state,
-    vlm_checkpoint,
     warn,
 )
 
 
 @dataclass
 class RunState:
-    """Model, optimizer and progress of a run, and the files that hold them."""
+    """Model, optimizer and progress of a run, and the files that hold them.
+
+    Rank 0 reads and writes them; every rank takes part in each method.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -38,84 +56,217 @@ class RunState:
     paths: RunPaths
     metadata: dict  # what the weight says of itself
     identity: dict  # what a state and the run that resumes it must share
+    engine: Engine | None = None  # made of model and optimizer once they are resumed
+    tracker: dict = field(default_factory=dict)  # which experiment the run writes to
     is_continued: bool = False  # the state on disk is this run's own
-
-    @property
-    def old_state(self) -> Path:
-        """Where the state of an earlier run goes that this one does not continue."""
-        return self.paths.state.with_name(self.paths.state.name + ".old")
+    launches: list[str] = field(default_factory=list)  # see `launch_token`
+    writer: BackgroundWriter = field(default_factory=BackgroundWriter)
+    snapshot: Snapshot = field(default_factory=Snapshot)
+    is_background: bool = True
 
     def start(self) -> bool:
-        """Resume if asked to and possible, else begin afresh; True if resumed."""
-        if self.args.from_resume:
-            self.is_continued = self.resume()
-        elif self.paths.state.is_file():
-            warn(
-                f"{self.paths.state} is the state of an earlier run; this run does not continue it "
-                f"(--from_resume 1 does) and moves it to {self.old_state.name} when it first saves"
-            )
-        return self.is_continued
+        """Resume if asked to, or if this launch was restarted, and possible; else begin afresh.
 
-    def save(self) -> None:
-        """Write state and weight (in this order: the state is what nothing else can replace)."""
-        failure = None
+        Returns:
+            Whether it resumed.
+        Raises:
+            ValueError: the state cannot be resumed.
+        """
+        self.launches = sorted(set(filter(None, self.ranks.gather(launch_token()))))
+        sees_state = self.ranks.gather(any(map(_is_file, self._state_paths())))
+        if any(sees_state) and not sees_state[0]:
+            raise ValueError(
+                f"rank {sees_state.index(True)} sees a state at {self.paths.state}, but rank 0 "
+                "does not; --checkpoint_dir must be a folder that all machines share"
+            )
+        state, failure = None, None
         try:
-            if is_main_process():
-                self._write()
+            state = self._find_state() if is_main_process() else None
         except (ValueError, OSError) as error:
             failure = error
-        is_failed = self.ranks.host_sum([float(failure is not None)])[0]  # all wait for the writer
-        if failure is not None:
-            raise failure
-        if is_failed:
-            raise ValueError("the main process could not save; see its message")
+        if self.ranks.from_first(failure is not None):
+            raise failure or ValueError("rank 0 could not resume; see its message")
+        self.is_continued = self.ranks.from_first(state is not None)
+        if self.is_continued:
+            self._restore(state)
+        else:
+            seed_rank(self.args.seed, samples=0, rank=self.ranks.rank)
+        return self.is_continued
 
-    def _write(self) -> None:
-        if not self.is_continued and self.paths.state.is_file():
-            os.replace(self.paths.state, self.old_state)  # another run's: kept once
-        self.is_continued = True
-        about = {"args": self.args.as_text(), "versions": versions()}
-        state = {
-            "model": trained_state(self.model),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "progress": self.progress.as_dict(),
-            "rng": rng_state(self.ranks.device),
-            "world_size": self.ranks.world_size,
-        }
-        vlm_checkpoint(self.paths.state, state | about, identity=self.identity)
-        about["step"] = self.progress.step
-        save_weights(self.model, self.paths.weight, self.metadata | about)
+    def _state_paths(self) -> list:
+        return [self.paths.state, previous_path(self.paths.state)]
 
-    def resume(self) -> bool:
-        """Go back to where the state was saved; False if there is none.
+    def _find_state(self) -> dict | None:
+        """The state to go on from, on rank 0."""
+        if self.args.from_resume:
+            state = vlm_checkpoint(self.paths.state, identity=self.identity)
+            if state is None:
+                Logger(f"--from_resume: no state at {self.paths.state}, so this run starts afresh")
+            return state
+        if not any(map(_is_file, self._state_paths())):
+            return None
+        if self.launches:
+            try:
+                state = vlm_checkpoint(self.paths.state, identity=self.identity)
+            except ValueError:
+                state = {}  # another run's: it is not asked for
+            if state and set(state["launches"]) & set(self.launches):
+                Logger("this launch was restarted: it goes on from its own state")
+                return state
+        warn(
+            f"{self.paths.state} is the state of an earlier run; this run does not continue it "
+            f"(--from_resume 1 does) and moves it to {old_path(self.paths.state).name} when it "
+            "first saves"
+        )
+        return None
+
+    def save(self) -> None:
+        """Write state and weight; training goes on meanwhile if there is memory for a copy.
+
+        A write that fails is told at once and leaves what stood there. The next one tries again;
+        but a weight that cannot be written by its nature (it diverged) ends the run.
 
         Raises:
-            ValueError: the state is unreadable, or of another run (the difference is named).
+            ValueError: so it was with the save before.
         """
-        state = vlm_checkpoint(self.paths.state, identity=self.identity)
-        if state is None:
-            Logger(f"--from_resume: no state at {self.paths.state}, so this run starts afresh")
-            return False
-        self.model.load_state_dict(state["model"], strict=False)  # the identity holds the names
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty unless it was saved in float16
-            self.scaler.load_state_dict(state["scaler"])
-        set_rng_state(state["rng"], self.ranks.device)
-        self.progress = Progress(**state["progress"])
+        failure = self.writer.failure
+        is_fatal = isinstance(failure, ValueError)
+        told = self.ranks.gather((rng_state(self.ranks.device), str(failure) if is_fatal else None))
+        fatal = next((reason for _, reason in told if reason), None)
+        if fatal:
+            raise ValueError(fatal)
+        model, optimizer = self.engine.tensors()  # every rank gives its share
+        if is_main_process():
+            self._write(model, optimizer, [rng for rng, _ in told])
+
+    def finish(self) -> None:
+        """Wait until the last save is whole.
+
+        Raises:
+            ValueError: it could not be written.
+        """
+        self.writer.wait()
+        failure = self.writer.failure
+        reasons = self.ranks.gather(str(failure) if failure else None)
+        for rank, reason in enumerate(reasons):
+            if reason:
+                raise ValueError(reason if rank == self.ranks.rank else "rank 0 could not save")
+
+    def _write(self, model: dict, optimizer: dict, rngs: list[dict]) -> None:
+        about = {"args": self.args.as_text(), "versions": versions()}
+        state = about | {
+            "model": model,
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "progress": self.progress.as_dict(),
+            "rng": rngs,
+            "world_size": self.ranks.world_size,
+            "launches": self.launches,
+            "tracker": dict(self.tracker),
+        }
+        self.writer.wait()  # its copy is in the buffers that the next one takes
+        self._choose_background(state)
+        if self.is_background:
+            state = self.snapshot.copy(state)
+        self.writer.run(
+            lambda: self._write_files(state, about | {"step": state["progress"]["step"]}),
+            is_background=self.is_background,
+        )
+
+    def _write_files(self, state: dict, about: dict) -> None:
+        """State first: nothing else can replace it, while the weight can be made from it."""
+        is_first = not self.is_continued
+        vlm_checkpoint(self.paths.state, state, identity=self.identity, is_first=is_first)
+        self.is_continued = True
+        remove_leftovers(self.paths.weight)
+        save_weights(state["model"], self.paths.weight, self.metadata | about)
+
+    def _choose_background(self, state: dict) -> None:
+        """The first save decides whether there is memory for a copy, and says if not."""
+        if self.snapshot.is_used or not self.is_background:
+            return
+        need, spare = state_bytes(state), spare_bytes()
+        if spare is not None and need > spare:
+            self.is_background = False
+            warn(
+                f"a copy of the state takes {need / GIB:.2f} GiB, {spare / GIB:.2f} may be used: "
+                "training waits while it saves; raise --save_interval if that costs too much"
+            )
+
+    def _restore(self, state: dict | None) -> None:
+        """Go back to where rank 0's state was saved. The model's tensors reach the other ranks
+        when it is wrapped for them."""
+        big = ("model", "optimizer")
+        small = {k: v for k, v in state.items() if k not in big} if state is not None else None
+        small = self.ranks.from_first(small)
+        if state is not None:
+            self.model.load_state_dict(state["model"], strict=False)  # the identity holds the names
+            self.optimizer.load_state_dict(state["optimizer"])
+        share_optimizer(self.optimizer, self.ranks)
+        if small["scaler"]:  # empty unless it was saved in float16
+            self.scaler.load_state_dict(small["scaler"])
+        self.progress = Progress(**small["progress"])
+        self.tracker = small["tracker"]
         Logger(
             f"resumed {self.paths.state} at step {self.progress.step}, epoch "
             f"{self.progress.epoch + 1}, sample {self.progress.samples_in_epoch}"
         )
-        report_changes(state["args"], self.args.as_text())
-        return True
+        self._restore_generators(small)
+        report_changes(small["args"], self.args.as_text(), prefix="--")
+        report_changes(small["versions"], versions())
+        if state is not None:
+            self._mend_weight(state)
+
+    def _restore_generators(self, state: dict) -> None:
+        if state["world_size"] == self.ranks.world_size:
+            set_rng_state(state["rng"][self.ranks.rank], self.ranks.device)
+            return
+        seed_rank(self.args.seed, samples=self.progress.samples, rank=self.ranks.rank)
+        Logger(
+            f"  {state['world_size']} rank(s) before, {self.ranks.world_size} now: the order of "
+            "the samples goes on; random numbers begin anew from seed and sample"
+        )
+
+    def _mend_weight(self, state: dict) -> None:
+        """A save that was cut off may have left the weight of another step than the state's."""
+        try:
+            step = read_metadata(self.paths.weight).get("step")
+        except ValueError:
+            step = None
+        if step == self.progress.step and self.paths.weight.is_file():
+            return
+        about = {name: state[name] for name in ("args", "versions")} | {"step": self.progress.step}
+        save_weights(state["model"], self.paths.weight, self.metadata | about)
+        Logger(f"  {self.paths.weight.name} was not of this step and is made anew from the state")
 
 
-def report_changes(before: dict, now: dict) -> None:
-    """Name the arguments that differ from those the state was saved with."""
+def _is_file(path) -> bool:
+    return path.is_file()
+
+
+def share_optimizer(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """Give every rank the moments of rank 0."""
+    if ranks.world_size == 1:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = ranks.from_first(
+        [{k: (tuple(v.shape), v.dtype) for k, v in optimizer.state.get(p, {}).items()}
+         for p in parameters]
+    )  # fmt: skip
+    for parameter, names in zip(parameters, shapes, strict=True):
+        for name, (shape, dtype) in names.items():
+            own = optimizer.state[parameter].get(name)
+            if own is None:
+                own = torch.empty(shape, dtype=dtype, device=parameter.device)
+                optimizer.state[parameter][name] = own
+            dist.broadcast(own, src=0)
+
+
+def report_changes(before: dict, now: dict, *, prefix: str = "") -> None:
+    """Name what differs from what the state was saved with."""
     for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name] and name not in ("from_resume", "local_rank"):
-            Logger(f"  --{name} was {before[name]}, now {now[name]}")
+            Logger(f"  {prefix}{name} was {before[name]}, now {now[name]}")
 
 
 def describe_run(

@@ -11,12 +11,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.weights import VISION_PREFIX
-from trainer import preflight
+from trainer import preflight, zero
 from trainer.build import Parts, build, train_loader, val_loader
-from trainer.metrics import Console, JsonLog, Metrics, SwanLab
+from trainer.engine import Engine
+from trainer.metrics import Console, JsonLog, Metrics
 from trainer.optim import make_optimizer, set_trainable
-from trainer.report import INTERRUPTED, print_header, report_end, run_paths
+from trainer.rank_watch import RankWatch
+from trainer.report import INTERRUPTED, RunPaths, print_header, report_end, run_paths
 from trainer.run_state import RunState, describe_run
+from trainer.tracking import Tracker, check_tracker, describe_tracker
 from trainer.train_args import Stage, TrainArgs, parse_args
 from trainer.train_loop import Progress, Run, train
 from trainer.trainer_utils import (
@@ -34,9 +37,11 @@ def main(stage: Stage, argv: list[str] | None, *, description: str) -> int:
 
     What a user can mend ends in one line on stderr.
     """
+    watch = None
     try:
         args = parse_args(stage, argv, description=description)
-        with StopSignal() as stop:
+        watch = RankWatch(timeout_s=args.rank_timeout)
+        with StopSignal() as stop, watch:
             return run_stage(stage, args, stop)
     except KeyboardInterrupt:
         print("left at once; what was saved before is whole", file=sys.stderr, flush=True)
@@ -44,14 +49,16 @@ def main(stage: Stage, argv: list[str] | None, *, description: str) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("MINIMIND_TRACEBACK"):
             raise
-        rank = "" if is_main_process() else f"rank {dist.get_rank()}: "
-        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        say_error(error)
         return 1
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory ({str(error).split('. ')[0]}); lower --batch_size and raise "
               "--accumulation_steps by as much", file=sys.stderr, flush=True)  # fmt: skip
         return 1
     except RuntimeError as error:
+        if watch.lost:  # then a collective failed for want of that rank
+            say_error(watch.lost)
+            return 1
         if not str(error).startswith("DataLoader worker"):
             raise
         print(f"error: {str(error).splitlines()[0]}; memory or /dev/shm may be full: use "
@@ -63,18 +70,26 @@ def main(stage: Stage, argv: list[str] | None, *, description: str) -> int:
             dist.destroy_process_group()
 
 
+def say_error(error: object) -> None:
+    """One line on stderr, of a rank that says which it is."""
+    rank = "" if is_main_process() else f"rank {dist.get_rank()}: "
+    print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+
+
 def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
     """Build everything, check it, train, and say what was made."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data workers are the pool
-    ranks = init_distributed_mode(args.device)
+    ranks = init_distributed_mode(args.device, args.dtype)
     setup_seed(args.seed)
+    check_tracker(args)
+    zero_config = zero.read_config(args, ranks) if args.deepspeed else None
     preflight.check_writable(args.save_dir, flag="--save_dir")
     preflight.check_writable(args.checkpoint_dir, flag="--checkpoint_dir")
     parts = build(stage, args, device=ranks.device)
     trained = set_trainable(parts.model, freeze_llm=args.freeze_llm, trainable=args.trainable)
     paths = run_paths(args, parts.model)
     print_header(stage, args, ranks, parts.model, paths)
-    check_run(args, ranks, parts)
+    check_run(args, ranks, parts, paths)
 
     parameters = [p for p in parts.model.parameters() if p.requires_grad]
     metadata, identity = describe_run(stage, args, parts, trained=trained)
@@ -90,18 +105,29 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
         identity=identity,
     )
     is_resumed = state.start()
+    state.engine = make_engine(state, zero_config)
     metrics = make_metrics(state, num_samples=len(parts.dataset), is_resumed=is_resumed)
     run = make_run(state, parts, metrics, stop)
+    outcome = "crashed"
     try:
         is_complete = train(run)
+        state.finish()
+        outcome = "success" if is_complete else "aborted"
     finally:
-        metrics.close()
+        state.writer.wait()  # also where the run ends with an error
+        metrics.close(outcome=outcome)
     return report_end(run, paths, is_complete)
 
 
-def check_run(args: TrainArgs, ranks: Ranks, parts: Parts) -> None:
+def check_run(args: TrainArgs, ranks: Ranks, parts: Parts, paths: RunPaths) -> None:
     """What is knowable before the first step; every rank comes to the same answer."""
-    preflight.check_disk(parts.model, save_dir=args.save_dir, checkpoint_dir=args.checkpoint_dir)
+    preflight.check_disk(
+        parts.model,
+        save_dir=args.save_dir,
+        checkpoint_dir=args.checkpoint_dir,
+        num_states=len(list(paths.state.parent.glob(paths.state.name + "*"))),
+    )
+    preflight.check_balance(parts.model.config, args, ranks)
     for dataset in filter(None, (parts.dataset, parts.val_dataset)):
         preflight.check_records(dataset, on_bad_sample=args.on_bad_sample)
     preflight.report_memory(parts.model, ranks, args)
@@ -119,9 +145,7 @@ def make_run(state: RunState, parts: Parts, metrics: Metrics, stop: StopSignal) 
     if parts.val_dataset is not None:
         val_batches = partial(val_loader, parts.val_dataset, args, ranks, pad)
     return Run(
-        model=wrap_for_ranks(state.model, ranks),
-        optimizer=state.optimizer,
-        scaler=state.scaler,
+        engine=state.engine,
         ranks=ranks,
         metrics=metrics,
         stop=stop,
@@ -134,6 +158,20 @@ def make_run(state: RunState, parts: Parts, metrics: Metrics, stop: StopSignal) 
     )
 
 
+def make_engine(state: RunState, zero_config: dict | None) -> Engine | zero.ZeroEngine:
+    """What applies the updates; it goes on from what was resumed."""
+    if zero_config is not None:
+        return zero.ZeroEngine(
+            state.model, optimizer=state.optimizer, ranks=state.ranks, config=zero_config
+        )
+    return Engine(
+        wrap_for_ranks(state.model, state.ranks),
+        optimizer=state.optimizer,
+        scaler=state.scaler,
+        grad_clip=state.args.grad_clip,
+    )
+
+
 def wrap_for_ranks(model: nn.Module, ranks: Ranks) -> nn.Module:
     """DDP over several ranks; the frozen tower is not broadcast."""
     if ranks.world_size == 1:
@@ -141,7 +179,23 @@ def wrap_for_ranks(model: nn.Module, ranks: Ranks) -> nn.Module:
     named = [*model.named_parameters(), *model.named_buffers()]
     frozen = [n for n, _ in named if n.startswith(VISION_PREFIX)]
     model._ddp_params_and_buffers_to_ignore = frozen
-    return DistributedDataParallel(model, forward_sync_buffers=False)
+    wrapped = DistributedDataParallel(model, forward_sync_buffers=False)
+    if ranks.device.type == "cpu":
+        wrapped.register_comm_hook(None, average_each_gradient)
+    return wrapped
+
+
+def average_each_gradient(_state, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Average the gradients of a bucket one by one.
+
+    DDP cuts its buckets anew after its first step, and with three ranks or more the cut decides in
+    which order numbers are summed: a resumed run would differ from an uninterrupted one by a bit.
+    """
+    for work in [dist.all_reduce(gradient, async_op=True) for gradient in bucket.gradients()]:
+        work.wait()
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer().div_(dist.get_world_size()))
+    return future
 
 
 def make_metrics(state: RunState, *, num_samples: int, is_resumed: bool) -> Metrics:
@@ -149,9 +203,11 @@ def make_metrics(state: RunState, *, num_samples: int, is_resumed: bool) -> Metr
     if not is_main_process():
         return Metrics(active=False)
     args, progress = state.args, state.progress
-    sinks: list = [JsonLog(state.paths.metrics, resume_step=progress.step if is_resumed else None)]
-    if args.use_wandb:
-        sinks.append(SwanLab(project=args.wandb_project, name=args.wandb_run_name,
-                             config=args.as_text()))  # fmt: skip
+    step = progress.step if is_resumed else None
+    sinks: list = [JsonLog(state.paths.metrics, resume_step=step)]
+    state.tracker = describe_tracker(args, state.tracker)
+    if args.tracker_name() is not None:
+        folder = args.save_dir / "tensorboard"
+        sinks.append(Tracker(args, state.tracker, resumed_step=step, folder=folder))
     console = Console(total_samples=args.epochs * num_samples, done_samples=progress.samples)
     return Metrics(active=True, console=console, sinks=sinks)

@@ -4,7 +4,6 @@ A step is an optimizer step. Loss and gradient are normalised by the supervised 
 whole step, over micro-steps and ranks, so one update does not depend on how it is split.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -12,9 +11,9 @@ from datetime import timedelta
 from itertools import islice
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from trainer.engine import Engine
 from trainer.metrics import Metrics, Window, peak_gib
 from trainer.optim import get_lr
 from trainer.trainer_utils import Ranks, StopSignal, autocast
@@ -51,9 +50,7 @@ class Run:
     `inputs_on(device)`, `num_*` counts, `sample_names` and `bad_samples`.
     """
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    engine: Engine  # or one with the same face
     ranks: Ranks
     metrics: Metrics
     stop: StopSignal
@@ -70,10 +67,6 @@ class Run:
     started_samples: int = 0
     steps_done: int = 0  # by this process
     is_stopping: bool = False  # all ranks agree to
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @property
     def samples_per_step(self) -> int:
@@ -108,7 +101,7 @@ def train(run: Run) -> bool:
         ValueError: too many non-finite steps or bad samples. State and weights are saved first.
     """
     run.started_samples = run.progress.samples
-    if run.ranks.host_sum([float(run.stop.signum is not None)])[0]:
+    if run.stop.adopt(run.ranks.host_sum(run.stop.votes())):
         return False  # stopped before the first step: there is nothing to save
     while run.progress.epoch < run.args.epochs:
         if not train_epoch(run, run.progress.epoch):
@@ -126,7 +119,7 @@ def train(run: Run) -> bool:
 
 def train_epoch(run: Run, epoch: int) -> bool:
     """Train what is left of an epoch; False if a stop signal ended it early."""
-    run.model.train()
+    run.engine.model.train()
     run.window = Window()
     progress = run.progress
     for micro_batches in steps_of(run, run.batches(epoch, progress.samples_in_epoch)):
@@ -138,7 +131,7 @@ def train_epoch(run: Run, epoch: int) -> bool:
         progress.truncated_samples += counts["truncated"]
         progress.step += 1
         run.steps_done += 1
-        run.is_stopping = bool(counts["stop"])
+        run.is_stopping = counts["stop"]
         run.window.add(result)
         run.pending.append((result.is_bad, result.sample_names))
         run.metrics.advance(result.samples)
@@ -178,8 +171,10 @@ def count_step(run: Run, micro_batches: list) -> dict[str, int]:
     names = ("samples", "tokens", "supervised", "sequences", "truncated")
     own = [sum(getattr(b, f"num_{name}") for b in micro_batches) for name in names]
     bad = sum(len(b.bad_samples) for b in micro_batches)
-    sums = run.ranks.host_sum([*own, bad, float(run.stop.signum is not None)])
-    return dict(zip((*names, "bad", "stop"), map(int, sums), strict=True))
+    votes = run.stop.votes()
+    sums = run.ranks.host_sum([*own, bad, *votes])
+    counts = dict(zip((*names, "bad"), map(int, sums), strict=False))
+    return counts | {"stop": run.stop.adopt(sums[-len(votes) :])}
 
 
 def optimizer_step(run: Run, micro_batches: list, counts: dict[str, int]) -> StepResult:
@@ -189,29 +184,24 @@ def optimizer_step(run: Run, micro_batches: list, counts: dict[str, int]) -> Ste
         run.args.epochs * run.num_samples,
         run.args.learning_rate,
     )
-    for group in run.optimizer.param_groups:
+    if run.progress.step < run.args.warmup_steps:
+        lr *= (run.progress.step + 1) / run.args.warmup_steps
+    for group in run.engine.optimizer.param_groups:
         group["lr"] = lr
     sums = torch.zeros(2, device=run.device)
-    world_size = run.ranks.world_size  # DDP averages over ranks: undo that
+    world_size = run.ranks.world_size  # engines average over ranks: undo that
     for i, batch in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
-        with contextlib.nullcontext() if is_last or world_size == 1 else run.model.no_sync():
+        with run.engine.micro_step(is_last=is_last):
             with autocast(run.device, run.args.dtype):
-                output = run.model(**batch.inputs_on(run.device))
+                output = run.engine.model(**batch.inputs_on(run.device))
             loss_sum = output.loss * batch.num_supervised
             aux_sum = output.aux_loss * batch.num_sequences
             loss = loss_sum / max(counts["supervised"], 1) + aux_sum / max(counts["sequences"], 1)
-            run.scaler.scale(loss * world_size).backward()
+            run.engine.backward(loss * world_size)
         sums += torch.stack((loss_sum, aux_sum)).detach()
     sums = run.ranks.device_sum(sums)
-    run.scaler.unscale_(run.optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(run.parameters, run.args.grad_clip or float("inf"))
-    is_bad = ~(torch.isfinite(grad_norm) & torch.isfinite(sums).all())
-    if counts["supervised"]:
-        run.optimizer.found_inf = is_bad.float()  # read by the fused kernel, on the device
-        run.optimizer.step()
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
+    grad_norm, is_bad = run.engine.step(sums, is_empty=not counts["supervised"])
     return StepResult(
         samples=counts["samples"],
         tokens=counts["tokens"],
@@ -231,7 +221,7 @@ def check_finite(run: Run) -> None:
         return
     flags = torch.stack([flag for flag, _ in run.pending]).tolist()
     pending, run.pending = run.pending, []
-    limit = MAX_OVERFLOWS if run.scaler.is_enabled() else MAX_BAD_STEPS
+    limit = MAX_OVERFLOWS if run.args.dtype == "float16" else MAX_BAD_STEPS
     first_step = run.progress.step - len(pending) + 1
     for step, (flag, (_, names)) in enumerate(zip(flags, pending, strict=True), first_step):
         run.bad_in_a_row = run.bad_in_a_row + 1 if flag else 0
@@ -263,10 +253,7 @@ def check_bad_samples(run: Run, micro_batches: list, counts: dict[str, int]) -> 
     if not counts["bad"]:
         return
     reasons = [bad.reason for batch in micro_batches for bad in batch.bad_samples]
-    if run.ranks.world_size > 1:
-        gathered = [None] * run.ranks.world_size
-        dist.all_gather_object(gathered, reasons)
-        reasons = [reason for of_rank in gathered for reason in of_rank]
+    reasons = [reason for of_rank in run.ranks.gather(reasons) for reason in of_rank]
     num_bad = progress.bad_samples_in_epoch + counts["bad"]
     message = None
     if run.args.on_bad_sample == "error":
@@ -297,7 +284,7 @@ def log_window(run: Run) -> None:
     progress, args = run.progress, run.args
     figures = run.window.read(run.device)
     run.window = Window()
-    lr = run.optimizer.param_groups[0]["lr"]
+    lr = run.engine.optimizer.param_groups[0]["lr"]
     num_steps = -(-run.num_samples // run.samples_per_step)
     step_in_epoch = -(-progress.samples_in_epoch // run.samples_per_step)
     loss = "-" if figures["loss"] is None else f"{figures['loss']:.4f}"
@@ -347,18 +334,16 @@ def report_validation(run: Run) -> None:
 def validation_loss(run: Run) -> tuple[float, int, int]:
     """Mean loss per supervised token of the validation data, how many tokens those are, and how
     many samples could not be used."""
-    run.model.eval()
-    model = getattr(run.model, "module", run.model)  # ranks may have unequal numbers of batches
     total, num_tokens, num_bad = 0.0, 0, 0
-    for batch in run.val_batches():
-        with autocast(run.device, run.args.dtype):
-            output = model(**batch.inputs_on(run.device))
-        total += output.loss.double().item() * batch.num_supervised
-        num_tokens += batch.num_supervised
-        num_bad += len(batch.bad_samples)
-        for bad in batch.bad_samples:
-            run.metrics.line(f"validation sample left out: {bad.reason}")
-    run.model.train()
+    with run.engine.evaluating() as model:
+        for batch in run.val_batches():
+            with autocast(run.device, run.args.dtype):
+                output = model(**batch.inputs_on(run.device))
+            total += output.loss.double().item() * batch.num_supervised
+            num_tokens += batch.num_supervised
+            num_bad += len(batch.bad_samples)
+            for bad in batch.bad_samples:
+                run.metrics.line(f"validation sample left out: {bad.reason}")
     total, num_tokens, num_bad = run.ranks.host_sum([total, num_tokens, num_bad])
     if not num_tokens:
         raise ValueError("the validation data holds no usable sample; see --val_data_path")

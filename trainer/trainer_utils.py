@@ -1,11 +1,13 @@
-"""Owns what runs share beside the loop: ranks and devices, AMP, order, states, signals, output."""
+"""Owns what runs share beside the loop: ranks, devices, AMP, order, generators, signals."""
 
 import contextlib
+import itertools
 import os
 import random
 import signal
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,14 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.utils.data import Sampler
 
 from model.inference import choose_device
-from model.weights import VISION_PREFIX, atomic_write
 
-STATE_FORMAT = 1
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a save or a slow first batch must fit
+# A save or a slow first batch must fit; ranks that died are noticed long before (rank_watch.py).
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 def is_main_process() -> bool:
@@ -56,6 +56,48 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def gather(self, value) -> list:
+        """A small object of every rank, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def batches(self, items: Iterable, size: int) -> Iterator[list]:
+        """This rank's batches of items; they are the same ones for any number of ranks."""
+        source = iter(items)
+        for number in itertools.count():
+            batch = list(itertools.islice(source, size))
+            if not batch:
+                return
+            if number % self.world_size == self.rank:
+                yield batch
+
+    def collect(self, work: Callable[[], list]) -> list:
+        """The results of every rank's work, in the order of the ranks, on all of them.
+
+        Raises:
+            ValueError, OSError: what any of them raised.
+        """
+        try:
+            share = work()
+        except (ValueError, OSError) as error:
+            share = error
+        shares = self.gather(share)
+        for found in shares:
+            if isinstance(found, Exception):
+                raise found
+        return [item for found in shares for item in found]
+
+    def from_first(self, value):
+        """Rank 0's small object, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
     def device_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks on the device, in place and without waiting."""
         if self.world_size > 1:
@@ -63,26 +105,75 @@ class Ranks:
         return tensor
 
 
-def init_distributed_mode(device: str | None = None) -> Ranks:
-    """Join the process group of torchrun or deepspeed, if there is one, and choose the device.
-
-    CPU tensors travel over gloo, CUDA tensors over nccl.
+def init_distributed_mode(
+    device: str | None = None,
+    dtype: str = "float32",
+    *,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
+) -> Ranks:
+    """Join the process group of torchrun or deepspeed, if there is one.
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: the device is not there, or cannot do this.
+    """
+    is_distributed = "RANK" in os.environ
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if is_distributed else None
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if is_distributed else 1
+    chosen, backend = resolve_compute(
+        device, dtype, local_rank=local_rank, is_shared=world_size > 1
+    )
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if not is_distributed:
+        return Ranks(0, 1, chosen)
+    if os.name == "nt":  # PyTorch for Windows is built without libuv
+        os.environ["USE_LIBUV"] = "0"
+    dist.init_process_group(backend, timeout=timeout)
+    return Ranks(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def resolve_compute(
+    device: str | None, dtype: str, *, local_rank: int | None = None, is_shared: bool = False
+) -> tuple[torch.device, str]:
+    """The device of this process, and the backend that carries tensors between such processes.
+
+    CUDA tensors travel over nccl where PyTorch has it (not on Windows), all others over gloo.
+
+    Args:
+        local_rank: which of this machine's processes this is; None without a launcher.
+        is_shared: several processes train together.
+    Raises:
+        ValueError: the device is not there, cannot compute in this dtype, or cannot be shared.
     """
     chosen = choose_device(device)
-    if "RANK" not in os.environ:
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
-        return Ranks(0, 1, chosen)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if chosen.type == "cuda":
+    if chosen.type == "cuda" and local_rank is not None:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank + 1} of this machine has no GPU of its own: there are "
+                f"{torch.cuda.device_count()}; start as many processes as GPUs, or use --device cpu"
+            )
         chosen = torch.device("cuda", local_rank)
-        torch.cuda.set_device(chosen)
-    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    return Ranks(dist.get_rank(), dist.get_world_size(), chosen)
+    if chosen.type == "mps" and is_shared:
+        raise ValueError("several ranks cannot share MPS; start one process, or use --device cpu")
+    if chosen.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+        raise ValueError("this GPU has no bfloat16; use --dtype float16 or float32")
+    is_nccl = chosen.type == "cuda" and dist.is_nccl_available()
+    return chosen, "cpu:gloo,cuda:nccl" if is_nccl else "gloo"
+
+
+def launch_token() -> str | None:
+    """Tells this machine's launcher from every other, over its restarts of the ranks; None
+    without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    launcher = os.getppid()
+    try:  # a number is given again to other processes, but not at the same tick
+        started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        started = ""
+    return " ".join(
+        (socket.gethostname(), str(launcher), started, os.environ["TORCHELASTIC_RUN_ID"])
+    )
 
 
 def setup_seed(seed: int) -> None:
@@ -90,6 +181,11 @@ def setup_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)  # CUDA and MPS too
+
+
+def seed_rank(seed: int, *, samples: int, rank: int) -> None:
+    """Begin a stream of random numbers of a rank's own, as it is `samples` into a run."""
+    setup_seed(int(np.random.SeedSequence((seed, samples, rank)).generate_state(1)[0]))
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
@@ -158,21 +254,34 @@ def rank_batches(
 class StopSignal:
     """Turns SIGINT and SIGTERM into a wish that the loop reads between steps.
 
-    A second SIGINT ends the program at once.
+    A second SIGINT ends the program at once. A scheduler may signal any one rank: the ranks sum
+    their `votes` and `adopt` the outcome, so that all of them leave alike.
     """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
         self.signum: int | None = None
         self._previous = {}
 
     def __enter__(self) -> "StopSignal":
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in self.SIGNALS:
             self._previous[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *_) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+
+    def votes(self) -> list[float]:
+        """For each signal, whether this rank was sent it."""
+        return [float(self.signum == signum) for signum in self.SIGNALS]
+
+    def adopt(self, votes: list[float]) -> bool:
+        """Take over what the ranks were sent (SIGTERM over SIGINT); whether to stop."""
+        sent = [signum for signum, count in zip(self.SIGNALS, votes, strict=True) if count]
+        self.signum = max(sent, default=None)
+        return bool(sent)
 
     def _note(self, signum: int, _frame) -> None:
         if self.signum is not None and signum == signal.SIGINT:
@@ -190,57 +299,22 @@ def ignore_signals(_worker_id: int) -> None:
 
 
 def rng_state(device: torch.device) -> dict:
-    """The generators that training draws from, as tensors."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+    """The generators that training draws from, in a form that a safe load accepts."""
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "cpu": torch.get_rng_state(),
+    }
+    if device.type in ("cuda", "mps"):
+        state[device.type] = getattr(torch, device.type).get_rng_state()
     return state
 
 
 def set_rng_state(state: dict, device: torch.device) -> None:
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All of a model's tensors but the vision tower's, in full precision."""
-    return {k: v for k, v in model.state_dict().items() if not k.startswith(VISION_PREFIX)}
-
-
-def vlm_checkpoint(path: Path, state: dict | None = None, *, identity: dict) -> dict | None:
-    """Save a training state, or load one with `state=None`.
-
-    Args:
-        identity: what must not change between saving and resuming, by name.
-    Returns:
-        The loaded state, or None where there is none.
-    Raises:
-        ValueError: unreadable, the original project's, or of another identity (which is named).
-    """
-    if state is not None:
-        full = {"format": STATE_FORMAT, "identity": identity} | state
-        atomic_write(path, lambda file: torch.save(full, file))
-        return None
-    if not path.is_file():
-        return None
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises almost anything on damaged data
-        raise ValueError(
-            f"{path} is not a readable training state ({type(error).__name__}); "
-            "delete it to start afresh"
-        ) from error
-    if not isinstance(loaded, dict) or loaded.get("format") != STATE_FORMAT:
-        raise ValueError(
-            f"{path} was not written by this version (the original project's states cannot be "
-            "resumed); delete it and start from its weight by --from_weight"
-        )
-    for name, expected in identity.items():
-        found = loaded["identity"].get(name)
-        if found != expected:
-            raise ValueError(
-                f"{path} cannot be resumed: its {name} is {found!r}, this run's is {expected!r}; "
-                "use the same, or drop --from_resume to start afresh"
-            )
-    return loaded
+    if device.type in state and device.type != "cpu":
+        getattr(torch, device.type).set_rng_state(state[device.type])

@@ -1,0 +1,89 @@
+"""Who counts as lost: silence by one's own clock, errors that a rank tells, and nobody else."""
+
+import json
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from trainer.rank_watch import Beats
+from trainer.trainer_utils import resolve_compute
+
+
+def beat(count: int, **fields) -> bytes:
+    return json.dumps({"beat": count, "who": "host, process 7"} | fields).encode()
+
+
+@pytest.fixture
+def beats():
+    heard = Beats(0, 3, interval_s=1.0)
+    for second in range(3):
+        heard.hear([beat(second)] * 3, float(second))
+    return heard
+
+
+def test_silent_rank_is_named_after_the_limit_only(beats):
+    for second in range(3, 8):
+        beats.hear([beat(second), beat(second), beat(2)], float(second))
+    assert beats.silent(5.5, 7.0) is None
+    assert beats.silent(4.5, 7.0).startswith("rank 2 (host, process 7) has been silent for 5 s")
+
+
+def test_rank_that_ends_well_is_not_missed(beats):
+    for second in range(3, 9):
+        beats.hear([beat(second), beat(second), beat(3, is_done=True, left=None)], float(second))
+    assert beats.silent(2.0, 9.0) is None and beats.left() is None
+
+
+def test_error_of_a_rank_is_told_with_its_words(beats):
+    beats.hear([beat(3), beat(3), beat(3, left="ValueError: no such file", is_done=True)], 3.0)
+    assert beats.left() == "rank 2 (host, process 7) left: ValueError: no such file"
+
+
+def test_what_an_earlier_launch_left_in_the_store_does_not_count():
+    beats = Beats(0, 2, interval_s=1.0)
+    for second in range(30):  # rank 1 is slow to start; the store holds its former self's words
+        beats.hear([beat(second), beat(9, left="killed", is_done=True)], float(second))
+    assert beats.left() is None and beats.silent(5.0, 30.0) is None
+
+
+def test_rank_that_was_never_heard_counts_once_a_collective_failed():
+    beats = Beats(0, 2, interval_s=1.0)
+    beats.hear([beat(1), beat(1)], 1.0)
+    assert beats.silent(3.0, 9.0) is None
+    beats.expect_all(9.0)
+    for second in range(10, 15):
+        beats.hear([beat(second), beat(1)], float(second))
+    assert beats.silent(3.0, 14.0).startswith("rank 1 (host, process 7)")
+
+
+def test_process_that_was_stopped_itself_blames_nobody(beats):
+    beats.hear([beat(3), beat(2), beat(2)], 500.0)
+    assert beats.silent(20.0, 501.0) is None
+    beats.hear([beat(4), beat(2), beat(2)], 501.0)
+    for second in range(502, 530):
+        beats.hear([beat(second), beat(2), beat(2)], float(second))
+    assert beats.silent(20.0, 529.0).startswith("rank ")
+
+
+def test_device_and_backend_are_resolved_in_one_place(monkeypatch):
+    assert resolve_compute("cpu", "bfloat16", local_rank=3, is_shared=True)[1] == "gloo"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_compute("mps", "float32")[0].type == "mps"
+    with pytest.raises(ValueError, match="several ranks cannot share MPS"):
+        resolve_compute("mps", "float32", local_rank=0, is_shared=True)
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    device, backend = resolve_compute("cuda", "float16", local_rank=1, is_shared=True)
+    assert (str(device), backend) == ("cuda:1", "cpu:gloo,cuda:nccl")
+    with pytest.raises(ValueError, match="process 3 of this machine has no GPU of its own"):
+        resolve_compute("cuda", "float16", local_rank=2, is_shared=True)
+    with pytest.raises(ValueError, match="no bfloat16"):
+        resolve_compute("cuda", "bfloat16", local_rank=1, is_shared=True)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)  # Windows
+    assert resolve_compute("cuda", "float16", local_rank=1, is_shared=True)[1] == "gloo"
