@@ -1,43 +1,64 @@
-"""Describe every image of a folder, or score the answers to a data set.
+"""Describe every image of a folder, score the answers to a data set, or answer multiple choice.
 
     python eval_vlm.py
-    python eval_vlm.py --weight pretrain_vlm --image_dir my_photos --prompt "<image> What is this?"
+    python eval_vlm.py --weight pretrain_vlm --image_dir my_photos --html gallery.html
     python eval_vlm.py --data_path my/val.jsonl --images_path my/images --json scores.json
+    python eval_vlm.py --choices MMBench_DEV_EN.tsv
+    torchrun --nproc_per_node 2 eval_vlm.py --data_path my/val.jsonl --images_path my/images
+    python eval_vlm.py --chat
 
-Scores are exact matches and losses of the answers with the right images, with those of another
-record, and without any: what the last two lack is what the model sees.
+A sub-folder of images is one sample of several images. Scores compare the right images with those
+of another record, with grey ones and with none: what these lack is what the model sees.
 """
 
 import argparse
 import json
+import os
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
-from itertools import islice
+from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
-from dataset.collate import VLMCollator
-from dataset.lm_dataset import BadSample, Sample, VLMDataset
+from dataset.eval_data import EvalData, spread
+from dataset.lm_dataset import VLMDataset
+from dataset.multiple_choice import MODES, Choice, ChoiceFile
+from model.chat import chat
+from model.describe import Description, describe, find_samples, gallery, to_json
+from model.evaluation import ChoiceRow, Evaluator
 from model.inference import (
-    LoadedModel,
-    Sampling,
+    VLMEngine,
     add_model_arguments,
-    ask,
-    load_model,
+    add_sampling_arguments,
+    parse_bool,
     parse_path,
-    stream,
+    sampling_from,
 )
-from model.scoring import score_answers, wilson_lower_bound
+from model.loading import NATIVE
+from model.score_report import (
+    Results,
+    build_report,
+    choice_report,
+    compare,
+    compare_choices,
+    print_choices,
+    print_figures,
+    print_report,
+)
+from model.vlm_processor import tokenizer_sha256
 from model.weights import ROOT, atomic_write
+from trainer.trainer_utils import Logger, Ranks, init_distributed_mode, warn
 
 DEFAULT_PROMPT = "仔细看一下这张图：\n\n<image>\n\n描述一下这个图像的内容。"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-TOTALS = ("right", "total", "loss_sum", "num_tokens")
-CONDITIONS = ("right", "shuffled", "blind")  # the images: right, another record's, none
+DESCRIBE_DEFAULTS = {"max_new_tokens": 512, "temperature": 0.65}
+SCORE_DEFAULTS = {"max_new_tokens": 64, "temperature": 0.0}
+WINDOW_BATCHES = 4  # batches of records that are read and sorted by length together
+SLOWEST_RANK = timedelta(hours=12)  # how long the others wait for it
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -47,169 +68,267 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_model_arguments(parser)
     add = parser.add_argument
     add("--image_dir", type=parse_path, default=ROOT / "dataset" / "eval_images",
-        help="folder of images / 图像目录")  # fmt: skip
+        help="folder of images to describe / 要描述的图像目录")  # fmt: skip
     add("--prompt", default=DEFAULT_PROMPT,
         help="question; without <image>, the image comes first / 提问")  # fmt: skip
-    add("--max_new_tokens", type=int, default=512, help="longest answer / 最大生成长度")
-    add("--temperature", type=float, default=0.65, help="0 is greedy / 采样温度")
-    add("--top_p", type=float, default=0.85, help="nucleus sampling / 核采样阈值")
-    add("--seed", type=int, default=2026, help="of the sampling / 随机种子")
+    add("--html", type=parse_path, help="write a gallery here / 生成 HTML 图集")
+    add_sampling_arguments(parser)
+    parser.set_defaults(**dict.fromkeys(DESCRIBE_DEFAULTS))
+    add("--chat", action="store_true", help="talk in the terminal / 终端对话")
     add("--data_path", type=parse_path, help="score these records instead / 改为对数据集评分")
     add("--images_path", type=parse_path, help="their images / 其图像")
     add("--max_seq_len", type=int, default=1536, help="longest record in tokens / 最大长度")
-    add("--batch_size", type=int, default=16, help="records scored at a time / 批大小")
-    add("--json", type=parse_path, help="write the scores here too / 评分写入 JSON")
-    return parser.parse_args(argv)
+    add("--num_records", type=int, help="score only the first so many / 只评前若干条")
+    add("--num_generate", type=int, default=100,
+        help="answers generated for BLEU, chrF, CIDEr-D and VQA accuracy / 生成数")  # fmt: skip
+    add("--num_wrong", type=int, default=9,
+        help="wrong captions beside the right one / 每图的错误描述数")  # fmt: skip
+    add("--choices", type=parse_path,
+        help="answer this .tsv or .parquet of multiple choice / 选择题文件")  # fmt: skip
+    add("--choice_by", choices=MODES, default="letter",
+        help="score the options' letters or their texts / 按选项字母或文本")  # fmt: skip
+    add("--circular", type=parse_bool, nargs="?", const=True, default=False,
+        help="right only under every order of options / 循环评测")  # fmt: skip
+    add("--compare", help="weight or transformers folder to score too / 与另一权重比较")
+    add("--batch_size", type=int, default=16, help="at a time / 批大小")
+    add("--json", type=parse_path, help="write the results here too / 结果写入 JSON")
+    args = parser.parse_args(argv)
+    defaults = SCORE_DEFAULTS if args.data_path else DESCRIBE_DEFAULTS
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Image files of a folder, in name order."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--image_dir {folder} is not a folder")
-    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not images:
-        raise FileNotFoundError(
-            f"--image_dir {folder} holds no image ({' '.join(sorted(IMAGE_SUFFIXES))})"
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse what does not go together, before anything is loaded."""
+    scored = [f"--{n}" for n in ("data_path", "choices") if getattr(args, n)]
+    tasks = scored + ["--chat"] * args.chat
+    if len(tasks) > 1:
+        raise ValueError(f"{' and '.join(tasks)} are two tasks: give one")
+    needs = {"images_path": "data_path", "num_records": "data_path", "circular": "choices"}
+    for name, other in needs.items():
+        if getattr(args, name) and not getattr(args, other):
+            raise ValueError(f"--{name} needs --{other}")
+    if args.compare and not scored:
+        raise ValueError("--compare needs something to score: --data_path or --choices")
+    if args.html and tasks:
+        raise ValueError(f"--html is a gallery of --image_dir; leave out {tasks[0]} or it")
+    if args.chat and "RANK" in os.environ:
+        raise ValueError("--chat is for one process: run it without torchrun")
+    if args.circular and args.choice_by == "text":
+        raise ValueError(
+            "--circular turns the list of options, which --choice_by text does not use"
         )
-    return images
+    lowest = {"batch_size": 1, "max_seq_len": 1, "num_records": 1, "num_generate": 0,
+              "num_wrong": 1}  # fmt: skip
+    for name, low in lowest.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name} must be {low} or more, got {value}")
+    sampling_from(args)
 
 
-def describe(loaded: LoadedModel, image: Path, prompt: str, sampling: Sampling) -> None:
-    """Print the answer as it comes."""
-    print(f"[{image.name}] ", end="", flush=True)
-    for piece in stream(loaded, ask(prompt, num_images=1), [image], sampling):
-        print(piece, end="", flush=True)
-    print("\n", flush=True)
-
-
-def describe_folder(loaded: LoadedModel, images: list[Path], args: argparse.Namespace) -> int:
-    """Describe every image, naming those that cannot be; returns the exit status."""
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p)
-    status = 0
-    for image in images:
-        torch.manual_seed(args.seed)
-        try:
-            describe(loaded, image, args.prompt, sampling)
-        except (ValueError, OSError) as error:
-            print(f"\nerror: {image}: {error}", file=sys.stderr)
-            status = 1
-    return status
-
-
-def partners(dataset: VLMDataset, indices: list[int]) -> dict[int, int]:
-    """For every record with images another one with as many, half the data set away."""
-    groups = defaultdict(list)
-    for index in indices:
-        groups[len(dataset.records[index].images)].append(index)
-    pairs = {}
-    for members in groups.values():
-        half = max(1, len(members) // 2)
-        pairs |= dict(zip(members, members[half:] + members[:half], strict=True))
-    return pairs
-
-
-def samples_of(dataset: VLMDataset, condition: str, indices: list[int]) -> Iterator[Sample]:
-    """The records with their images, with another record's, or without any."""
-    partner = partners(dataset, indices) if condition == "shuffled" else {}
-    for index in indices:
-        if condition == "blind":
-            yield dataset.without_images(index)
-            continue
-        sample = dataset[index]
-        if condition == "shuffled":
-            sample.pixel_values.copy_(dataset[partner[index]].pixel_values)
-        yield sample
-
-
-def is_scorable(sample: Sample | BadSample) -> bool:
-    """Whether a record has pictures and is whole: a cut one would count against the model."""
-    if isinstance(sample, BadSample):
-        return False
-    return len(sample.pixel_values) > 0 and not sample.is_truncated
-
-
-def score_data(loaded: LoadedModel, dataset: VLMDataset, *, batch_size: int) -> dict:
-    """Scores by condition and question type ("all" besides): right, total, loss_sum, num_tokens."""
-    collate = VLMCollator(pad_token_id=loaded.processor.tokenizer.pad_token_id)
-    good = [i for i in range(len(dataset)) if is_scorable(dataset[i])]
-    if not good:
-        raise ValueError(f"{dataset.data_path}: no usable record with images")
-    if len(good) < len(dataset):
-        print(f"{len(dataset) - len(good)} record(s) are left out: no images, too long, or broken")
-    totals = {c: defaultdict(lambda: dict.fromkeys(TOTALS, 0)) for c in CONDITIONS}
-    for condition in CONDITIONS:
-        source = samples_of(dataset, condition, good)
-        while batch := list(islice(source, batch_size)):
-            inputs = collate(batch).inputs_on(loaded.model.device)
-            for sample, scores in zip(batch, score_answers(loaded.model, inputs), strict=True):
-                types = dataset.records[sample.index].types
-                for turn, score in enumerate(scores):
-                    names = ["all", *types[turn : turn + 1]]
-                    for name in names:
-                        add_score(totals[condition][name], score)
-    return {condition: dict(by_type) for condition, by_type in totals.items()}
-
-
-def add_score(total: dict, score) -> None:
-    total["right"] += score.is_right
-    total["total"] += 1
-    total["loss_sum"] += score.loss_sum
-    total["num_tokens"] += score.num_tokens
-
-
-def grounding_gap(report: dict) -> float:
-    """Nats per supervised token that the right image saves over another record's."""
-    right, shuffled = (report[c]["all"] for c in ("right", "shuffled"))
-    return (shuffled["loss_sum"] - right["loss_sum"]) / right["num_tokens"]
-
-
-def print_scores(report: dict) -> None:
-    """One table: exact matches by type, with the 95% lower bound of the right images'."""
-    print(f"{'type':14}{'answers':>8}{'right':>8}{'>= (95%)':>10}{'shuffled':>10}{'blind':>8}")
-    for name, cell in sorted(report["right"].items(), key=lambda item: item[0] == "all"):
-        shares = [report[c][name]["right"] / report[c][name]["total"] for c in CONDITIONS]
-        bound = wilson_lower_bound(cell["right"], cell["total"])
-        print(
-            f"{name:14}{cell['total']:>8}{shares[0]:>8.1%}{bound:>10.1%}{shares[1]:>10.1%}"
-            f"{shares[2]:>8.1%}"
+def load(args: argparse.Namespace, **changes) -> VLMEngine:
+    """The engine of the flags; says what it is."""
+    torch.manual_seed(args.seed)  # a projection that the weight lacks is random
+    engine = VLMEngine.from_args(argparse.Namespace(**(vars(args) | changes)))
+    Logger(f"weights: {engine.path}")
+    if not engine.can_see:
+        warn(
+            f"{engine.path.name} has no projection, so this model cannot see: what it "
+            "says about images is made up; train it by trainer/train_pretrain_vlm.py"
         )
-    print(f"grounding gap: {grounding_gap(report):.4f} nats per supervised token")
+    return engine
 
 
-def score(loaded: LoadedModel, args: argparse.Namespace) -> int:
-    """Score a data set, print the table and write the JSON; returns the exit status."""
-    dataset = VLMDataset(args.data_path, args.images_path, loaded.processor,
-                         max_length=args.max_seq_len, on_bad_sample="return")  # fmt: skip
-    report = score_data(loaded, dataset, batch_size=args.batch_size)
-    print_scores(report)
-    if args.json:
-        text = json.dumps(report | {"grounding_gap": grounding_gap(report)}, indent=1)
-        atomic_write(args.json, lambda file: file.write(text.encode()))
+def write_json(path: Path | None, content: dict, ranks: Ranks) -> None:
+    if path and ranks.rank == 0:
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def describe_folder(args: argparse.Namespace, ranks: Ranks) -> int:
+    """Describe every sample, naming those that cannot be; returns the exit status."""
+    samples = find_samples(args.image_dir)
+    engine, sampling = load(args), sampling_from(args)
+
+    def work() -> list[tuple[str, Description]]:
+        found = []
+        for batch in ranks.batches(samples, args.batch_size):
+            described = describe(engine, batch, args.prompt, sampling,
+                                 with_thumbnails=bool(args.html))  # fmt: skip
+            if ranks.world_size == 1:
+                print_descriptions(described)
+            found += described
+        return found
+
+    found = sorted(ranks.collect(work), key=lambda d: d.name)
+    if ranks.rank == 0:
+        if ranks.world_size > 1:
+            print_descriptions(found)
+        if args.html:
+            page = gallery(found, weight=engine.path.name, prompt=args.prompt)
+            atomic_write(args.html, lambda file: file.write(page.encode()))
+    head = {"weight": str(engine.path), "prompt": args.prompt, "seed": args.seed}
+    write_json(args.json, head | {"samples": to_json(found)}, ranks)
+    return int(any(d.error for d in found))
+
+
+def print_descriptions(descriptions: list[Description]) -> None:
+    for d in descriptions:
+        if d.error is None:
+            print(f"[{d.name}] {d.answer}\n", flush=True)
+        else:
+            print(f"error: {d.name}: {d.error}", file=sys.stderr, flush=True)
+
+
+def score_data(engine: VLMEngine, args: argparse.Namespace, ranks: Ranks) -> Results:
+    """All scores of a data set with one weight, on every rank."""
+    dataset = VLMDataset(args.data_path, args.images_path, engine.processor,
+                         max_length=args.max_seq_len)  # fmt: skip
+    data = EvalData(dataset, num_records=args.num_records, num_wrong=args.num_wrong,
+                    seed=args.seed, window=WINDOW_BATCHES * args.batch_size)  # fmt: skip
+    evaluator = Evaluator(engine, batch_size=args.batch_size)
+    sampling = sampling_from(args)
+
+    def score_windows() -> list[tuple]:
+        numbers = range(ranks.rank, data.num_windows, ranks.world_size)
+        windows = map(data.read_window, tqdm(numbers, desc="scoring", disable=quiet(ranks)))
+        return [(*evaluator.score_window(window), window.left_out) for window in windows]
+
+    def answer() -> list:
+        some = list(ranks.batches(spread(questions, args.num_generate), data.window))
+        return [
+            row
+            for batch in tqdm(some, desc="answering", disable=quiet(ranks))
+            for row in evaluator.answer(batch, [data.messages(q) for q in batch], sampling)
+        ]
+
+    scored = ranks.collect(score_windows)
+    results = Results(
+        answers=sorted((r for s in scored for r in s[0]), key=lambda r: (r.index, r.turn)),
+        captions=sorted((r for s in scored for r in s[1]), key=lambda r: r.index),
+        left_out=data.left_out + Counter(reason for s in scored for reason, _ in s[2]),
+    )
+    examples = data.examples | {reason: why for s in scored for reason, why in reversed(s[2])}
+    if not results.answers:
+        raise ValueError(f"{args.data_path}: no usable record with images "
+                         f"({next(iter(examples.values()))})")  # fmt: skip
+    if "broken" in examples:
+        warn(f"{results.left_out['broken']} broken record(s), as {examples['broken']}")
+    usable = {row.index for row in results.answers} if args.num_generate else set()
+    questions = sorted(data.questions(usable), key=lambda q: q.language)  # each gets its share
+    results.texts = sorted(ranks.collect(answer), key=lambda r: (r.index, r.turn))
+    for question in questions:
+        if question.is_caption:
+            results.references.setdefault(question.language, []).append(question.references)
+    return results
+
+
+def quiet(ranks: Ranks) -> bool | None:
+    """Whether to hide a progress bar; None hides it where there is no terminal."""
+    return True if ranks.rank else None
+
+
+def choose(engine: VLMEngine, args: argparse.Namespace, ranks: Ranks
+           ) -> tuple[list[ChoiceRow], Counter]:  # fmt: skip
+    """All answers to a multiple-choice file with one weight, and why questions are left out."""
+    evaluator, file = Evaluator(engine, batch_size=args.batch_size), ChoiceFile(args.choices)
+
+    def work() -> list[tuple[list[ChoiceRow], list[str]]]:
+        found = []
+        for batch in tqdm(ranks.batches(file, args.batch_size), disable=quiet(ranks)):
+            rows, left_out = evaluator.choose_window(
+                [c for c in batch if isinstance(c, Choice)], mode=args.choice_by,
+                circular=args.circular, max_length=args.max_seq_len,
+            )  # fmt: skip
+            found.append((rows, [str(c) for c in batch if not isinstance(c, Choice)] + left_out))
+        return found
+
+    found = ranks.collect(work)
+    rows = sorted((row for rows, _ in found for row in rows), key=lambda row: row.index)
+    left_out = [reason for _, reasons in found for reason in reasons]
+    if not rows:
+        why = f" ({left_out[0]})" if left_out else ""
+        raise ValueError(f"{args.choices}: no usable question{why}")
+    if left_out:
+        warn(f"{len(left_out)} question(s) are left out, as {left_out[0]}")
+    return rows, Counter(["unusable"] * len(left_out))
+
+
+def run_scores(args: argparse.Namespace, ranks: Ranks) -> int:
+    """Score one weight or two, print the tables and write the JSON; returns the exit status."""
+    engine = load(args)
+    sources = {"weight": str(engine.path), "data": str(args.data_path or args.choices)}
+    find = score_data if args.data_path else choose
+    first = find(engine, args, ranks)
+    report = sources | show(first, ranks)
+    if args.compare:
+        name, known = engine.path.name, tokenizer_sha256(engine.processor.tokenizer)
+        del engine
+        is_folder = (Path(args.compare) / "config.json").is_file()
+        engine = load(args, **({"load_from": args.compare} if is_folder
+                               else {"load_from": NATIVE, "weight": args.compare}))  # fmt: skip
+        if tokenizer_sha256(engine.processor.tokenizer) != known:
+            raise ValueError(
+                f"--compare {args.compare}: {engine.path} has another tokenizer than "
+                f"{name}, so losses per token cannot be compared"
+            )
+        second = find(engine, args, ranks)
+        other = {"weight": str(engine.path)} | show(second, ranks)
+        difference = (compare if args.data_path else compare_choices)(*pair(first, second))
+        report |= {"compare": other | {"difference": difference}}
+        if ranks.rank == 0:
+            print(f"\n{engine.path.name} minus {name}, paired:")
+            print_difference(difference)
+    write_json(args.json, report, ranks)
     return 0
+
+
+def pair(first, second) -> tuple:
+    """Results of a data set as they are; of multiple choice, the rows."""
+    return (first, second) if isinstance(first, Results) else (first[0], second[0])
+
+
+def show(found: Results | tuple, ranks: Ranks) -> dict:
+    """The report of one weight; the first rank prints it."""
+    is_data = isinstance(found, Results)
+    report = build_report(found) if is_data else choice_report(*found)
+    if ranks.rank == 0:
+        (print_report if is_data else print_choices)(report)
+    return report
+
+
+def print_difference(difference: dict) -> None:
+    if "all" in difference:
+        print_figures(difference)
+    else:
+        print(f"right: {difference['value']:+.1%} [{difference['low']:+.1%}, "
+              f"{difference['high']:+.1%}]")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if something could not be loaded, or an image described."""
     args = parse_args(argv)
     try:
-        images = [] if args.data_path else find_images(args.image_dir)
-        Sampling(args.max_new_tokens, args.temperature, args.top_p)
-        torch.manual_seed(args.seed)  # a projection that the weight lacks is random
-        loaded = load_model(args)
-        print(f"weights: {loaded.path}")
-        if not loaded.can_see:
-            print(
-                f"warning: {loaded.path.name} has no projection, so this model cannot see: what it "
-                "says about images is made up; train it by trainer/train_pretrain_vlm.py",
-                file=sys.stderr,
-            )
-        return score(loaded, args) if args.data_path else describe_folder(loaded, images, args)
+        check_args(args)
+        ranks = init_distributed_mode(args.device, timeout=SLOWEST_RANK)
+        args.device = str(ranks.device)
+        if args.chat:
+            return chat(load(args), sampling_from(args))
+        is_scored = args.data_path or args.choices
+        return (run_scores if is_scored else describe_folder)(args, ranks)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print()
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,253 +1,78 @@
-"""Owns using a model: loading it with its processor, generating, streaming, and the flags for it.
+"""Owns using a model: `VLMEngine`, the one way in which evaluation, chat, page and server answer.
 
-Shapes: B batch, T tokens, I images.
+Whoever asks builds the messages by `ask` and `VLMEngine.remember`, so that the same words, pictures
+and seed give the same answer everywhere.
 """
 
 import argparse
+import threading
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from threading import Thread
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer
 
-from model.model_vlm import (
-    MiniMindVLM,
-    VLMConfig,
-    count_image_tokens,
-    find_vision_dir,
-    load_vision_config,
+from model.attention_map import image_attention
+from model.decoding import Decoder, Row, Sampling, TextPieces
+from model.loading import (
+    LoadedModel,
+    add_model_arguments,
+    attach_tower,
+    choose_device,
+    load_model,
+    parse_bool,
+    parse_path,
+    placeholder_config,
 )
-from model.vlm_processor import IMAGE_TAG, VLMProcessor, load_tokenizer
-from model.weights import (
-    OUT_DIR,
-    find_weight,
-    load_weights,
-    read_metadata,
-    read_weights,
-    tower_sha256,
-    weight_config,
-)
+from model.vlm_processor import IMAGE_TAG
 
-NATIVE = "model"  # --load_from: our own weight files
+__all__ = [
+    "Answer", "LoadedModel", "Sampling", "Stream", "VLMEngine", "add_model_arguments",
+    "add_sampling_arguments", "ask", "attach_tower", "choose_device", "load_model", "parse_bool",
+    "parse_path", "placeholder_config", "sampling_from",
+]  # fmt: skip
+DEFAULT_SEED = 2026
 
 
-def parse_bool(text: str) -> bool:
-    """0/1, true/false in any case."""
-    values = {"0": False, "1": True, "false": False, "true": True}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of 0, 1, true, false")
-    return values[text.lower()]
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Args:
+        finish_reason: "stop" (it ended by itself), "length" or "cancelled".
+        num_new_tokens: the end token included.
+        num_dropped_turns: how many old turns the context had no room for.
+    """
+
+    text: str
+    finish_reason: str
+    num_prompt_tokens: int
+    num_new_tokens: int
+    num_dropped_turns: int
 
 
-def parse_path(text: str) -> Path:
-    """A path; `~` is the home folder also where the shell left it alone."""
-    return Path(text).expanduser()
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which model to use; evaluation, demo and export share them."""
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `Sampling`; `sampling_from` reads them."""
     add = parser.add_argument
-    add("--load_from", default=NATIVE,
-        help="'model': a weight of this project; else a transformers folder / "
-             "原生权重，或 transformers 目录")  # fmt: skip
-    add(
-        "--save_dir",
-        "--out_dir",
-        type=parse_path,
-        default=OUT_DIR,
-        help="folder of weights / 权重目录",
-    )
-    add("--weight", default="sft_vlm", help="name or path of the weight / 权重名称或路径")
-    add("--hidden_size", "--dim", type=int, help="default: the weight's / 默认随权重")
-    add("--num_hidden_layers", "--n_layers", type=int, help="default: the weight's / 默认随权重")
-    add(
-        "--use_moe",
-        type=parse_bool,
-        nargs="?",
-        const=True,
-        help="default: the weight's / 默认随权重",
-    )
-    add("--vision_model_path", type=parse_path, help="folder of the CLIP tower / CLIP 目录")
-    add("--tokenizer_path", type=parse_path, help="folder of the tokenizer / 分词器目录")
-    add("--keep_cls", type=parse_bool, nargs="?", const=True,
-        help="CLS is an image token (first release) / 保留 CLS")  # fmt: skip
-    add("--image_special_token", help="placeholder text of one image / 图像占位符")
-    add("--inference_rope_scaling", type=parse_bool, nargs="?", const=True, default=False,
-        help="YaRN for prompts over 2048 tokens / 长上下文外推")  # fmt: skip
-    add("--device", default=None, help="cpu, cuda, cuda:1, mps; default: the best / 默认自动选择")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
-        help="default: bfloat16 on a GPU, float32 on a CPU / 默认 GPU 用 bfloat16")  # fmt: skip
+    add("--max_new_tokens", type=int, default=512, help="longest answer / 最大生成长度")
+    add("--temperature", type=float, default=0.65, help="0 is greedy / 采样温度")
+    add("--top_p", type=float, default=0.85, help="nucleus sampling / 核采样阈值")
+    add("--top_k", type=int, default=0, help="likeliest tokens only; 0: all / 仅取前 k 个")
+    add("--repetition_penalty", type=float, default=1.0, help="1 is none / 重复惩罚")
+    add("--seed", type=int, default=DEFAULT_SEED, help="of the sampling / 随机种子")
 
 
-def choose_device(name: str | None = None) -> torch.device:
-    """The named device, or the first of cuda, mps and cpu that this machine has.
+def sampling_from(args: argparse.Namespace) -> Sampling:
+    """The `Sampling` of parsed flags.
 
     Raises:
-        ValueError: it is no device, or not there.
+        ValueError: a flag out of its range.
     """
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    try:
-        device = torch.device(name or ("cuda" if has_cuda else "mps" if has_mps else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"--device {name!r} is not a device; try cpu, cuda or mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {name!r} is not supported; try cpu, cuda or mps")
-    for kind, is_there in (("cuda", has_cuda), ("mps", has_mps)):
-        if device.type == kind and not is_there:
-            raise ValueError(f"--device {name}: this machine or torch build has no {kind.upper()}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: only {torch.cuda.device_count()} CUDA device(s)")
-    return device
-
-
-@dataclass
-class LoadedModel:
-    """A model ready to use; `can_see` is False for a language model without a projection."""
-
-    model: MiniMindVLM
-    processor: VLMProcessor
-    path: Path
-    can_see: bool
-
-
-def load_model(args: argparse.Namespace) -> LoadedModel:
-    """Load what `add_model_arguments` describes, strictly.
-
-    Raises:
-        FileNotFoundError, ValueError: what is missing or does not fit, and what to do.
-    """
-    device = choose_device(args.device)
-    dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    flags = {
-        "hidden_size": args.hidden_size,
-        "num_hidden_layers": args.num_hidden_layers,
-        "use_moe": args.use_moe,
-        "keep_cls": args.keep_cls,
-        "image_special_token": args.image_special_token,
-        "inference_rope_scaling": args.inference_rope_scaling,
-    }
-    loaded = _load_native(args, flags) if args.load_from == NATIVE else _load_folder(args, flags)
-    loaded.model.eval().requires_grad_(False).to(device, getattr(torch, dtype))
-    return loaded
-
-
-def _load_native(args: argparse.Namespace, flags: dict) -> LoadedModel:
-    path = find_weight(
-        args.weight, save_dir=args.save_dir, hidden_size=args.hidden_size, use_moe=args.use_moe
-    )
-    state, metadata = read_weights(path), read_metadata(path)
-    fields = weight_config(state, path=path, flags=flags)
-    tokenizer = load_tokenizer(
-        args.tokenizer_path, expected_sha256=metadata.get("tokenizer_sha256")
-    )
-    model = MiniMindVLM(placeholder_config(fields, tokenizer, args.vision_model_path))
-    can_see = load_weights(model, state, path=path, may_lack_projection=True)
-    attach_tower(model, args.vision_model_path, metadata=metadata, path=path)
-    processor = VLMProcessor(tokenizer, model.image_processor, config=model.config)
-    return LoadedModel(model, processor, path, can_see)
-
-
-def placeholder_config(fields: dict, tokenizer, vision_model_path: Path | None) -> VLMConfig:
-    """Complete config fields with what follows from tower and tokenizer.
-
-    A placeholder that neither metadata nor flags name is `@` times the tower's tokens.
-    """
-    vision = load_vision_config(find_vision_dir(vision_model_path))
-    fields = {"vision_hidden_size": vision.hidden_size} | fields
-    num_tokens = count_image_tokens(vision, keep_cls=bool(fields.get("keep_cls")))
-    placeholder = fields.get("image_special_token") or "@" * num_tokens
-    ids = tokenizer.encode(placeholder, add_special_tokens=False)
-    return VLMConfig(**(fields | {"image_special_token": placeholder, "image_ids": ids}))
-
-
-def attach_tower(
-    model: MiniMindVLM, vision_model_path: Path | None, *, metadata: dict, path: Path
-) -> None:
-    """Load the vision tower and compare it with the one the weight was trained with."""
-    folder = find_vision_dir(vision_model_path)
-    model.load_vision_encoder(folder)
-    expected = metadata.get("vision_tower_sha256")
-    if expected and expected != tower_sha256(model.vision_encoder):
-        raise ValueError(
-            f"{path} was trained with another vision tower than the one in {folder}; name the "
-            "right folder by --vision_model_path"
-        )
-
-
-def _load_folder(args: argparse.Namespace, flags: dict) -> LoadedModel:
-    """A folder as `save_pretrained` writes it, with its tokenizer if it has one."""
-    folder = Path(args.load_from)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"--load_from {folder}: no config.json there; give a transformers folder, or "
-            "'model' for this project's own weights"
-        )
-    kind = VLMConfig.get_config_dict(folder)[0].get("model_type")
-    if kind != VLMConfig.model_type:
-        raise ValueError(
-            f"{folder}/config.json: model_type {kind!r} cannot be loaded here, only "
-            f"{VLMConfig.model_type!r} can"
-        )
-    config = VLMConfig.from_pretrained(folder)
-    for name, wanted in flags.items():
-        if name == "inference_rope_scaling":
-            continue
-        if wanted is not None and getattr(config, name) != wanted:
-            raise ValueError(f"{folder} has {name} {getattr(config, name)}, not {wanted}")
-    if flags["inference_rope_scaling"]:
-        config = VLMConfig(**(config.to_dict() | {"inference_rope_scaling": True}))
-    model, report = MiniMindVLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, output_loading_info=True
-    )
-    lost = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
-    if lost or report["unexpected_keys"]:
-        raise ValueError(
-            f"{folder}: tensors missing {lost[:4]}, unknown {sorted(report['unexpected_keys'])[:4]}"
-        )
-    own_tokenizer = folder if (folder / "tokenizer.json").is_file() else None
-    tokenizer = load_tokenizer(args.tokenizer_path or own_tokenizer)
-    attach_tower(model, args.vision_model_path, metadata={}, path=folder)
-    processor = VLMProcessor(tokenizer, model.image_processor, config=model.config)
-    return LoadedModel(model, processor, folder, can_see=True)
-
-
-@dataclass
-class Sampling:
-    """How the next token is chosen; temperature 0 is greedy."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.65
-    top_p: float = 0.85
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                "--max_new_tokens must be at least 1, --temperature at least 0, and --top_p above "
-                f"0 and at most 1; got {self.max_new_tokens}, {self.temperature}, {self.top_p}"
-            )
-
-    def generation_config(self, processor: VLMProcessor) -> GenerationConfig:
-        tokenizer = processor.tokenizer
-        sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=self.temperature > 0,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **(sampled if self.temperature > 0 else {}),
-        )
-
-
-class _StopOnFlag(StoppingCriteria):
-    def __init__(self):
-        self.is_set = False
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.is_set, device=input_ids.device)
+    return Sampling(
+        args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.repetition_penalty,
+        args.seed,
+    )  # fmt: skip
 
 
 def ask(prompt: str, *, num_images: int) -> list[dict]:
@@ -257,59 +82,233 @@ def ask(prompt: str, *, num_images: int) -> list[dict]:
     return [{"role": "user", "content": prompt}]
 
 
-def generate(
-    loaded: LoadedModel, conversations: list[tuple[list[dict], list]], sampling: Sampling, **kwargs
-) -> list[str]:
-    """Answers to a batch of (messages, images), padded on the left."""
-    batch = loaded.processor.prompt_batch(conversations)
-    return loaded.processor.tokenizer.batch_decode(
-        _generate_ids(loaded, batch, sampling, **kwargs)[:, batch["input_ids"].shape[1] :],
-        skip_special_tokens=True,
+class Stream:
+    """One answer as it comes: iterate over the pieces of its text, then read `answer`.
+
+    Nothing runs between two pieces, and each may be taken by another thread. Closing it, leaving
+    it as a context manager or setting `cancel` ends the answer at the next token.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        pieces: TextPieces,
+        *,
+        num_dropped_turns: int,
+        cancel: threading.Event | None,
+    ):
+        self._decoder, self._pieces = decoder, pieces
+        self._num_dropped_turns = num_dropped_turns
+        self._cancel = cancel
+        self._text = ""
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while not self._decoder.is_done:
+            if self._cancel is not None and self._cancel.is_set():
+                self.close()
+                break
+            self._decoder.step()
+            piece = self._pieces.push(self._decoder.rows[0].new_ids[-1])
+            if piece:
+                self._text += piece
+                return piece
+        raise StopIteration
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the answer where it stands; a finished one stays as it is."""
+        self._decoder.cancel()
+
+    @property
+    def answer(self) -> Answer:
+        """The answer, once it has ended."""
+        if not self._decoder.is_done:
+            raise ValueError(
+                "the answer has not ended yet: read the stream to its end, or close it"
+            )
+        return _answer(self._decoder.rows[0], self._text, self._num_dropped_turns)
+
+
+def _answer(row: Row, text: str, num_dropped_turns: int) -> Answer:
+    return Answer(
+        text, row.finish_reason, row.num_prompt_tokens, len(row.new_ids), num_dropped_turns
     )
 
 
-def stream(
-    loaded: LoadedModel, messages: list[dict], images: list, sampling: Sampling
-) -> Iterator[str]:
-    """Pieces of one answer as they come. Closing the iterator stops the generation."""
-    batch = loaded.processor.prompt_batch([(messages, images)])
-    streamer = TextIteratorStreamer(
-        loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
-    )
-    stop, failures = _StopOnFlag(), []
+class VLMEngine:
+    """A loaded model that answers; safe to share between threads.
 
-    def work() -> None:
-        try:
-            _generate_ids(loaded, batch, sampling, streamer=streamer, stopping_criteria=[stop])
-        except Exception as error:  # handed to the reader below
-            failures.append(error)
-            streamer.end()
+    Nothing here changes after it is made: every answer has its own cache and random numbers.
+    """
 
-    worker = Thread(target=work, daemon=True)
-    worker.start()
-    try:
-        yield from streamer
-    finally:
-        stop.is_set = True
-        worker.join()
-    if failures:
-        raise failures[0]
+    def __init__(self, loaded: LoadedModel):
+        self.model, self.processor = loaded.model, loaded.processor
+        self.path, self.can_see = loaded.path, loaded.can_see
 
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "VLMEngine":
+        """Load what `add_model_arguments` describes, strictly; raises as `load_model` does."""
+        return cls(load_model(args))
 
-def _generate_ids(
-    loaded: LoadedModel, batch: dict[str, Tensor], sampling: Sampling, **kwargs
-) -> Tensor:
-    model = loaded.model
-    room = model.config.max_position_embeddings - batch["input_ids"].shape[1]
-    if room < 1:
-        raise ValueError(
-            f"the prompt has {batch['input_ids'].shape[1]} tokens, the model takes "
-            f"{model.config.max_position_embeddings}"
+    @property
+    def max_tokens(self) -> int:
+        """Length of the context: prompt and answer together."""
+        return self.model.config.max_position_embeddings
+
+    def generate(
+        self,
+        conversations: list[tuple[list[dict], list]],
+        sampling: Sampling,
+        *,
+        cancel: threading.Event | None = None,
+    ) -> list[Answer]:
+        """Answers to a batch of (messages, images).
+
+        Every row has its own random numbers from `sampling.seed`: what stands beside it in the
+        batch does not change it.
+
+        Raises:
+            ValueError, OSError: a conversation or picture that cannot be used.
+        """
+        decoder, dropped = self._start(conversations, sampling)
+        while not decoder.is_done:
+            if cancel is not None and cancel.is_set():
+                decoder.cancel()
+            else:
+                decoder.step()
+        answers = []
+        for row, num_dropped_turns in zip(decoder.rows, dropped, strict=True):
+            pieces = TextPieces(self.processor.tokenizer)
+            text = "".join(pieces.push(token) for token in row.new_ids)
+            answers.append(_answer(row, text, num_dropped_turns))
+        return answers
+
+    def stream(
+        self,
+        messages: list[dict],
+        images: list,
+        sampling: Sampling,
+        *,
+        cancel: threading.Event | None = None,
+    ) -> Stream:
+        """One answer in pieces; raises as `generate` does, before the first piece."""
+        decoder, (num_dropped_turns,) = self._start([(messages, images)], sampling)
+        return Stream(
+            decoder,
+            TextPieces(self.processor.tokenizer),
+            num_dropped_turns=num_dropped_turns,
+            cancel=cancel,
         )
-    config = sampling.generation_config(loaded.processor)
-    config.max_new_tokens = min(config.max_new_tokens, room)
-    inputs = {k: v.to(model.device) for k, v in batch.items()}
-    if not len(inputs["pixel_values"]):
-        inputs["pixel_values"] = None
-    with torch.inference_mode():
-        return model.generate(**inputs, generation_config=config, **kwargs)
+
+    def _start(
+        self, conversations: list[tuple[list[dict], list]], sampling: Sampling
+    ) -> tuple[Decoder, list[int]]:
+        """A decoder, and how many turns were dropped from each conversation."""
+        if not conversations:
+            raise ValueError("no conversation to answer")
+        fitted = [self.fit(messages, images, sampling) for messages, images in conversations]
+        batch = self.processor.prompt_batch([(m, images) for m, images, _ in fitted])
+        rows = []
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            prompt_ids = ids[mask.bool()]
+            room = self.max_tokens - len(prompt_ids)
+            rows.append(
+                Row(prompt_ids, sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+            )
+        eos_token_id = self.processor.tokenizer.eos_token_id
+        decoder = Decoder(self.model, batch, rows, eos_token_id=eos_token_id)
+        return decoder, [num_dropped for *_, num_dropped in fitted]
+
+    def fit(
+        self, messages: list[dict], images: list, sampling: Sampling
+    ) -> tuple[list[dict], list, int]:
+        """Drop the oldest turns, a question with its answer, until prompt and answer fit.
+
+        A turn that shows an image stays, and so do the system message and the last question. Where
+        even that leaves less room than `max_new_tokens`, the answer is the shorter.
+
+        Returns:
+            messages, images, and the number of dropped turns.
+        Raises:
+            ValueError: there is no room for an answer at all.
+        """
+        turns = _turns(messages)
+        droppable = [i for i, turn in enumerate(turns[:-1]) if _is_droppable(turn)]
+
+        def without(num_dropped: int) -> list[dict]:
+            gone = set(droppable[:num_dropped])
+            return [m for i, turn in enumerate(turns) if i not in gone for m in turn]
+
+        def fits(num_dropped: int) -> bool:
+            return (
+                self._num_tokens(without(num_dropped)) + sampling.max_new_tokens <= self.max_tokens
+            )
+
+        num_dropped = bisect_left(range(len(droppable)), True, key=fits)
+        kept = without(num_dropped)
+        if (num_tokens := self._num_tokens(kept)) >= self.max_tokens:
+            what = " without its earlier text turns" if droppable else ""
+            raise ValueError(
+                f"the prompt has {num_tokens} tokens{what}, the model takes {self.max_tokens} with "
+                "the answer; shorten the question or use fewer images"
+            )
+        return kept, list(images), num_dropped
+
+    def _num_tokens(self, messages: list[dict]) -> int:
+        text = self.processor.render(messages, add_generation_prompt=True)
+        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def remember(self, messages: list[dict], said: str) -> list[dict]:
+        """The conversation with the model's answer behind it, for the next question.
+
+        A model may say `<image>` or spell a special token: in the history they are only words.
+        """
+        return [*messages, {"role": "assistant", "content": self.processor.plain(said)}]
+
+    @torch.inference_mode()
+    def look(
+        self, messages: list[dict], images: list, answer_text: str, *, layer: int | None = None
+    ) -> list[Tensor]:
+        """Where an answer looks: its tokens' mean attention to the patches of each image.
+
+        Args:
+            layer: of the language model, from 0; None is the mean of all.
+        Returns:
+            One (side, side) float32 map an image, on the CPU: shares of the attention, so that a
+            map's sum is at most 1.
+        Raises:
+            ValueError: no answer, no such layer, or as `generate`.
+        """
+        num_layers = self.model.config.num_hidden_layers
+        if layer is not None and not 0 <= layer < num_layers:
+            raise ValueError(f"layer {layer} is none of the model's 0 to {num_layers - 1}")
+        answer = self.processor.tokenizer(answer_text, add_special_tokens=False)["input_ids"]
+        if not answer:
+            raise ValueError("the answer is empty: there is nothing to look from")
+        room = Sampling(max_new_tokens=len(answer))
+        messages, images, _ = self.fit(messages, images, room)
+        batch = self.processor.prompt_batch([(messages, images)])
+        answer_ids = torch.tensor([answer[: self.max_tokens - batch["input_ids"].shape[1]]])
+        return image_attention(self.model, batch, answer_ids, layer=layer)
+
+
+def _turns(messages: list[dict]) -> list[list[dict]]:
+    """A turn begins with each question; what stands before the first one is a turn too."""
+    turns: list[list[dict]] = []
+    for message in messages:
+        if message["role"] == "user" or not turns:
+            turns.append([])
+        turns[-1].append(message)
+    return turns
+
+
+def _is_droppable(turn: list[dict]) -> bool:
+    return not any(m["role"] == "system" or IMAGE_TAG in m["content"] for m in turn)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,16 @@ def assets(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("assets")
     make_tokenizer(folder / "tokenizer")
     make_tower(folder / "tower", image_size=32, patch_size=8)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def painted(assets, tmp_path_factory) -> Path:
+    """A folder with a model that has learnt to see colours: see `tests/painted.py`."""
+    from painted import train_painted  # it needs this module whole
+
+    folder = tmp_path_factory.mktemp("painted")
+    train_painted(assets, folder)
     return folder
 
 
@@ -142,12 +153,15 @@ def script_environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def run_script(script: str, *arguments, cwd=None, check: bool = True, env=None, timeout_s=300):
+def run_script(
+    script: str, *arguments, cwd=None, check: bool = True, env=None, timeout_s=300, stdin=None
+):
     """Run a script of the repository as a user does; returns the finished process."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     process = subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s,
-        env=script_environment() | (env or {}), stdin=subprocess.DEVNULL,
+        env=script_environment() | (env or {}),
+        **({"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}),
     )  # fmt: skip
     if check and process.returncode != 0:
         raise AssertionError(f"{script} ended with {process.returncode}:\n{process.stdout}\n"
@@ -179,3 +193,18 @@ def train_flags(assets: Path, out: Path, data: Path, images: Path | None, **flag
         text for name, value in flags.items() if value is not None
         for text in (f"--{name}", str(value))
     ]  # fmt: skip
+
+
+def write_png(path, *, width: int, height: int) -> None:
+    """A whole black PNG of a bit a pixel, written row by row: no memory is needed for it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        crc = zlib.crc32(kind + data).to_bytes(4, "big")
+        return len(data).to_bytes(4, "big") + kind + data + crc
+
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
+    packer, row = zlib.compressobj(1), bytes(1 + (width + 7) // 8)
+    data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )

@@ -1,320 +1,357 @@
-"""Using a model: loading it by the shared flags, generating, streaming."""
+"""The engine that evaluation, chat, page and server share."""
 
-import argparse
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import TINY_MODEL
-from PIL import Image
+from conftest import TOKENIZER_TEXT
+from tiny_vlm import GREEDY, NEW_TOKENS, conversations, make_loaded, naive_greedy_ids, picture
 
-from model.inference import (
-    LoadedModel,
-    Sampling,
-    add_model_arguments,
-    ask,
-    generate,
-    load_model,
-    stream,
-)
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vlm_processor import VLMProcessor, load_tokenizer, tokenizer_sha256
-from model.weights import describe_model, save_weights
+from model.decoding import Row, TextPieces
+from model.inference import Sampling, VLMEngine, ask
+from model.vlm_processor import load_tokenizer
 
-torch.set_num_threads(1)  # at these sizes more threads only wait for each other
-NUM_TOKENS, NEW_TOKENS, VOCAB = 16, 24, 400
-KINDS = pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
-GREEDY = Sampling(max_new_tokens=NEW_TOKENS, temperature=0)
-
-
-def make_loaded(assets, **fields) -> LoadedModel:
-    """Weights wide enough (0.3) that pictures and words change the answer."""
-    torch.manual_seed(0)
-    placeholder = {"image_special_token": "@" * NUM_TOKENS, "image_ids": [34] * NUM_TOKENS}
-    own = {"vocab_size": VOCAB, "vision_hidden_size": 24, "initializer_range": 0.3}
-    config = VLMConfig(**(TINY_MODEL | own | placeholder | fields))
-    model = MiniMindVLM(config, vision_model_path=assets / "tower").eval().requires_grad_(False)
-    tokenizer = load_tokenizer(assets / "tokenizer")
-    processor = VLMProcessor(tokenizer, model.image_processor, config=config)
-    return LoadedModel(model, processor, assets, can_see=True)
+SAMPLED = Sampling(NEW_TOKENS, temperature=1.0, top_p=0.95, seed=3)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])
-def loaded(request, assets) -> LoadedModel:
-    return make_loaded(assets, use_moe=request.param)
+def engine(request, assets) -> VLMEngine:
+    return VLMEngine(make_loaded(assets, use_moe=request.param))
 
 
-def picture(factor: int) -> Image.Image:
-    """Rings; their number grows with the factor."""
-    rings = Image.radial_gradient("L").resize((40, 36)).convert("RGB")
-    return rings.point(lambda value: value * factor % 256)
+@pytest.fixture(scope="module")
+def dense(assets) -> VLMEngine:
+    return VLMEngine(make_loaded(assets))
 
 
-def conversations() -> list[tuple[list[dict], list]]:
-    """Samples with 0, 1 and 2 pictures, of different lengths."""
-    few, many = picture(6), picture(9)
-    return [
-        (ask("What is a circle?", num_images=0), []),
-        (ask("<image>\nWhat is in the picture?", num_images=1), [few]),
-        (ask("图像里有什么？ <image> or <image>?", num_images=2), [many, few]),
-    ]
+@pytest.fixture
+def endless(dense):
+    """The engine of a model that never ends by itself, and the list of its steps."""
+    steps = []
+
+    def never_end(_module, _args, logits):
+        steps.append(1)
+        logits[..., dense.processor.tokenizer.eos_token_id] = -torch.inf
+
+    handle = dense.model.lm_head.register_forward_hook(never_end)
+    yield dense, steps
+    handle.remove()
 
 
-def greedy_ids(loaded: LoadedModel, samples: list, **kwargs) -> list[list[int]]:
-    """New tokens of each sample by `model.generate`."""
-    batch = loaded.processor.prompt_batch(samples)
-    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0} | kwargs
-    output = loaded.model.generate(**batch, **settings)
-    return output[:, batch["input_ids"].shape[1] :].tolist()
+def text_of(engine: VLMEngine, ids: list[int]) -> str:
+    text = engine.processor.tokenizer.decode(ids, skip_special_tokens=True)
+    return text.removesuffix("\ufffd")
 
 
-@torch.no_grad()
-def naive_greedy_ids(loaded: LoadedModel, sample: tuple) -> list[int]:
-    """One forward of everything for each token: no cache, no padding, no `generate`."""
-    batch = loaded.processor.prompt_batch([sample])
-    ids, start = batch["input_ids"], batch["input_ids"].shape[1]
-    for _ in range(NEW_TOKENS):
-        logits = loaded.model(ids, pixel_values=batch["pixel_values"]).logits[0, -1]
-        ids = torch.cat([ids, logits.argmax().view(1, 1)], 1)
-        if ids[0, -1] == loaded.processor.tokenizer.eos_token_id:
-            break
-    return ids[0, start:].tolist()
+def library_ids(engine: VLMEngine, sample: tuple, **settings) -> list[int]:
+    """By `model.generate` of transformers, greedy."""
+    batch = engine.processor.prompt_batch([sample])
+    output = engine.model.generate(
+        **batch, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0, **settings
+    )
+    return output[0, batch["input_ids"].shape[1] :].tolist()
 
 
-def without_padding(ids: list[int]) -> list[int]:
-    return ids[: ids.index(2) + 1] if 2 in ids else ids
-
-
-def test_generate_cached_batched_and_uncached_are_the_same(loaded):
+def test_generate_is_the_hand_written_loop(engine):
     samples = conversations()
-    expected = [naive_greedy_ids(loaded, sample) for sample in samples]
-    assert len({tuple(ids) for ids in expected}) == len(samples)
-    for use_cache in (True, False):
-        together = greedy_ids(loaded, samples, use_cache=use_cache)
-        assert [without_padding(ids) for ids in together] == expected
-        alone = [greedy_ids(loaded, [sample], use_cache=use_cache)[0] for sample in samples]
-        assert alone == expected
+    expected = [naive_greedy_ids(engine, sample) for sample in samples]
+    answers = engine.generate(samples, GREEDY)
+    assert [a.text for a in answers] == [text_of(engine, ids) for ids in expected]
+    assert [a.num_new_tokens for a in answers] == [len(ids) for ids in expected]
+    for answer, ids, sample in zip(answers, expected, samples, strict=True):
+        assert answer.finish_reason == ("stop" if ids[-1] == 2 else "length")
+        prompt = engine.processor.prompt_batch([sample])["input_ids"]
+        assert answer.num_prompt_tokens == prompt.shape[1]
 
 
-def test_generate_depends_on_the_pictures(loaded):
-    (_, one, two) = conversations()
-    other = (one[0], [picture(9)]), (two[0], two[1][::-1])
-    for sample, swapped in zip((one, two), other, strict=True):
-        assert greedy_ids(loaded, [sample]) != greedy_ids(loaded, [swapped])
-
-
-def test_generate_goes_on_when_a_row_has_ended(loaded):
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_row_does_not_depend_on_its_neighbours(engine, sampling):
     samples = conversations()
-    end = greedy_ids(loaded, samples[:1])[0][3]
-    together = greedy_ids(loaded, samples, eos_token_id=end)
-    for sample, ids in zip(samples, together, strict=True):
-        alone = greedy_ids(loaded, [sample], eos_token_id=end)[0]
-        assert ids == alone + [0] * (len(ids) - len(alone))
-    assert len(together[0]) > together[0].index(end) + 1  # another row was longer
+    together = engine.generate(samples, sampling)
+    assert together == [engine.generate([sample], sampling)[0] for sample in samples]
+    assert together[::-1] == engine.generate(samples[::-1], sampling)
 
 
-def test_generate_runs_the_tower_once(loaded):
+def test_rows_that_end_early_leave_the_others_as_they_were(assets):
+    engine, samples = VLMEngine(make_loaded(assets)), conversations()
+    alone = [library_ids(engine, sample) for sample in samples]
+    end = next(t for t in alone[1] if t not in alone[0] and t not in alone[2])
+    engine.processor.tokenizer.eos_token_id = end
+    answers = engine.generate(samples, GREEDY)
+    assert answers[1].finish_reason == "stop"
+    assert answers[1].num_new_tokens == alone[1].index(end) + 1
+    for i in (0, 2):
+        assert answers[i].text == text_of(engine, alone[i])
+        assert answers[i].num_new_tokens == NEW_TOKENS
+
+
+@pytest.mark.parametrize("penalty", [1.3, 2.5])
+def test_repetition_penalty_is_that_of_transformers(engine, penalty):
+    sampling = Sampling(NEW_TOKENS, temperature=0, repetition_penalty=penalty)
+    plain = [a.text for a in engine.generate(conversations(), GREEDY)]
+    answers = [a.text for a in engine.generate(conversations(), sampling)]
+    expected = [library_ids(engine, s, repetition_penalty=penalty) for s in conversations()]
+    assert answers == [text_of(engine, ids) for ids in expected] != plain
+
+
+def test_sampling_that_leaves_one_token_is_greedy(engine):
+    expected = [a.text for a in engine.generate(conversations(), GREEDY)]
+    for only in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-40}):
+        sampling = Sampling(NEW_TOKENS, **({"temperature": 5.0, "top_p": 1.0} | only))
+        assert [a.text for a in engine.generate(conversations(), sampling)] == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}],
+    ids=lambda fields: next(iter(fields), "plain"),
+)
+def test_first_tokens_are_drawn_from_the_right_distribution(dense, fields):
+    """2,000 seeds of one batch against the probabilities that the logits give."""
+    num_draws, sample = 2000, conversations()[1]
+    batch = dense.processor.prompt_batch([sample])
+    with torch.no_grad():
+        logits = dense.model(**batch).logits[0, -1]
+    settings = {"temperature": 1.0, "top_p": 1.0} | fields
+    expected = (logits / settings["temperature"]).softmax(-1)
+    order = expected.argsort(descending=True)
+    if "top_k" in fields:
+        expected[order[3:]] = 0
+    if "top_p" in fields:  # the fewest tokens that hold this share
+        expected[order[1:][expected[order].cumsum(0)[:-1] >= 0.6]] = 0
+    expected /= expected.sum()
+    rows = [Row(batch["input_ids"][0], Sampling(1, seed=s, **settings), max_new_tokens=1)
+            for s in range(num_draws)]  # fmt: skip
+    drawn = torch.tensor([row.take(logits, eos_token_id=2) for row in rows])
+    share = torch.bincount(drawn, minlength=len(expected)) / num_draws
+    assert (share[expected == 0] == 0).all()
+    error = (expected * (1 - expected) / num_draws).sqrt()
+    assert ((share - expected).abs() <= 5 * error + 2 / num_draws).all()
+
+
+def test_generate_is_seeded_and_leaves_the_global_random_numbers_alone(engine):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first, again, other = (
+        engine.generate(conversations(), Sampling(NEW_TOKENS, 1.0, 1.0, seed=seed))
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    unseeded = [engine.generate(conversations(), Sampling(NEW_TOKENS, 1.0, 1.0)) for _ in "ab"]
+    assert unseeded[0] != unseeded[1]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("sample", range(3))
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_stream_gives_the_answer_of_generate(engine, sample, sampling):
+    messages, images = conversations()[sample]
+    stream = engine.stream(messages, images, sampling)
+    pieces = list(stream)
+    assert len(pieces) > 1 and all(pieces)
+    assert stream.answer == engine.generate([(messages, images)], sampling)[0]
+    assert "".join(pieces) == stream.answer.text
+
+
+def test_stream_runs_the_tower_once(dense):
     calls = []
-    handle = loaded.model.vision_encoder.register_forward_hook(lambda *_: calls.append(1))
+    handle = dense.model.vision_encoder.register_forward_hook(lambda *_: calls.append(1))
     try:
-        assert len(greedy_ids(loaded, conversations())[0]) > 1
+        assert len(list(dense.stream(*conversations()[2], GREEDY))) > 1
     finally:
         handle.remove()
     assert len(calls) == 1
 
 
-BEAMS = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
-
-
-@torch.no_grad()
-def beams_of_one(loaded: LoadedModel, sample: tuple) -> list[list[int]]:
-    """Beam search that never sees an image: the features stand in its embeddings already."""
-    batch = loaded.processor.prompt_batch([sample])
-    embeds = loaded.model.model.embed_tokens(batch["input_ids"])
-    if len(batch["pixel_values"]):
-        features = loaded.model.encode_images(batch["pixel_values"]).flatten(0, 1)
-        embeds[batch["image_mask"]] = features
-    llm = MiniMindForCausalLM(loaded.model.config).eval()
-    llm.model, llm.lm_head = loaded.model.model, loaded.model.lm_head
-    return llm.generate(
-        inputs_embeds=embeds, attention_mask=batch["attention_mask"], pad_token_id=0, **BEAMS
-    ).tolist()
-
-
-@pytest.mark.parametrize("with_mask", [True, False], ids=["image_mask", "ids_only"])
-def test_generate_beams_keep_images_with_their_sample(loaded, with_mask):
-    samples = conversations()[::-1]  # 2, 1, 0 pictures
-    batch = loaded.processor.prompt_batch(samples)
-    if not with_mask:
-        del batch["image_mask"]
-    output = loaded.model.generate(**batch, pad_token_id=0, **BEAMS)
-    together = output[:, batch["input_ids"].shape[1] :].tolist()
-    expected = [ids for sample in samples for ids in beams_of_one(loaded, sample)]
-    width = len(together[0])
-    assert together == [ids + [0] * (width - len(ids)) for ids in expected]
-
-
-def test_generate_several_answers_keep_images_with_their_sample(loaded):
-    """Sampling that always takes the likeliest token: every answer is the greedy one."""
-    samples = conversations()[::-1]
-    texts = generate(loaded, samples, Sampling(max_new_tokens=8, temperature=1.0, top_p=1e-9),
-                     num_return_sequences=2)  # fmt: skip
-    expected = generate(loaded, samples, Sampling(max_new_tokens=8, temperature=0))
-    assert texts == [text for text in expected for _ in range(2)]
-
-
-def test_generate_is_seeded(loaded):
-    sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=1.0, top_p=1.0)
-    answers = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        answers.append(generate(loaded, conversations(), sampling))
-    assert answers[0] == answers[1] != answers[2]
-
-
-def test_generate_stops_at_the_last_position(assets):
-    short, samples = make_loaded(assets, max_position_embeddings=100), conversations()[:1]
-    room = 100 - short.processor.prompt_batch(samples)["input_ids"].shape[1]
-    text = generate(short, samples, Sampling(max_new_tokens=1000, temperature=0))[0]
-    (expected,) = greedy_ids(short, samples, max_new_tokens=room)
-    assert text == short.processor.tokenizer.decode(expected, skip_special_tokens=True)
-    with pytest.raises(ValueError, match="the model takes 100"):
-        generate(short, [(ask("circle " * 100, num_images=0), [])], GREEDY)
-
-
-@pytest.mark.parametrize("sample", range(3))
-def test_stream_gives_the_text_of_generate(loaded, sample):
-    messages, images = conversations()[sample]
-    pieces = list(stream(loaded, messages, images, GREEDY))
-    assert len(pieces) > 1
-    assert "".join(pieces) == generate(loaded, [(messages, images)], GREEDY)[0]
-
-
-def test_stream_samples_like_generate(loaded):
-    messages, images = conversations()[2]
-    sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=0.9)
-    torch.manual_seed(3)
-    text = "".join(stream(loaded, messages, images, sampling))
-    torch.manual_seed(3)
-    assert text == generate(loaded, [(messages, images)], sampling)[0]
-
-
-def test_stream_stops_when_it_is_closed(loaded):
-    calls, threads = [], threading.active_count()
-
-    def never_end(_module, _args, logits):
-        calls.append(1)
-        logits[..., loaded.processor.tokenizer.eos_token_id] = -torch.inf
-
+def test_stream_stops_at_the_next_token(endless):
+    engine, steps = endless
     messages, images = conversations()[1]
-    handle = loaded.model.lm_head.register_forward_hook(never_end)
-    try:
-        pieces = stream(loaded, messages, images, Sampling(max_new_tokens=3000, temperature=0))
-        next(pieces)
-        pieces.close()
-    finally:
-        handle.remove()
-    assert 0 < len(calls) < 1000 and threading.active_count() == threads
-    assert generate(loaded, [(messages, images)], GREEDY)  # and the model is usable again
+    sampling = Sampling(3000, temperature=0)
+    for stop in ("close", "with", "cancel"):
+        steps.clear()
+        cancel = threading.Event()
+        stream = engine.stream(messages, images, sampling, cancel=cancel)
+        with pytest.raises(ValueError, match="not ended yet"):
+            _ = stream.answer
+        if stop == "with":
+            with stream:
+                first = next(stream)
+        else:
+            first = next(stream)
+            stream.close() if stop == "close" else cancel.set()
+        num_steps = len(steps)
+        assert list(stream) == [] and len(steps) == num_steps
+        answer = stream.answer
+        assert (answer.text, answer.finish_reason) == (first, "cancelled")
+        assert answer.num_new_tokens == num_steps
 
 
-def test_stream_hands_an_error_to_its_reader(loaded, monkeypatch):
+def test_generate_can_be_cancelled_from_another_thread(endless):
+    engine, steps = endless
+    cancel = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(
+            engine.generate, conversations(), Sampling(20_000, temperature=0), cancel=cancel
+        )
+        while len(steps) < 5:
+            assert not future.done()
+        cancel.set()
+        answers = future.result(timeout=60)
+    assert {a.finish_reason for a in answers} == {"cancelled"}
+    assert all(5 <= a.num_new_tokens < 20_000 for a in answers)
+
+
+def test_many_threads_get_the_answers_of_one(engine):
+    """Streams and batches at once, sampled and greedy, with pictures opened meanwhile."""
+    samples = conversations()
+    jobs = [(s, Sampling(NEW_TOKENS, t, seed=seed)) for s in samples for t in (0, 1.0)
+            for seed in range(4)]  # fmt: skip
+    expected = [engine.generate([sample], sampling)[0] for sample, sampling in jobs]
+    start = threading.Barrier(len(jobs))
+
+    def work(job: tuple[int, tuple]):
+        number, (sample, sampling) = job
+        start.wait(timeout=60)
+        if number % 2:
+            return engine.generate([sample], sampling)[0]
+        stream = engine.stream(*sample, sampling)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for _ in range(2):
+            assert list(pool.map(work, enumerate(jobs))) == expected
+
+
+def test_error_reaches_the_caller_and_the_engine_goes_on(dense, monkeypatch):
     def fail(*_args, **_kwargs):
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr(loaded.model, "encode_images", fail)
     messages, images = conversations()[1]
-    with pytest.raises(RuntimeError, match="broken on purpose"):
-        list(stream(loaded, messages, images, GREEDY))
+    with monkeypatch.context() as patch:
+        patch.setattr(dense.model, "encode_images", fail)
+        with pytest.raises(RuntimeError, match="broken on purpose"):
+            list(dense.stream(messages, images, GREEDY))
+    assert list(dense.stream(messages, images, GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_new_tokens": 0}, "--max_new_tokens must be at least 1; got 0"),
+        ({"temperature": -0.1}, "--temperature must be at least 0"),
+        ({"temperature": float("nan")}, "--temperature must"),
+        ({"temperature": float("inf")}, "--temperature must"),
+        ({"top_p": 0.0}, "--top_p must be above 0 and at most 1; got 0.0"),
+        ({"top_p": 1.01}, "--top_p must"),
+        ({"top_k": -1}, "--top_k must be 0"),
+        ({"repetition_penalty": 0}, "--repetition_penalty must be 0.1 to 10"),
+        ({"seed": -1}, "--seed must be from 0"),
+        ({"seed": 2**63}, "--seed must be from 0"),
+    ],
+)
+def test_sampling_refuses_values_out_of_range(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**fields)
+
+
+def test_no_conversation_is_an_error(dense):
+    with pytest.raises(ValueError, match="no conversation"):
+        dense.generate([], GREEDY)
+
+
+def dialogue(*turns: tuple[str, str], last: str, system: str | None = None) -> list[dict]:
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, answer in turns:
+        messages += ask(question, num_images=0)
+        messages.append({"role": "assistant", "content": answer})
+    return messages + ask(last, num_images=0)
+
+
+def num_tokens(engine: VLMEngine, messages: list[dict]) -> int:
+    text = engine.processor.render(messages, add_generation_prompt=True)
+    return len(engine.processor.tokenizer(text)["input_ids"])
+
+
+def test_fit_drops_the_oldest_text_turns_and_no_image(assets):
+    turns = [("What is a circle?", "A red circle."), ("<image>\nWhat?", "A picture."),
+             ("What is red?", "A circle."), ("And <image>?", "Blue.")]  # fmt: skip
+    full = dialogue(*turns, last="图像里有什么？", system="You are a helpful assistant")
+    images = [picture(6), picture(9)]
+    size = num_tokens(VLMEngine(make_loaded(assets)), full)
+    expected = {  # how much too long -> which turns stay
+        0: turns,
+        1: turns[1:],
+        num_tokens(VLMEngine(make_loaded(assets)), dialogue(turns[0], last="a"))
+        - num_tokens(VLMEngine(make_loaded(assets)), dialogue(last="a")): turns[1:],
+        40: [turns[1], turns[3]],
+    }
+    for excess, kept in expected.items():
+        engine = VLMEngine(make_loaded(assets, max_position_embeddings=size + 8 - excess))
+        messages, kept_images, num_dropped = engine.fit(full, images, Sampling(8))
+        assert messages == dialogue(*kept, last="图像里有什么？", system=full[0]["content"]), excess
+        assert kept_images == images and num_dropped == len(turns) - len(kept)
+        (answer,) = engine.generate([(full, images)], Sampling(8, temperature=0))
+        (same,) = engine.generate([(messages, images)], Sampling(8, temperature=0))
+        assert answer.num_dropped_turns == num_dropped and answer.text == same.text
+    assert full[0]["role"] == "system" and len(full) == 10  # the caller's list is as it was
+
+
+def test_answer_gets_the_room_there_is_and_never_less_than_a_token(assets):
+    sample = conversations()[1]
+    size = VLMEngine(make_loaded(assets)).generate([sample], Sampling(1))[0].num_prompt_tokens
+    for room in (5, 1):
+        engine = VLMEngine(make_loaded(assets, max_position_embeddings=size + room))
+        (answer,) = engine.generate([sample], Sampling(1000, temperature=0))
+        expected = naive_greedy_ids(engine, sample)[:room]
+        assert answer.text == text_of(engine, expected) and answer.num_new_tokens <= room
+        assert answer.finish_reason == "length" or expected[-1] == 2
+    full = VLMEngine(make_loaded(assets, max_position_embeddings=size))
+    with pytest.raises(ValueError, match=f"the prompt has {size} tokens, the model takes {size}"):
+        full.generate([sample], GREEDY)
+    with pytest.raises(ValueError, match="without its earlier text turns"):
+        messages = dialogue(("What?", "A circle."), last="circle " * size)
+        full.fit(messages, [], GREEDY)
+
+
+def test_text_pieces_never_hold_half_a_character(assets):
+    """Every character of the text is several byte tokens; the pieces are whole ones."""
+    tokenizer = load_tokenizer(assets / "tokenizer")
+    text = "龘 naïve 🎈🏳️‍🌈 中文，完！ end"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) > len(text)
+    pieces = TextPieces(tokenizer)
+    said = [pieces.push(token) for token in ids]
+    assert "".join(said) == text and "" in said and not any("\ufffd" in p for p in said)
+    for cut in range(len(ids)):  # an answer cut anywhere ends with its last whole character
+        pieces = TextPieces(tokenizer)
+        part = "".join(pieces.push(token) for token in ids[:cut])
+        assert text.startswith(part) and "\ufffd" not in part
+
+
+def test_text_pieces_of_random_tokens_are_their_decoding(assets):
+    tokenizer = load_tokenizer(assets / "tokenizer")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        ids = torch.randint(0, len(tokenizer), (40,), generator=generator).tolist()
+        pieces = TextPieces(tokenizer)
+        said = "".join(pieces.push(token) for token in ids)
+        assert said == tokenizer.decode(ids, skip_special_tokens=True).removesuffix("\ufffd")
+
+
+def test_history_takes_whatever_the_model_said(dense):
+    """Tags, special tokens and placeholders in an answer are words in the next prompt."""
+    said = "see <image>, <|im_end|> and " + "@" * 50 + " " + TOKENIZER_TEXT[3]
+    messages, images = conversations()[1]
+    history = dense.remember(messages, said) + ask("And now?", num_images=0)
+    (answer,) = dense.generate([(history, images)], GREEDY)
+    assert answer.num_new_tokens > 0 and TOKENIZER_TEXT[3] in history[1]["content"]
+    assert dense.remember(messages, "A circle @ home.")[1]["content"] == "A circle @ home."
+    assert len(messages) == 1
 
 
 def test_ask_puts_missing_tags_in_front():
     assert ask("What?", num_images=2)[0]["content"] == "<image>\n<image>\nWhat?"
     assert ask("What? <image>", num_images=1) == [{"role": "user", "content": "What? <image>"}]
-
-
-def arguments(assets, folder, *more) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_model_arguments(parser)
-    own = ["--vision_model_path", assets / "tower", "--tokenizer_path", assets / "tokenizer",
-           "--save_dir", folder, "--device", "cpu"]  # fmt: skip
-    return parser.parse_args([str(a) for a in [*own, *more]])
-
-
-def save(loaded: LoadedModel, path, *, with_metadata: bool) -> None:
-    sha256 = tokenizer_sha256(loaded.processor.tokenizer)
-    save_weights(loaded.model, path, describe_model(loaded.model, tokenizer_sha256=sha256))
-    if not with_metadata:
-        path.with_suffix(".json").unlink()
-
-
-@pytest.mark.parametrize("with_metadata", [True, False], ids=["described", "published"])
-@KINDS
-def test_load_model_native_gives_the_saved_model(assets, tmp_path, use_moe, with_metadata):
-    saved = make_loaded(assets, use_moe=use_moe)
-    save(saved, tmp_path / f"sft_vlm_32{'_moe' * use_moe}.pth", with_metadata=with_metadata)
-    saved.model.half().float()  # what the file holds
-    loaded = load_model(arguments(assets, tmp_path))
-    assert loaded.can_see and not loaded.model.training and loaded.model.dtype == torch.float32
-    assert generate(loaded, conversations(), GREEDY) == generate(saved, conversations(), GREEDY)
-
-
-def test_load_model_folder_gives_the_saved_model(assets, tmp_path):
-    saved = make_loaded(assets, use_moe=True)
-    saved.model.save_pretrained(tmp_path / "hf")
-    loaded = load_model(arguments(assets, tmp_path, "--load_from", tmp_path / "hf"))
-    assert generate(loaded, conversations(), GREEDY) == generate(saved, conversations(), GREEDY)
-    with pytest.raises(ValueError, match="hidden_size 32, not 64"):
-        load_model(arguments(assets, tmp_path, "--load_from", tmp_path / "hf", "--dim", 64))
-
-
-def test_load_model_of_a_language_model_cannot_see(assets, tmp_path):
-    torch.manual_seed(0)
-    llm = MiniMindForCausalLM(MiniMindConfig(vocab_size=VOCAB, **TINY_MODEL))
-    torch.save(llm.half().state_dict(), tmp_path / "llm_32.pth")
-    loaded = load_model(arguments(assets, tmp_path, "--weight", "llm"))
-    assert not loaded.can_see
-    assert len(generate(loaded, conversations(), GREEDY)) == 3
-
-
-def test_load_model_first_release_placeholder(assets, tmp_path):
-    placeholder = "<" * 9 + ">" * 8
-    ids = load_tokenizer(assets / "tokenizer").encode(placeholder)
-    saved = make_loaded(assets, keep_cls=True, image_special_token=placeholder, image_ids=ids)
-    save(saved, tmp_path / "sft_vlm_32.pth", with_metadata=False)
-    saved.model.half().float()
-    flags = ("--keep_cls", "1", "--image_special_token", placeholder)
-    loaded = load_model(arguments(assets, tmp_path, *flags))
-    assert generate(loaded, conversations(), GREEDY) == generate(saved, conversations(), GREEDY)
-
-
-def test_load_model_refuses_what_does_not_fit(assets, tmp_path):
-    saved = make_loaded(assets)
-    save(saved, tmp_path / "sft_vlm_32.pth", with_metadata=True)
-    path = tmp_path / "sft_vlm_32.pth"
-    with pytest.raises(ValueError, match="num_hidden_layers 2, not 3"):
-        load_model(arguments(assets, tmp_path, "--n_layers", "3", "--weight", path))
-    with pytest.raises(FileNotFoundError, match="no weight sft_vlm_64.pth"):
-        load_model(arguments(assets, tmp_path, "--hidden_size", "64"))
-    with pytest.raises(FileNotFoundError, match="no config.json"):
-        load_model(arguments(assets, tmp_path, "--load_from", tmp_path))
-    with pytest.raises(ValueError, match="model_type 'clip_vision_model'"):
-        load_model(arguments(assets, tmp_path, "--load_from", assets / "tower"))
-    metadata = tmp_path / "sft_vlm_32.json"
-    text = metadata.read_text()
-    sha256 = describe_model(saved.model, tokenizer_sha256="")["vision_tower_sha256"]
-    metadata.write_text(text.replace(sha256, "0" * 64))
-    with pytest.raises(ValueError, match="another vision tower"):
-        load_model(arguments(assets, tmp_path))
-    metadata.write_text(text.replace(tokenizer_sha256(saved.processor.tokenizer), "0" * 64))
-    with pytest.raises(ValueError, match="--tokenizer_path"):
-        load_model(arguments(assets, tmp_path))
-
-
-def test_model_arguments_take_0_1_and_words(assets, tmp_path):
-    for words, expected in ((["1"], True), (["FALSE"], False), (["true"], True), ([], True)):
-        assert arguments(assets, tmp_path, "--use_moe", *words).use_moe is expected
-    assert arguments(assets, tmp_path).use_moe is None
-    with pytest.raises(SystemExit):
-        arguments(assets, tmp_path, "--use_moe", "maybe")

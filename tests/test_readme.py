@@ -7,15 +7,19 @@ import pytest
 from conftest import ROOT
 
 import eval_vlm
-from dataset import download
-from trainer import train_llm, train_pretrain_vlm, train_sft_vlm
+import web_demo
+from dataset import download, prompt_picture
+from trainer import plot, train_llm, train_pretrain_vlm, train_sft_vlm
 from trainer.train_args import parse_args
 
 READMES = ("README.md", "README_zh.md")
 LAUNCHERS = {  # options with a value, which stand before the script
-    "torchrun": {"--nproc_per_node", "--nnodes", "--master_port"},
+    "torchrun": {
+        "--nproc_per_node", "--nnodes", "--master_port", "--max-restarts", "--rdzv_backend",
+        "--rdzv_endpoint", "--rdzv_id",
+    },
     "deepspeed": {"--master_port"},
-}
+}  # fmt: skip
 
 
 def parse_train(module):
@@ -26,7 +30,10 @@ PARSERS = {
     "trainer/train_pretrain_vlm.py": parse_train(train_pretrain_vlm),
     "trainer/train_sft_vlm.py": parse_train(train_sft_vlm),
     "trainer/train_llm.py": parse_train(train_llm),
+    "trainer/plot.py": plot.parse_args,
+    "dataset/prompt_picture.py": prompt_picture.parse_args,
     "eval_vlm.py": eval_vlm.parse_args,
+    "web_demo.py": web_demo.parse_args,
     "dataset/download.py": download.parse_args,
 }
 
@@ -56,6 +63,8 @@ def test_readme_command_is_valid(readme, command):
             words = words[2 if takes_value and "=" not in words[0] else 1 :]
     elif words[0] == "python":
         words = words[1:]
+        if words[0] == "-m":
+            words = [words[1].replace(".", "/") + ".py", *words[2:]]
     elif words[0] in ("git", "cd", "pip", "swanlab", "export"):
         return
     else:

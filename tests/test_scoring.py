@@ -65,11 +65,11 @@ def test_score_of_an_answer_is_that_of_greedy_decoding(assets, seeing):
 
     from dataset.collate import VLMCollator
     from dataset.lm_dataset import VLMDataset
-    from model.inference import Sampling, add_model_arguments, generate, load_model
+    from model.inference import Sampling, VLMEngine, add_model_arguments
 
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)
-    loaded = load_model(parser.parse_known_args(score_flags(assets, seeing))[0])
+    loaded = VLMEngine.from_args(parser.parse_known_args(score_flags(assets, seeing))[0])
     dataset = VLMDataset(seeing / "test.jsonl", seeing / "images", loaded.processor)
     verdicts = []
     for i in range(9):
@@ -78,7 +78,7 @@ def test_score_of_an_answer_is_that_of_greedy_decoding(assets, seeing):
         sample.pixel_values.copy_(dataset[shown].pixel_values)
         first = score_answers(loaded.model, VLMCollator(pad_token_id=0)([sample]).inputs)[0][0]
         images = [dataset.records.read_image(x) for x in dataset.records[shown].images]
-        answer = generate(loaded, [(record.messages[:1], images)], Sampling(8, 0))[0]
+        answer = loaded.generate([(record.messages[:1], images)], Sampling(8, 0))[0].text
         assert first.is_right == (answer == record.messages[1]["content"])
         verdicts.append(first.is_right)
     assert verdicts == [True, False] * 4 + [True]

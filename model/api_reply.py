@@ -1,0 +1,104 @@
+"""Owns what a reply of `/v1/chat/completions` is made of: whole, in chunks, cut at stop strings.
+
+Source: https://platform.openai.com/docs/api-reference/chat/object
+"""
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from anyio import to_thread
+
+from model.api_request import ChatRequest
+from model.inference import Answer, Stream
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(data: dict) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+
+
+class StopText:
+    """Cuts a text that comes in pieces before the first stop string in it."""
+
+    def __init__(self, stops: list[str]):
+        self._stops = stops
+        self._held = ""  # may be the beginning of a stop string
+        self.is_found = False
+
+    def push(self, piece: str) -> str:
+        """What is certain to stand before any stop string."""
+        text = self._held + piece
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.is_found, self._held = True, ""
+            return text[: min(found)]
+        longest = max(
+            (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
+        self._held = text[len(text) - longest :]
+        return text[: len(text) - longest]
+
+    def rest(self) -> str:
+        """What was held when the text ended without a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+@dataclass
+class Completion:
+    """One request being answered, and the objects of the protocol that tell of it."""
+
+    request: ChatRequest
+    model_id: str
+    stream: Stream
+    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """Text as it comes, up to a stop string; the tokens are computed in a thread."""
+        stop = StopText(self.request.stops)
+        while (piece := await to_thread.run_sync(next, self.stream, None)) is not None:
+            if text := stop.push(piece):
+                yield text
+            if stop.is_found:
+                self.stream.close()
+                return
+        if text := stop.rest():
+            yield text
+
+    @property
+    def answer(self) -> Answer:
+        return self.stream.answer
+
+    @property
+    def finish_reason(self) -> str:
+        return "length" if self.answer.finish_reason == "length" else "stop"
+
+    @property
+    def usage(self) -> dict:
+        prompt, new = self.answer.num_prompt_tokens, self.answer.num_new_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+    def whole(self, text: str) -> dict:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None,
+                  "finish_reason": self.finish_reason}  # fmt: skip
+        return self._object("chat.completion", [choice]) | {"usage": self.usage}
+
+    def chunk(self, delta: dict, *, finish_reason: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        empty = {"usage": None} if self.request.with_usage else {}
+        return event(self._object("chat.completion.chunk", [choice]) | empty)
+
+    def usage_chunk(self) -> bytes:
+        return event(self._object("chat.completion.chunk", []) | {"usage": self.usage})
+
+    def _object(self, kind: str, choices: list) -> dict:
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model_id}
+        return head | {"choices": choices, "system_fingerprint": None}

@@ -1,0 +1,272 @@
+"""Owns what a request to `/v1/chat/completions` may hold: its JSON to messages, images, sampling.
+
+Source: https://platform.openai.com/docs/api-reference/chat/create
+"""
+
+import base64
+import binascii
+import io
+import json
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from model.inference import Sampling, VLMEngine, ask
+from model.vlm_processor import IMAGE_TAG
+
+MAX_IMAGES = 16
+MAX_IMAGE_PIXELS = 50_000_000
+MAX_STOPS = 4
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+USED = {
+    "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed",
+    "stop", "stream", "stream_options", "n", "top_k", "repetition_penalty",
+}  # fmt: skip
+# What changes nothing here, and what would change the answer but is not offered, with the value
+# that asks for nothing. Anything else is refused, as the protocol has it.
+HARMLESS = {
+    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
+    "prompt_cache_key", "prompt_cache_retention", "verbosity",
+}  # fmt: skip
+NOT_OFFERED = {
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "logprobs": (False,),
+    "top_logprobs": (0,), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "response_format": ({"type": "text"},), "modalities": (["text"],),
+}  # fmt: skip
+
+
+class ApiError(Exception):
+    """An answer that the protocol has for what went wrong."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    @property
+    def body(self) -> dict:
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {
+            "error": {
+                "message": self.message,
+                "type": kinds.get(self.status, kind),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A request that was found good; the pictures are still encoded."""
+
+    messages: list[dict]
+    images: list[bytes]
+    sampling: Sampling
+    stops: list[str]
+    is_stream: bool
+    with_usage: bool
+
+
+def parse_request(
+    body: bytes, engine: VLMEngine, *, model_id: str, defaults: Sampling
+) -> ChatRequest:
+    """Check a request's body and take it apart.
+
+    Raises:
+        ApiError: 400 for what is wrong with it, 404 for another model.
+    """
+    fields = _parse_json(body)
+    _check_names(fields)
+    name = _take(fields, "model", str, required=True)
+    if name != model_id:
+        raise ApiError(
+            404,
+            f"the model {name[:100]!r} does not exist; this server has {model_id!r}",
+            param="model",
+            code="model_not_found",
+        )
+    messages, images = parse_messages(_take(fields, "messages", list, required=True), engine)
+    is_stream = _take(fields, "stream", bool) or False
+    options = _take(fields, "stream_options", dict)
+    if options is not None and not is_stream:
+        raise _bad("stream_options is only allowed when stream is true", "stream_options")
+    with_usage = _take(options or {}, "include_usage", bool) or False
+    sampling = _parse_sampling(fields, defaults, max_tokens=engine.max_tokens)
+    return ChatRequest(messages, images, sampling, _parse_stops(fields), is_stream, with_usage)
+
+
+def _bad(message: str, param: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param)
+
+
+def _parse_json(body: bytes) -> dict:
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        fields = json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise _bad(f"the body is not valid JSON ({str(error)[:100]})") from None
+    if not isinstance(fields, dict):
+        raise _bad("the body must be a JSON object")
+    return fields
+
+
+def _check_names(fields: dict) -> None:
+    for name, value in fields.items():
+        if name in NOT_OFFERED:
+            if value is not None and value not in NOT_OFFERED[name]:
+                raise _bad(f"{name} is not supported by this server; leave it out", name)
+        elif name not in USED | HARMLESS:
+            raise _bad(f"unrecognized request argument: {name[:100]}", name[:100])
+
+
+def _take(fields: dict, name: str, kind: type, *, required: bool = False):
+    """A field of the right type, or None where it is absent or null."""
+    value = fields.get(name)
+    if value is None:
+        if required:
+            raise _bad(f"{name} is required", name)
+        return None
+    is_right = isinstance(value, (int, float) if kind is float else kind)
+    if not is_right or (isinstance(value, bool) and kind is not bool):
+        wanted = {str: "a string", list: "an array", dict: "an object", bool: "true or false",
+                  int: "an integer", float: "a number"}[kind]  # fmt: skip
+        raise _bad(f"{name} must be {wanted}", name)
+    try:
+        return float(value) if kind is float else value
+    except OverflowError:
+        raise _bad(f"{name} is too large", name) from None
+
+
+def _parse_sampling(fields: dict, defaults: Sampling, *, max_tokens: int) -> Sampling:
+    if _take(fields, "n", int) not in (None, 1):
+        raise _bad("n must be 1: this server gives one choice a request", "n")
+    name = "max_tokens" if fields.get("max_completion_tokens") is None else "max_completion_tokens"
+    limit = _take(fields, name, int)
+    if limit is not None and not 1 <= limit <= max_tokens:
+        raise _bad(f"{name} must be at least 1 and at most {max_tokens}", name)
+    temperature, top_p = (_take(fields, name, float) for name in ("temperature", "top_p"))
+    seed = _take(fields, "seed", int)
+    if temperature is not None and not 0 <= temperature <= 2:
+        raise _bad("temperature must be from 0 to 2", "temperature")
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise _bad("top_p must be from 0 to 1", "top_p")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise _bad("seed must be a 64-bit integer", "seed")
+    chosen = {
+        "max_new_tokens": limit,
+        "temperature": temperature,
+        "top_p": None if top_p is None else max(top_p, 1e-9),  # 0: the likeliest token alone
+        "top_k": _take(fields, "top_k", int),
+        "repetition_penalty": _take(fields, "repetition_penalty", float),
+        "seed": None if seed is None else seed % 2**63,
+    }
+    try:
+        return replace(defaults, **{k: v for k, v in chosen.items() if v is not None})
+    except ValueError as error:
+        message = str(error).removeprefix("--")
+        raise _bad(message, message.split()[0]) from None
+
+
+def _parse_stops(fields: dict) -> list[str]:
+    stops = fields.get("stop")
+    stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
+    is_right = isinstance(stops, list) and len(stops) <= MAX_STOPS
+    if not is_right or not all(isinstance(stop, str) and stop for stop in stops):
+        raise _bad(f"stop must be a non-empty string or up to {MAX_STOPS} of them", "stop")
+    return stops
+
+
+def parse_messages(entries: list, engine: VLMEngine) -> tuple[list[dict], list[bytes]]:
+    """The protocol's messages as ours.
+
+    Pictures and texts of a question stand a line each, in their order, as in the training data;
+    where the text has its own `<image>` tags, the pictures go there.
+    """
+    messages: list[dict] = []
+    images: list[bytes] = []
+    for i, entry in enumerate(entries):
+        where = f"messages[{i}]"
+        if not isinstance(entry, dict):
+            raise _bad(f"{where} must be an object", where)
+        role = entry.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            raise _bad(f"{where}.role must be one of {', '.join(ROLES)}", f"{where}.role")
+        texts, new_images = _parse_content(entry.get("content"), f"{where}.content", role)
+        if role == "assistant":
+            messages = engine.remember(messages, "\n".join(t for t in texts if t is not None))
+            continue
+        messages.append({"role": ROLES[role], "content": _question(texts, where)})
+        images += new_images
+    if not messages or messages[-1]["role"] != "user":
+        raise _bad("the last of messages must be from the user", "messages")
+    if len(images) > MAX_IMAGES:
+        raise _bad(f"{len(images)} images; at most {MAX_IMAGES} are taken", "messages")
+    return messages, images
+
+
+def _question(texts: list[str | None], where: str) -> str:
+    """One message's text; None stands for a picture."""
+    num_images = texts.count(None)
+    words = "\n".join(text for text in texts if text is not None)
+    num_tags = words.count(IMAGE_TAG)
+    if num_tags == 0:
+        return "\n".join(IMAGE_TAG if text is None else text for text in texts)
+    if num_tags != num_images:
+        raise _bad(f"{where}: {num_tags} {IMAGE_TAG} tag(s) but {num_images} image(s)", where)
+    return ask(words, num_images=num_images)[0]["content"]
+
+
+def _parse_content(content, where: str, role: str) -> tuple[list[str | None], list[bytes]]:
+    """Texts with None where a picture stands, and the pictures."""
+    if isinstance(content, str):
+        return [content], []
+    if not isinstance(content, list) or not content:
+        raise _bad(f"{where} must be a string or a non-empty array of parts", where)
+    texts: list[str | None] = []
+    images: list[bytes] = []
+    for i, part in enumerate(content):
+        here = f"{where}[{i}]"
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "image_url" and role == "user":
+            texts.append(None)
+            images.append(_parse_image(part.get("image_url"), here))
+        else:
+            offered = "text or image_url" if role == "user" else "text"
+            raise _bad(f"{here} must be a part of type {offered} that holds it", here)
+    return texts, images
+
+
+def _parse_image(image_url, where: str) -> bytes:
+    """The bytes of a data URL, found to begin like a picture of an allowed size."""
+    url = image_url.get("url") if isinstance(image_url, dict) else None
+    if not isinstance(url, str):
+        raise _bad(f"{where}.image_url must be an object with a url", where)
+    head, comma, data = url.partition(",")
+    if not comma or not (head.startswith("data:image/") and head.endswith(";base64")):
+        raise _bad(
+            f"{where}.image_url.url must be a data URL, data:image/...;base64,...; this server "
+            "fetches nothing from elsewhere",
+            where,
+        )
+    try:
+        encoded = base64.b64decode(data, validate=True)
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            width, height = image.size  # nothing is decoded yet
+    except binascii.Error:
+        raise _bad(f"{where}.image_url.url is not valid base64", where) from None
+    except Image.DecompressionBombError:
+        raise _bad(f"{where} is over {MAX_IMAGE_PIXELS:,} pixels", where) from None
+    except Exception:  # decoders raise almost anything on damaged data
+        raise _bad(f"{where}.image_url.url is not a readable image", where) from None
+    if width * height > MAX_IMAGE_PIXELS:
+        limit = f"{MAX_IMAGE_PIXELS:,}"
+        raise _bad(f"{where}: {width}x{height} is over {limit} pixels", where)
+    return encoded

@@ -1,0 +1,83 @@
+"""Owns what an answer's tokens attend to, computed beside the model rather than inside it.
+
+Shapes: T tokens, A answer tokens, H heads, K head dim, I images, P image tokens, D hidden.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+
+from model.image_fusion import fuse_images
+from model.model_minimind import DecoderLayer, apply_rope, rope_tables
+from model.model_vlm import MiniMindVLM
+
+
+def image_attention(
+    model: MiniMindVLM, batch: dict[str, Tensor], answer_ids: Tensor, *, layer: int | None
+) -> list[Tensor]:
+    """Mean attention of the answer's tokens to each image's patches.
+
+    Args:
+        batch: one prompt of `VLMProcessor.prompt_batch`. answer_ids: (1, A).
+        layer: None is the mean of all.
+    Returns:
+        One (side, side) map an image.
+    """
+    if not len(batch["pixel_values"]):
+        return []
+    num_prompt = batch["input_ids"].shape[1]
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    embeds = fuse_images(
+        model.model.embed_tokens(inputs["input_ids"]),
+        inputs["image_mask"],
+        model.encode_images(inputs["pixel_values"]),
+    )
+    answer_embeds = model.model.embed_tokens(answer_ids.to(model.device))
+    embeds = torch.cat([embeds, answer_embeds], dim=1)
+    attention = _mean_attention(model, embeds, num_prompt, layer=layer)  # (T,)
+    patches = attention[:num_prompt][batch["image_mask"][0]]
+    patches = patches.view(-1, model.config.num_image_tokens)  # (I, P)
+    if model.config.keep_cls:
+        patches = patches[:, 1:]  # the CLS token stands nowhere in the picture
+    side = math.isqrt(patches.shape[1])
+    return list(patches.view(-1, side, side))
+
+
+def _mean_attention(model: MiniMindVLM, embeds: Tensor, first: int, *, layer: int | None) -> Tensor:
+    """What the tokens from `first` on attend to: (T,), over heads, these tokens and layers."""
+    positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+    rope = tuple(t.to(embeds.dtype) for t in rope_tables(model.config, positions))
+    causal_mask = create_causal_mask(
+        config=model.config, inputs_embeds=embeds, attention_mask=None, past_key_values=None
+    )
+    layers = model.model.layers if layer is None else model.model.layers[: layer + 1]
+    hidden, weights = embeds, []
+    for i, block in enumerate(layers):
+        if layer is None or i == layer:
+            weights.append(_attention_of(block, hidden, rope, first))
+        hidden, _ = block(
+            hidden, rope=rope, attention_mask=causal_mask, cache=None, token_mask=None
+        )
+    return torch.stack(weights).mean(0).cpu()
+
+
+def _attention_of(
+    block: DecoderLayer, hidden: Tensor, rope: tuple[Tensor, Tensor], first: int
+) -> Tensor:
+    """One layer's attention of the tokens from `first` on: (T,), the mean over heads and them."""
+    attention, normed = block.self_attn, block.input_layernorm(hidden)
+
+    def heads(projected: Tensor) -> Tensor:  # (1, T, H * K) -> (1, H, T, K)
+        return projected.view(*projected.shape[:2], -1, attention.head_dim).transpose(1, 2)
+
+    cos, sin = rope
+    query = apply_rope(heads(attention.q_proj(normed[:, first:])), cos[:, first:], sin[:, first:])
+    key = apply_rope(heads(attention.k_proj(normed)), cos, sin)
+    key = key.repeat_interleave(attention.num_key_value_groups, dim=1)
+    scores = (query @ key.mT).float() * attention.scaling  # (1, H, A, T)
+    num_answer, num_tokens = scores.shape[-2:]
+    hidden_ahead = torch.ones(num_answer, num_tokens, dtype=torch.bool, device=scores.device)
+    hidden_ahead = hidden_ahead.triu(num_tokens - num_answer + 1)
+    return nn.functional.softmax(scores.masked_fill(hidden_ahead, -torch.inf), -1).mean((0, 1, 2))

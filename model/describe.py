@@ -1,0 +1,148 @@
+"""Owns describing a folder: which pictures belong together, their answers, the HTML gallery."""
+
+import base64
+import html
+import io
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from model.inference import Sampling, VLMEngine, ask
+from model.vlm_processor import IMAGE_TAG, open_image
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+THUMBNAIL_SIDE = 224
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(16em,1fr));gap:1.2em}
+figure{margin:0;padding:.8em;border:1px solid #8884;border-radius:.5em}
+figure div{display:flex;flex-wrap:wrap;gap:.4em} img{max-width:100%}
+figcaption{margin-top:.5em;white-space:pre-wrap;overflow-wrap:anywhere}
+.name,.prompt{color:#777;font-size:.85em;overflow-wrap:anywhere;white-space:pre-wrap}
+.error{color:#b00}"""
+
+
+@dataclass(frozen=True)
+class FolderSample:
+    """An image of a folder, or all images of one of its sub-folders."""
+
+    name: str
+    images: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the model says about a sample; `error` says why it says nothing."""
+
+    name: str
+    images: tuple[str, ...]
+    answer: str | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    thumbnails: tuple[str, ...] = ()  # JPEG in base64
+
+
+def find_samples(folder: Path) -> list[FolderSample]:
+    """Images of a folder, and its sub-folders that hold images, in name order.
+
+    Raises:
+        FileNotFoundError: no folder, or nothing in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--image_dir {folder} is not a folder")
+    samples = []
+    for path in sorted(folder.iterdir()):
+        if images := _images_in(path) if path.is_dir() else _images_of(path):
+            samples.append(FolderSample(path.name, images))
+    if not samples:
+        raise FileNotFoundError(
+            f"--image_dir {folder} holds no image ({' '.join(sorted(IMAGE_SUFFIXES))})"
+        )
+    return samples
+
+
+def _images_of(path: Path) -> tuple[Path, ...]:
+    return (path,) if path.suffix.lower() in IMAGE_SUFFIXES else ()
+
+
+def _images_in(folder: Path) -> tuple[Path, ...]:
+    return tuple(p for p in sorted(folder.iterdir()) if p.is_file() and _images_of(p))
+
+
+def describe(
+    engine: VLMEngine,
+    samples: list[FolderSample],
+    prompt: str,
+    sampling: Sampling,
+    *,
+    with_thumbnails: bool = False,
+) -> list[Description]:
+    """Answers to a batch of samples; a sample that cannot be asked about has an error instead."""
+    asked, found = [], {}
+    for place, sample in enumerate(samples):
+        names = tuple(path.name for path in sample.images)
+        try:
+            images = [open_image(path) for path in sample.images]
+            messages = ask(_repeat_tag(prompt, len(images)), num_images=len(images))
+            engine.fit(messages, images, sampling)
+            _check_tags(messages, images)
+        except (ValueError, OSError) as error:
+            found[place] = Description(sample.name, names, error=str(error))
+            continue
+        thumbnails = tuple(map(_thumbnail, images)) if with_thumbnails else ()
+        asked.append((place, names, (messages, images), thumbnails))
+    answers = engine.generate([a[2] for a in asked], sampling) if asked else []
+    for (place, names, _, thumbnails), answer in zip(asked, answers, strict=True):
+        found[place] = Description(samples[place].name, names, answer.text, answer.finish_reason,
+                                   thumbnails=thumbnails)  # fmt: skip
+    return [found[place] for place in range(len(samples))]
+
+
+def _repeat_tag(prompt: str, num_images: int) -> str:
+    """A prompt made for one image asks about all of a sample's."""
+    is_for_one = prompt.count(IMAGE_TAG) == 1
+    return prompt.replace(IMAGE_TAG, "\n".join([IMAGE_TAG] * num_images)) if is_for_one else prompt
+
+
+def _check_tags(messages: list[dict], images: list) -> None:
+    num_tags = messages[0]["content"].count(IMAGE_TAG)
+    if num_tags != len(images):
+        raise ValueError(f"--prompt has {num_tags} {IMAGE_TAG} tag(s) but {len(images)} image(s)")
+
+
+def _thumbnail(image: Image.Image) -> str:
+    small, file = image.copy(), io.BytesIO()
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    small.save(file, "JPEG", quality=85)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def to_json(descriptions: list[Description]) -> list[dict]:
+    """As JSON holds them: without pictures and without what is not there."""
+    kept = ({k: v for k, v in asdict(d).items() if k != "thumbnails"} for d in descriptions)
+    return [{k: v for k, v in entry.items() if v is not None} for entry in kept]
+
+
+def gallery(descriptions: list[Description], *, weight: str, prompt: str) -> str:
+    """An HTML page with every picture and what the model says; it needs no other file."""
+    figures = []
+    for d in descriptions:
+        pictures = "".join(
+            f'<img alt="{html.escape(name)}" src="data:image/jpeg;base64,{data}">'
+            for name, data in zip(d.images, d.thumbnails, strict=False)
+        )
+        text = html.escape(d.answer if d.error is None else d.error)
+        kind = "" if d.error is None else ' class="error"'
+        figures.append(
+            f"<figure><div>{pictures}</div><figcaption{kind}>{text}</figcaption>"
+            f'<span class="name">{html.escape(d.name)}</span></figure>'
+        )
+    title = html.escape(weight)
+    return (
+        f'<!doctype html><html><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width">'
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1>"
+        f'<p class="prompt">{html.escape(prompt)}</p><div class="grid">\n'
+        + "\n".join(figures)
+        + "\n</div></body></html>\n"
+    )

@@ -1,0 +1,208 @@
+"""Owns loading a model with its processor, and the flags that say which one."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.model_vlm import (
+    MiniMindVLM,
+    VLMConfig,
+    count_image_tokens,
+    find_vision_dir,
+    load_vision_config,
+)
+from model.vlm_processor import VLMProcessor, load_tokenizer
+from model.weights import (
+    OUT_DIR,
+    find_weight,
+    load_weights,
+    read_metadata,
+    read_weights,
+    tower_sha256,
+    weight_config,
+)
+
+NATIVE = "model"  # --load_from: our own weight files
+
+
+def parse_bool(text: str) -> bool:
+    """0/1, true/false in any case."""
+    values = {"0": False, "1": True, "false": False, "true": True}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of 0, 1, true, false")
+    return values[text.lower()]
+
+
+def parse_path(text: str) -> Path:
+    """A path; `~` is the home folder also where the shell left it alone."""
+    return Path(text).expanduser()
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model to use; evaluation, demo and export share them."""
+    add = parser.add_argument
+    add("--load_from", default=NATIVE,
+        help="'model': a weight of this project; else a transformers folder / "
+             "原生权重，或 transformers 目录")  # fmt: skip
+    add(
+        "--save_dir",
+        "--out_dir",
+        type=parse_path,
+        default=OUT_DIR,
+        help="folder of weights / 权重目录",
+    )
+    add("--weight", default="sft_vlm", help="name or path of the weight / 权重名称或路径")
+    add("--hidden_size", "--dim", type=int, help="default: the weight's / 默认随权重")
+    add("--num_hidden_layers", "--n_layers", type=int, help="default: the weight's / 默认随权重")
+    add(
+        "--use_moe",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        help="default: the weight's / 默认随权重",
+    )
+    add("--vision_model_path", type=parse_path, help="folder of the CLIP tower / CLIP 目录")
+    add("--tokenizer_path", type=parse_path, help="folder of the tokenizer / 分词器目录")
+    add("--keep_cls", type=parse_bool, nargs="?", const=True,
+        help="CLS is an image token (first release) / 保留 CLS")  # fmt: skip
+    add("--image_special_token", help="placeholder text of one image / 图像占位符")
+    add("--inference_rope_scaling", type=parse_bool, nargs="?", const=True, default=False,
+        help="YaRN for prompts over 2048 tokens / 长上下文外推")  # fmt: skip
+    add("--device", default=None, help="cpu, cuda, cuda:1, mps; default: the best / 默认自动选择")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
+        help="default: bfloat16 on a GPU, float32 on a CPU / 默认 GPU 用 bfloat16")  # fmt: skip
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The named device, or the first of cuda, mps and cpu that this machine has.
+
+    Raises:
+        ValueError: it is no device, or not there.
+    """
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    try:
+        device = torch.device(name or ("cuda" if has_cuda else "mps" if has_mps else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device {name!r} is not a device; try cpu, cuda or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name!r} is not supported; try cpu, cuda or mps")
+    for kind, is_there in (("cuda", has_cuda), ("mps", has_mps)):
+        if device.type == kind and not is_there:
+            raise ValueError(f"--device {name}: this machine or torch build has no {kind.upper()}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: only {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to use; `can_see` is False for a language model without a projection."""
+
+    model: MiniMindVLM
+    processor: VLMProcessor
+    path: Path
+    can_see: bool
+
+
+def load_model(args: argparse.Namespace) -> LoadedModel:
+    """Load what `add_model_arguments` describes, strictly.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing or does not fit, and what to do.
+    """
+    device = choose_device(args.device)
+    dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    flags = {
+        "hidden_size": args.hidden_size,
+        "num_hidden_layers": args.num_hidden_layers,
+        "use_moe": args.use_moe,
+        "keep_cls": args.keep_cls,
+        "image_special_token": args.image_special_token,
+        "inference_rope_scaling": args.inference_rope_scaling,
+    }
+    loaded = _load_native(args, flags) if args.load_from == NATIVE else _load_folder(args, flags)
+    loaded.model.eval().requires_grad_(False).to(device, getattr(torch, dtype))
+    return loaded
+
+
+def _load_native(args: argparse.Namespace, flags: dict) -> LoadedModel:
+    path = find_weight(
+        args.weight, save_dir=args.save_dir, hidden_size=args.hidden_size, use_moe=args.use_moe
+    )
+    state, metadata = read_weights(path), read_metadata(path)
+    fields = weight_config(state, path=path, flags=flags)
+    tokenizer = load_tokenizer(
+        args.tokenizer_path, expected_sha256=metadata.get("tokenizer_sha256")
+    )
+    tower = find_vision_dir(args.vision_model_path, named=metadata.get("vision_tower"))
+    model = MiniMindVLM(placeholder_config(fields, tokenizer, tower))
+    can_see = load_weights(model, state, path=path, may_lack_projection=True)
+    attach_tower(model, tower, metadata=metadata, path=path)
+    processor = VLMProcessor(tokenizer, model.image_processor, config=model.config)
+    return LoadedModel(model, processor, path, can_see)
+
+
+def placeholder_config(fields: dict, tokenizer, vision_model_path: Path | None) -> VLMConfig:
+    """Complete config fields with what follows from tower and tokenizer.
+
+    A placeholder that neither metadata nor flags name is `@` times the tower's tokens.
+    """
+    vision = load_vision_config(find_vision_dir(vision_model_path))
+    fields = {"vision_hidden_size": vision.hidden_size} | fields
+    num_tokens = count_image_tokens(vision, keep_cls=bool(fields.get("keep_cls")))
+    placeholder = fields.get("image_special_token") or "@" * num_tokens
+    ids = tokenizer.encode(placeholder, add_special_tokens=False)
+    return VLMConfig(**(fields | {"image_special_token": placeholder, "image_ids": ids}))
+
+
+def attach_tower(
+    model: MiniMindVLM, vision_model_path: Path | None, *, metadata: dict, path: Path
+) -> None:
+    """Load the vision tower and compare it with the one the weight was trained with."""
+    folder = find_vision_dir(vision_model_path)
+    model.load_vision_encoder(folder)
+    expected = metadata.get("vision_tower_sha256")
+    if expected and expected != tower_sha256(model.vision_encoder):
+        raise ValueError(
+            f"{path} was trained with another vision tower than the one in {folder}; name the "
+            "right folder by --vision_model_path"
+        )
+
+
+def _load_folder(args: argparse.Namespace, flags: dict) -> LoadedModel:
+    """A folder as `save_pretrained` writes it, with its tokenizer if it has one."""
+    folder = Path(args.load_from)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"--load_from {folder}: no config.json there; give a transformers folder, or "
+            "'model' for this project's own weights"
+        )
+    kind = VLMConfig.get_config_dict(folder)[0].get("model_type")
+    if kind != VLMConfig.model_type:
+        raise ValueError(
+            f"{folder}/config.json: model_type {kind!r} cannot be loaded here, only "
+            f"{VLMConfig.model_type!r} can"
+        )
+    config = VLMConfig.from_pretrained(folder)
+    for name, wanted in flags.items():
+        if name == "inference_rope_scaling":
+            continue
+        if wanted is not None and getattr(config, name) != wanted:
+            raise ValueError(f"{folder} has {name} {getattr(config, name)}, not {wanted}")
+    if flags["inference_rope_scaling"]:
+        config = VLMConfig(**(config.to_dict() | {"inference_rope_scaling": True}))
+    model, report = MiniMindVLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    lost = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
+    if lost or report["unexpected_keys"]:
+        raise ValueError(
+            f"{folder}: tensors missing {lost[:4]}, unknown {sorted(report['unexpected_keys'])[:4]}"
+        )
+    own_tokenizer = folder if (folder / "tokenizer.json").is_file() else None
+    tokenizer = load_tokenizer(args.tokenizer_path or own_tokenizer)
+    attach_tower(model, args.vision_model_path, metadata={}, path=folder)
+    processor = VLMProcessor(tokenizer, model.image_processor, config=model.config)
+    return LoadedModel(model, processor, folder, can_see=True)

@@ -1,0 +1,287 @@
+"""Owns what is said of scores: figures with intervals, the tables, the comparison of two weights.
+
+Intervals hold 95% of a bootstrap that draws pictures, each with all of its records and all of its
+figures, so differences between conditions and between weights are paired.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from model.evaluation import CONDITIONS, AnswerRow, CaptionRow, ChoiceRow, TextRow
+from model.scoring import NUM_RESAMPLES, interval, resample, wilson_lower_bound
+from model.text_metrics import CiderD, bleu_and_chrf, vqa_accuracy
+
+TOTALS = ("right", "total", "loss_sum", "num_tokens")
+BOOTSTRAP_SEED = 0
+BOOTSTRAP = {
+    "unit": "picture, with all of its records",
+    "resamples": NUM_RESAMPLES,
+    "seed": BOOTSTRAP_SEED,
+    "level": 0.95,
+}
+LABELS = {  # figure -> (what the table calls it, number format)
+    "loss": ("loss, nats per token", ".4f"),
+    "perplexity": ("perplexity", ".2f"),
+    "gap_shuffled": ("gap: another record's image", ".4f"),
+    "gap_grey": ("gap: grey image", ".4f"),
+    "gap_blind": ("gap: no image", ".4f"),
+    "exact_match": ("exact match", ".1%"),
+    "recall": ("right caption likeliest", ".1%"),
+    "recall_shuffled": ("  with another's image", ".1%"),
+    "cider_d": ("CIDEr-D", ".3f"),
+    "vqa_accuracy": ("VQA accuracy", ".1%"),
+}
+PLAIN_LABELS = {"bleu_4": ("BLEU-4", ".2f"), "chrf": ("chrF", ".2f")}  # without interval
+
+
+@dataclass
+class Results:
+    """All rows of a data set, from every rank, in order.
+
+    `references` are those of every captioned picture, by language: CIDEr-D weighs words by them.
+    """
+
+    answers: list[AnswerRow]
+    captions: list[CaptionRow] = field(default_factory=list)
+    texts: list[TextRow] = field(default_factory=list)
+    references: dict[str, list[list[str]]] = field(default_factory=dict)
+    left_out: Counter = field(default_factory=Counter)
+
+    @cached_property
+    def ciders(self) -> dict[str, CiderD]:
+        """What judges captions in each language that has two pictures at least."""
+        return {k: CiderD(texts) for k, texts in self.references.items() if len(texts) > 1}
+
+    @property
+    def languages(self) -> list[str]:
+        """ "all", then each that occurs; "all" alone where there is only one."""
+        found = sorted({row.language for row in self.answers})
+        return ["all", *found] if len(found) > 1 else ["all"]
+
+
+def unit_sums(results: Results, language: str) -> dict[tuple, Counter]:
+    """What the figures are made of, summed over each picture's rows of a language."""
+    sums: dict[tuple, Counter] = defaultdict(Counter)
+    for row in results.answers:
+        if language in ("all", row.language):
+            own = sums[row.unit]
+            right = row.scores["right"]
+            own.update(loss=right.loss_sum, tokens=right.num_tokens, hits=right.is_right, answers=1)
+            for condition in CONDITIONS[1:]:
+                if other := row.scores.get(condition):
+                    own[f"gap_{condition}"] += other.loss_sum - right.loss_sum
+                    own[f"tokens_{condition}"] += right.num_tokens
+    for caption in results.captions:
+        if language in ("all", caption.language):
+            for condition, is_right in caption.is_right.items():
+                sums[caption.unit][f"recall_{condition}"] += is_right
+                sums[caption.unit][f"captions_{condition}"] += 1
+    for text in results.texts:
+        if language in ("all", text.language):
+            if not text.is_caption:
+                sums[text.unit].update(vqa=vqa_accuracy(text.answer, text.references), questions=1)
+            elif text.language in results.ciders:
+                cider = results.ciders[text.language].score(text.answer, text.references)
+                sums[text.unit].update(cider=cider, texts=1)
+    return sums
+
+
+def figures(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Figures of summed columns: of all units, or of each resample."""
+    nothing = np.zeros_like(sums["answers"])
+
+    def ratio(top: str, bottom: str) -> np.ndarray:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return sums.get(top, nothing) / sums.get(bottom, nothing)
+
+    loss = ratio("loss", "tokens")
+    gaps = {f"gap_{c}": ratio(f"gap_{c}", f"tokens_{c}") for c in CONDITIONS[1:]}
+    return {"loss": loss, "perplexity": np.exp(loss)} | gaps | {
+        "exact_match": ratio("hits", "answers"),
+        "recall": ratio("recall_right", "captions_right"),
+        "recall_shuffled": ratio("recall_shuffled", "captions_shuffled"),
+        "cider_d": ratio("cider", "texts"),
+        "vqa_accuracy": ratio("vqa", "questions"),
+    }  # fmt: skip
+
+
+def _resampled(sums: dict[tuple, Counter], units: list[tuple]) -> tuple[dict, dict]:
+    """Figures of all units, and of each resample of them."""
+    columns = sorted({name for counts in sums.values() for name in counts})
+    table = np.array([[sums[unit][name] for name in columns] for unit in units], dtype=float)
+    whole = dict(zip(columns, table.sum(0, keepdims=True).T, strict=True))
+    drawn = dict(zip(columns, resample(table, seed=BOOTSTRAP_SEED).T, strict=True))
+    return figures(whole), figures(drawn)
+
+
+def language_figures(results: Results, language: str) -> dict:
+    """Every figure of a language that the rows allow, most of them with their interval."""
+    sums = unit_sums(results, language)
+    whole, drawn = _resampled(sums, sorted(sums))
+    report = {n: interval(float(whole[n][0]), drawn[n]) for n in LABELS}
+    rows = [r for r in results.answers if language in ("all", r.language)]
+    told = [c for c in results.captions if language in ("all", c.language)]
+    report |= {"num_answers": len(rows), "num_pictures": len(sums), "num_captions": len(told)}
+    if told:
+        report["recall_chance"] = float(np.mean([1 / c.num_candidates for c in told]))
+    texts = [t for t in results.texts if t.is_caption and t.language == language]
+    if results.languages == ["all"]:
+        texts = [t for t in results.texts if t.is_caption]
+    if texts:
+        bleu, chrf = bleu_and_chrf([t.answer for t in texts], [t.references for t in texts],
+                                   language=texts[0].language)  # fmt: skip
+        report |= {"bleu_4": bleu, "chrf": chrf}
+    report["num_generated"] = sum(language in ("all", t.language) for t in results.texts)
+    return {name: value for name, value in report.items() if value is not None}
+
+
+def totals_by_type(results: Results) -> dict[str, dict[str, dict]]:
+    """Sums by condition and question type, and over all: right, total, loss_sum, num_tokens."""
+    totals: dict = {c: defaultdict(lambda: dict.fromkeys(TOTALS, 0)) for c in CONDITIONS}
+    for row in results.answers:
+        for condition, score in row.scores.items():
+            for name in ["all", *([row.type] if row.type else [])]:
+                cell = totals[condition][name]
+                cell["right"] += score.is_right
+                cell["total"] += 1
+                cell["loss_sum"] += score.loss_sum
+                cell["num_tokens"] += score.num_tokens
+    return {condition: dict(cells) for condition, cells in totals.items()}
+
+
+def vqa_by_type(results: Results) -> dict[str, dict]:
+    """VQA accuracy of generated short answers by question type."""
+    scores = defaultdict(list)
+    for text in results.texts:
+        if not text.is_caption:
+            scores[text.type or "all"].append(vqa_accuracy(text.answer, text.references))
+    return {name: {"accuracy": float(np.mean(s)), "total": len(s)} for name, s in scores.items()}
+
+
+def build_report(results: Results) -> dict:
+    """Everything that goes into the JSON."""
+    languages = {name: language_figures(results, name) for name in results.languages}
+    gap = languages["all"].get("gap_shuffled")
+    return totals_by_type(results) | {
+        "grounding_gap": gap["value"] if gap else None,
+        "languages": languages,
+        "vqa_by_type": vqa_by_type(results),
+        "left_out": dict(results.left_out),
+        "bootstrap": BOOTSTRAP,
+    }
+
+
+def compare(first: Results, second: Results) -> dict[str, dict]:
+    """What the second scores more than the first on the records that both have, by language."""
+    common = {(r.index, r.turn) for r in first.answers} & {
+        (r.index, r.turn) for r in second.answers
+    }
+    if not common:
+        raise ValueError("no record could be scored with both weights; see what was left out")
+    report = {}
+    first, second = (_only(results, {index for index, _ in common}) for results in (first, second))
+    for language in first.languages:
+        sums = [unit_sums(results, language) for results in (first, second)]
+        units = sorted(sums[0])
+        (before, drawn_before), (after, drawn_after) = (_resampled(s, units) for s in sums)
+        found = {
+            n: interval(float((after[n] - before[n])[0]), drawn_after[n] - drawn_before[n])
+            for n in LABELS
+        }
+        report[language] = {name: value for name, value in found.items() if value is not None}
+    return report
+
+
+def _only(results: Results, indices: set[int]) -> Results:
+    kept = ([r for r in rows if r.index in indices]
+            for rows in (results.answers, results.captions, results.texts))  # fmt: skip
+    return Results(*kept, references=results.references)
+
+
+def _show(figure: dict | float, form: str) -> str:
+    if isinstance(figure, dict):
+        value, low, high = (format(figure[k], form) for k in ("value", "low", "high"))
+        return f"{value} [{low}, {high}]"
+    return format(figure, form)
+
+
+def print_figures(by_language: dict[str, dict]) -> None:
+    """A row for each figure, a column for each language."""
+    print(f"\n{'[95% interval]':30}" + "".join(f"{name:>28}" for name in by_language))
+    for name, label in (("num_answers", "answers"), ("num_generated", "answers generated")):
+        if any(cells.get(name) for cells in by_language.values()):
+            print(f"{label:30}" + "".join(f"{c.get(name, ''):>28}" for c in by_language.values()))
+    for name, (label, form) in (LABELS | PLAIN_LABELS).items():
+        cells = [c[name] if name in c else None for c in by_language.values()]
+        if all(cell is None for cell in cells):
+            continue
+        if name == "recall" and (chance := by_language["all"].get("recall_chance")):
+            label += f" ({chance:.1%})"
+        shown = ("" if cell is None else _show(cell, form) for cell in cells)
+        print(f"{label:30}" + "".join(f"{text:>28}" for text in shown))
+
+
+def print_report(report: dict) -> None:
+    """Exact matches by type, with the 95% lower bound of the right images'; then the figures."""
+    if report["left_out"]:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in report["left_out"].items())
+        print(f"{sum(report['left_out'].values())} record(s) are left out: {reasons}")
+    print(f"{'type':14}{'answers':>8}{'right':>8}{'>= (95%)':>10}"
+          + "".join(f"{c:>10}" for c in CONDITIONS[1:]) + f"{'VQA':>8}")  # fmt: skip
+    for name, cell in sorted(report["right"].items(), key=lambda item: item[0] == "all"):
+        bound = wilson_lower_bound(cell["right"], cell["total"])
+        others = (report[c].get(name) for c in CONDITIONS[1:])
+        shares = [f"{o['right'] / o['total']:>10.1%}" if o else f"{'-':>10}" for o in others]
+        vqa = report["vqa_by_type"].get(name)
+        print(f"{name:14}{cell['total']:>8}{cell['right'] / cell['total']:>8.1%}{bound:>10.1%}"
+              + "".join(shares) + (f"{vqa['accuracy']:>8.1%}" if vqa else ""))  # fmt: skip
+    print_figures(report["languages"])
+    gap = report["grounding_gap"]
+    print("grounding gap: " + ("no record has another one's image to compare with" if gap is None
+                               else f"{gap:.4f} nats per supervised token"))  # fmt: skip
+
+
+def choice_report(rows: list[ChoiceRow], left_out: Counter) -> dict:
+    """Accuracy of multiple-choice answers by category, with chance."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row.category].append(row)
+        if row.l2_category:
+            groups[f"{row.category} / {row.l2_category}"].append(row)
+    groups["all"] = rows
+    cells = {}
+    for name, members in sorted(groups.items(), key=lambda item: item[0] == "all"):
+        cells[name] = {
+            "right": sum(r.is_right for r in members),
+            "total": len(members),
+            "chance": float(np.mean([1 / r.num_options for r in members])),
+        }
+    return {
+        "categories": cells,
+        "predictions": [[r.index, r.answer, r.chosen, r.is_right] for r in rows],
+        "left_out": dict(left_out),
+    }
+
+
+def compare_choices(first: list[ChoiceRow], second: list[ChoiceRow]) -> dict[str, float]:
+    """What share more of the questions the second answers, with its interval."""
+    before, after = ({r.index: r.is_right for r in rows} for rows in (first, second))
+    gains = np.array([[float(after[i]) - before[i], 1.0] for i in before if i in after])
+    drawn = resample(gains, seed=BOOTSTRAP_SEED)
+    return interval(float(gains[:, 0].mean()), drawn[:, 0] / drawn[:, 1])
+
+
+def print_choices(report: dict) -> None:
+    """A row for each category."""
+    if report["left_out"]:
+        reasons = ", ".join(f"{n} ({why})" for why, n in report["left_out"].items())
+        print(f"left out: {reasons}")
+    width = max(map(len, report["categories"])) + 2
+    print(f"{'category':{width}}{'questions':>10}{'right':>8}{'>= (95%)':>10}{'chance':>8}")
+    for name, cell in report["categories"].items():
+        bound = wilson_lower_bound(cell["right"], cell["total"])
+        print(f"{name:{width}}{cell['total']:>10}{cell['right'] / cell['total']:>8.1%}"
+              f"{bound:>10.1%}{cell['chance']:>8.1%}")  # fmt: skip

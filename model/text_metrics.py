@@ -1,0 +1,130 @@
+"""Owns how near a text comes to references: BLEU-4, chrF, CIDEr-D and VQA accuracy.
+
+Nothing here needs a model: texts go in, numbers come out.
+"""
+
+import math
+import re
+import unicodedata
+from collections import Counter
+
+HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{HAN}]|[^\W{HAN}_]+(?:'[^\W{HAN}_]+)*")
+NUM_NGRAMS = 4  # orders of BLEU-4 and of CIDEr-D
+CIDER_SIGMA = 6.0  # width of CIDEr-D's penalty for another length, in words
+ARTICLES = {"a", "an", "the"}
+NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten".split(),
+    "零 一 二 三 四 五 六 七 八 九 十".split(),
+)
+DIGITS = {word: str(i) for words in NUMBER_WORDS for i, word in enumerate(words)} | {"两": "2"}
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation; each Chinese character is one."""
+    return WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def bleu_and_chrf(
+    answers: list[str], references: list[list[str]], *, language: str
+) -> tuple[float, float]:
+    """BLEU-4 and chrF2 of a corpus, as sacrebleu gives them (0 to 100).
+
+    Args:
+        references: one or more for each answer, not necessarily as many for each.
+        language: "zh" is split into characters; all else is tokenized as mteval-v13a does.
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+
+    most = max(map(len, references))
+    streams = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
+    bleu = BLEU(tokenize="zh" if language == "zh" else "13a", max_ngram_order=NUM_NGRAMS)
+    bleu_score = bleu.corpus_score(answers, streams).score
+    return bleu_score, CHRF().corpus_score(answers, streams).score
+
+
+def _ngrams(tokens: list[str]) -> list[Counter]:
+    """How often each n-gram stands in a text, for n from 1 to 4."""
+    return [
+        Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+        for n in range(1, NUM_NGRAMS + 1)
+    ]
+
+
+class CiderD:
+    """Consensus of an answer with the references of its image.
+
+    The weight of an n-gram is its count times the logarithm of the number of images over the
+    number of images whose references hold it. As in the authors' published program the counts are
+    not divided by the text's length, so the figures compare with published ones.
+
+    Source: Vedantam, Zitnick, Parikh, "CIDEr: Consensus-based Image Description Evaluation"
+    (CVPR 2015), section 6 for CIDEr-D.
+
+    Args:
+        references: of every image of the data set; what is rare is judged by them.
+    Raises:
+        ValueError: fewer than two images: then nothing is rarer than anything else.
+    """
+
+    def __init__(self, references: list[list[str]]):
+        if len(references) < 2:
+            raise ValueError(f"CIDEr-D needs references of two images; got {len(references)}")
+        self._num_images = len(references)
+        self._num_holding: Counter = Counter()  # n-gram -> images
+        for texts in references:
+            seen = {g for text in texts for counts in _ngrams(words(text)) for g in counts}
+            self._num_holding.update(seen)
+
+    def _vectors(self, tokens: list[str]) -> list[dict]:
+        """TF-IDF of the n-grams, for each n."""
+        return [
+            {
+                gram: count * math.log(self._num_images / max(1, self._num_holding[gram]))
+                for gram, count in counts.items()
+            }
+            for counts in _ngrams(tokens)
+        ]
+
+    def score(self, answer: str, references: list[str]) -> float:
+        """Mean over the references and n; 10 where the answer is the one reference."""
+        tokens = words(answer)
+        vectors = self._vectors(tokens)
+        total = 0.0
+        for text in references:
+            others = words(text)
+            spread = (len(tokens) - len(others)) ** 2 / (2 * CIDER_SIGMA**2)
+            pairs = zip(vectors, self._vectors(others), strict=True)
+            total += math.exp(-spread) * sum(_clipped_cosine(a, b) for a, b in pairs)
+        return 10 * total / (NUM_NGRAMS * len(references))
+
+
+def _clipped_cosine(answer: dict, reference: dict) -> float:
+    """Cosine in which saying a word more often than the reference does not help."""
+    norms = [math.sqrt(sum(x * x for x in vector.values())) for vector in (answer, reference)]
+    if not all(norms):
+        return 0.0
+    dot = sum(min(x, reference.get(gram, 0.0)) * reference.get(gram, 0.0)
+              for gram, x in answer.items())  # fmt: skip
+    return dot / (norms[0] * norms[1])
+
+
+def _plain(answer: str) -> str:
+    """An answer without case, punctuation, articles and number words."""
+    return " ".join(DIGITS.get(w, w) for w in words(answer) if w not in ARTICLES)
+
+
+def vqa_accuracy(answer: str, references: list[str]) -> float:
+    """Agreement with people's answers, 0 to 1.
+
+    With ten references this is the measure of VQA: the mean, over leaving each one out, of a
+    third for each of the others that says the same, at most 1. With few references as many are
+    asked for as are left; with one it is equality.
+
+    Source: Antol et al., "VQA: Visual Question Answering" (ICCV 2015); https://visualqa.org.
+    """
+    same = [_plain(answer) == _plain(reference) for reference in references]
+    if len(same) == 1:
+        return float(same[0])
+    needed = min(3, len(same) - 1)
+    return sum(min(1.0, (sum(same) - x) / needed) for x in same) / len(same)

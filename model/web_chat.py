@@ -1,0 +1,147 @@
+"""Owns a visitor's conversation: what may be asked, and how model, page and a saved file see it."""
+
+import base64
+import html
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from model.inference import VLMEngine, ask
+from model.vlm_processor import open_image
+
+MAX_UPLOAD_BYTES = 20 * 2**20
+MAX_PIXELS = 50_000_000  # 150 MB as RGB; a 48-megapixel photo is fine
+MAX_IMAGES_PER_TURN = 8
+MAX_QUESTION_CHARACTERS = 20_000
+SHARED_SIDE, SHARED_QUALITY = 768, 85  # of pictures in a shared page
+
+
+@dataclass
+class Turn:
+    """A question with its pictures, and the answer; `note` says how the answer came about."""
+
+    question: str
+    images: list[str] = field(default_factory=list)
+    answer: str = ""
+    note: str = ""
+
+
+def check_image(path: str | Path) -> None:
+    """Refuse a file that is no picture, or one too large to decode.
+
+    The size is read from the file's head, before anything is unpacked.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    path = Path(path)
+    name = path.name[:80]
+    if path.stat().st_size > MAX_UPLOAD_BYTES:
+        raise ValueError(f"{name}: larger than {MAX_UPLOAD_BYTES >> 20} MB")
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except Exception as error:  # decoders raise almost anything on damaged data
+        what = "too many pixels" if "decompression bomb" in str(error) else "not a readable image"
+        raise ValueError(f"{name}: {what}") from error
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{name}: {width}x{height} is more than {MAX_PIXELS // 10**6} megapixels; scale it down"
+        )
+    try:
+        open_image(path)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def new_turn(question: str, images: list[str], *, default_question: str) -> Turn:
+    """A checked question.
+
+    Raises:
+        ValueError: nothing was asked, too much was, or a picture cannot be used.
+    """
+    question = question.strip()
+    if len(question) > MAX_QUESTION_CHARACTERS:
+        raise ValueError(f"more than {MAX_QUESTION_CHARACTERS} characters")
+    if len(images) > MAX_IMAGES_PER_TURN:
+        raise ValueError(f"{len(images)} pictures at once, {MAX_IMAGES_PER_TURN} at most")
+    for image in images:
+        check_image(image)
+    if not question and not images:
+        raise ValueError("there is no question")
+    return Turn(question or default_question, list(images))
+
+
+def prompt_of(engine: VLMEngine, turns: list[Turn]) -> tuple[list[dict], list[str]]:
+    """What the model is given for the last turn: all messages and all pictures so far."""
+    messages: list[dict] = []
+    for i, turn in enumerate(turns):
+        messages += ask(turn.question, num_images=len(turn.images))
+        if i < len(turns) - 1:
+            messages = engine.remember(messages, turn.answer)
+    return messages, [image for turn in turns for image in turn.images]
+
+
+def chat_messages(turns: list[Turn]) -> list[dict]:
+    """The turns as the page's chat shows them; it takes text for HTML, whatever it is told."""
+    messages = []
+    for turn in turns:
+        shown = [{"path": image, "alt_text": Path(image).name} for image in turn.images]
+        question, answer = (html.escape(t, quote=False) for t in (turn.question, turn.answer))
+        messages.append({"role": "user", "content": [*shown, question]})
+        if answer:
+            messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+PAGE = """<!doctype html>
+<html lang="{language}"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 760px; margin: 2rem auto; padding: 0 1rem;
+ color: #1f2937; background: #f8fafc; }}
+section {{ margin: 1.2rem 0; padding: .8rem 1.1rem; border-radius: 12px; background: #fff;
+ border: 1px solid #e5e7eb; white-space: pre-wrap; overflow-wrap: anywhere; }}
+section.user {{ background: #eef2ff; border-color: #c7d2fe; }}
+b {{ display: block; font-size: .8rem; color: #6b7280; }}
+img {{ max-width: 100%; max-height: 360px; border-radius: 8px; margin: .3rem .3rem .3rem 0; }}
+small {{ color: #6b7280; }}
+</style></head><body><h1>{title}</h1>
+{body}</body></html>
+"""
+
+
+def data_url(path: str) -> str:
+    """A picture, scaled down, as a JPEG within the page itself."""
+    picture = open_image(path)
+    picture.thumbnail((SHARED_SIDE, SHARED_SIDE))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=SHARED_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def figure(path: str, *, otherwise: str) -> str:
+    """A picture as HTML; visitors' files are deleted after some hours."""
+    try:
+        return f'<img src="{data_url(path)}" alt="">'
+    except (ValueError, OSError):
+        return html.escape(otherwise)
+
+
+def to_html(turns: list[Turn], *, language: str, text: Callable[[str, str], str]) -> str:
+    """The conversation as one page that needs nothing else; every word in it is escaped."""
+    parts = []
+    for turn in turns:
+        images = "".join(figure(i, otherwise=text("gone", language)) for i in turn.images)
+        question, answer, note = map(html.escape, (turn.question, turn.answer, turn.note))
+        who = html.escape(text("user", language))
+        parts.append(
+            f'<section class="user"><b>{who}</b>{images and images + "<br>"}{question}</section>\n'
+            f"<section><b>MiniMind-V</b>{answer}<br><small>{note}</small></section>\n"
+        )
+    title = html.escape(text("title", language))
+    return PAGE.format(language=language, title=title, body="".join(parts))

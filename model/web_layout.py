@@ -1,0 +1,138 @@
+"""Owns the parts of the web page and where they stand."""
+
+from pathlib import Path
+
+import gradio as gr
+
+from model.inference import Sampling
+from model.web_chat import MAX_QUESTION_CHARACTERS
+from model.web_text import LANGUAGES, text
+
+LIMITS = {  # slider: from, to, step
+    "temperature": (0, 2, 0.05),
+    "top_p": (0.05, 1, 0.05),
+    "top_k": (0, 200, 1),
+    "repetition_penalty": (1, 2, 0.05),
+    "max_new_tokens": (1, 2048, 1),
+}
+
+
+class Layout:
+    """Makes the parts within open Gradio blocks.
+
+    Args:
+        choices: of the weight picker: (what is shown, name).
+        num_layers: of the first weight's model.
+    """
+
+    def __init__(
+        self,
+        defaults: Sampling,
+        *,
+        weight: str,
+        choices: list[tuple[str, str]],
+        num_layers: int,
+        examples: list[Path],
+    ):
+        self._texts: dict[gr.blocks.Block, dict[str, str]] = {}  # part -> property -> text
+        self.turns, self.current = gr.State([]), gr.State(weight)
+        with gr.Row(elem_id="head"):
+            self.head = self._named(gr.HTML(), value="head")
+            self.language = gr.Radio(
+                list(LANGUAGES), value="English", show_label=False, container=False,
+                elem_id="language",
+            )  # fmt: skip
+        with gr.Row():
+            with gr.Column(scale=7):
+                self._add_chat()
+                self._add_buttons()
+            with gr.Column(scale=3, min_width=300):
+                self._add_sources(weight, choices, examples)
+                self._add_look(num_layers)
+                self._add_sampling(defaults)
+
+    def _named(self, part, **texts: str):
+        """Let properties of a part follow the language."""
+        self._texts[part] = texts
+        for name, key in texts.items():
+            setattr(part, name, text(key, "en"))
+        return part
+
+    def named_parts(self) -> list:
+        """All parts whose texts follow the language."""
+        return list(self._texts)
+
+    def texts(self, language: str) -> dict:
+        """The texts' updates in "en" or "zh", by part."""
+        return {
+            part: gr.update(**{name: text(key, language) for name, key in texts.items()})
+            for part, texts in self._texts.items()
+        }
+
+    def _add_chat(self) -> None:
+        self.chat = gr.Chatbot(
+            height=520, elem_id="chat", buttons=["copy", "copy_all"], render_markdown=False,
+            allow_tags=False, latex_delimiters=[], feedback_options=None,
+            allow_file_downloads=False, group_consecutive_messages=False,
+        )  # fmt: skip
+        self._named(self.chat, label="conversation", placeholder="empty")
+        self.box = gr.MultimodalTextbox(
+            sources=["upload"], file_types=["image"], file_count="multiple", show_label=False,
+            max_lines=8, max_plain_text_length=MAX_QUESTION_CHARACTERS, elem_id="box",
+        )  # fmt: skip
+        self._named(self.box, placeholder="question")
+        self.status = gr.Markdown(elem_id="status")
+
+    def _add_buttons(self) -> None:
+        small = {"size": "sm", "min_width": 120}
+        with gr.Row():
+            self.stop = gr.Button(variant="stop", interactive=False, **small, elem_id="stop")
+            self.again = gr.Button(interactive=False, **small, elem_id="again")
+            self.clear = gr.Button(**small, elem_id="clear")
+            self.share = gr.DownloadButton(interactive=False, **small, elem_id="share")
+        self._named(self.stop, value="stop")
+        self._named(self.again, value="regenerate")
+        self._named(self.clear, value="clear")
+        self._named(self.share, label="share")
+
+    def _add_sources(self, weight: str, choices: list, examples: list[Path]) -> None:
+        """What to talk to, and what about."""
+        self.weight = self._named(
+            gr.Dropdown(choices, value=weight, elem_id="weight"), label="weight"
+        )
+        self._named(gr.Markdown(), value="examples")
+        self.gallery = gr.Gallery(
+            [str(path) for path in examples], columns=4, rows=2, height="auto", show_label=False,
+            allow_preview=False, buttons=[], elem_id="examples",
+        )  # fmt: skip
+        with self._named(gr.Accordion(open=False, elem_id="camera"), label="camera"):
+            self.camera = gr.Image(
+                sources=["webcam"], type="filepath", image_mode=None, show_label=False
+            )
+
+    def _add_look(self, num_layers: int) -> None:
+        with self._named(gr.Accordion(open=False, elem_id="look"), label="look"):
+            self._named(gr.Markdown(), value="look_help")
+            self.look_image = gr.Number(1, minimum=1, precision=0)
+            self.look_layer = gr.Slider(0, num_layers, 0, step=1)
+            self.look_go = gr.Button(elem_id="look_go")
+            self.look_picture = gr.Image(
+                show_label=False, interactive=False, format="png", buttons=["download"],
+                elem_id="look_picture",
+            )  # fmt: skip
+            self.look_share = gr.Markdown()
+        self._named(self.look_image, label="look_image")
+        self._named(self.look_layer, label="look_layer")
+        self._named(self.look_go, value="look_go")
+
+    def _add_sampling(self, defaults: Sampling) -> None:
+        with self._named(gr.Accordion(open=False, elem_id="sampling"), label="sampling"):
+            self.sliders = [
+                self._named(
+                    gr.Slider(low, high, getattr(defaults, key), step=step, elem_id=key), label=key
+                )
+                for key, (low, high, step) in LIMITS.items()
+            ]
+            seed = "" if defaults.seed is None else str(defaults.seed)
+            self.seed = gr.Textbox(seed, max_lines=1, elem_id="seed")
+        self._named(self.seed, label="seed")

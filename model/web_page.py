@@ -1,0 +1,280 @@
+"""Owns the web page: its parts, and what happens when a visitor touches them.
+
+What belongs to a visitor, the conversation and the weight, is state of that visitor's session; the
+loaded models are shared. Answers wait in one queue.
+"""
+
+import html
+import logging
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+
+import gradio as gr
+
+from model import web_chat
+from model.inference import Sampling
+from model.web_chat import Turn, chat_messages, new_turn, prompt_of
+from model.web_layout import LIMITS, Layout
+from model.web_look import draw_look
+from model.web_text import LANGUAGES, language_of, text
+from model.web_weights import Weights
+
+log = logging.getLogger(__name__)
+MAX_SEED = 2**31 - 1
+SHOW_EVERY_S = 0.05  # a streamed answer is sent to the browser this often
+CLEAN_EVERY_S, KEEP_S = 600, 6 * 3600  # of visitors' files
+PRIVATE = {"api_visibility": "private"}
+AT_ONCE = {"concurrency_limit": None, "show_progress": "hidden", **PRIVATE}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a visitor wants an answer from: `settings` are the seed (empty: any) and the sliders."""
+
+    session: str
+    weight: str
+    language: str
+    settings: tuple
+
+    @classmethod
+    def of(cls, request: gr.Request, weight: str, language: str, *settings) -> "Wish":
+        """From what the page's parts hold."""
+        return cls(request.session_hash, weight, LANGUAGES[language], settings)
+
+    def sampling(self) -> Sampling:
+        """Raises `ValueError` for what is out of its range."""
+        wanted, *values = self.settings
+        wanted = wanted.strip()
+        if wanted and not (wanted.isdecimal() and int(wanted) <= MAX_SEED):
+            raise ValueError(f"the seed {wanted[:20]!r} is no whole number from 0 to {MAX_SEED}")
+        seed = int(wanted) if wanted else random.randrange(MAX_SEED)
+        whole = (step == 1 for _, _, step in LIMITS.values())
+        values = [int(v) if is_whole else v for v, is_whole in zip(values, whole, strict=True)]
+        return Sampling(**dict(zip(LIMITS, values, strict=True)), seed=seed)
+
+
+class Page:
+    """The page as Gradio blocks (`blocks`).
+
+    Args:
+        weights: what can be talked to.
+        folder: where files for visitors lie; nothing outside it is served.
+        examples: pictures to try, copies in `folder`.
+        concurrency: answers generated at once; others wait in the queue.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        defaults: Sampling,
+        *,
+        folder: Path,
+        examples: list[Path],
+        concurrency: int,
+    ):
+        self.weights, self.folder, self.examples = weights, folder, examples
+        self._cancels: dict[str, threading.Event] = {}  # of the sessions being answered
+        with gr.Blocks(
+            title="MiniMind-V", analytics_enabled=False, delete_cache=(CLEAN_EVERY_S, KEEP_S)
+        ) as self.blocks:
+            self.parts = Layout(
+                defaults,
+                weight=weights.default,
+                choices=self._choices(),
+                num_layers=self._num_layers(weights.default),
+                examples=examples,
+            )
+            self._wire(concurrency)
+
+    def _choices(self) -> list[tuple[str, str]]:
+        return [(shown, name) for name, shown in self.weights.names().items()]
+
+    def _num_layers(self, weight: str) -> int:
+        return self.weights.get(weight).model.config.num_hidden_layers
+
+    def _wire(self, concurrency: int) -> None:
+        """Which handler each touch calls: answers and looks take turns, the rest is at once."""
+        at = self.parts
+        asked = [at.turns, at.current, at.language, at.seed, *at.sliders]
+        rest = [at.turns, at.chat, at.box, at.status, at.stop, at.again, at.share]
+        queued = {"concurrency_id": "answers", "concurrency_limit": concurrency, **PRIVATE}
+        answer = {"show_progress": "minimal", "show_progress_on": at.chat, **queued}
+        at.box.submit(self._ask, [at.box, *asked], rest, **answer)
+        at.again.click(self._regenerate, asked, rest, **answer)
+        gr.on(
+            [at.look_go.click, at.look_layer.release],
+            self._look,
+            [at.turns, at.current, at.language, at.look_image, at.look_layer],
+            [at.look_picture, at.look_share, at.status],
+            **queued,
+        )
+        at.weight.select(
+            self._switch,
+            [at.weight, at.current, at.language],
+            [at.weight, at.current, at.look_layer, at.status],
+            concurrency_limit=1,
+            **PRIVATE,
+        )
+        at.stop.click(self._stop, None, None, **AT_ONCE)
+        everything = [*rest, at.look_picture, at.look_share]
+        gr.on([at.clear.click, at.chat.clear], self._clear, at.language, everything, **AT_ONCE)
+        at.gallery.select(self._add_example, at.box, at.box, **AT_ONCE)
+        at.camera.input(self._add_photo, [at.camera, at.box], [at.camera, at.box], **AT_ONCE)
+        at.language.input(self._speak, at.language, at.named_parts(), **AT_ONCE)
+        self.blocks.load(self._arrive, None, [at.language, *at.named_parts()], **AT_ONCE)
+        self.blocks.unload(self._stop)  # a visitor who leaves does not keep others waiting
+
+    def _speak(self, language: str) -> dict:
+        """All texts in the language of the switch."""
+        return self.parts.texts(LANGUAGES[language])
+
+    def _arrive(self, request: gr.Request) -> dict:
+        """A visitor's page: today's weights, the browser's language."""
+        code = language_of(request.headers.get("accept-language"))
+        language = next(name for name, own in LANGUAGES.items() if own == code)
+        texts = self.parts.texts(code)
+        texts[self.parts.weight] |= {"choices": self._choices()}
+        return texts | {self.parts.language: language}
+
+    def _stop(self, request: gr.Request) -> None:
+        cancel = self._cancels.get(request.session_hash)
+        if cancel is not None:
+            cancel.set()
+
+    def _ask(self, request: gr.Request, box: dict, turns: list[Turn], *choices) -> Iterator[dict]:
+        """Answer what stands in the box."""
+        wish = Wish.of(request, *choices)
+        describe = text("describe", wish.language)
+        try:
+            turn = new_turn(box["text"], box["files"], default_question=describe)
+        except ValueError as error:
+            yield self._warn("refused", wish.language, error=error)
+            return
+        yield from self._answer([*turns, turn], wish, before=turns, box=box)
+
+    def _regenerate(self, request: gr.Request, turns: list[Turn], *choices) -> Iterator[dict]:
+        """Answer the last question once more."""
+        if turns:
+            fresh = [*turns[:-1], Turn(turns[-1].question, turns[-1].images)]
+            yield from self._answer(fresh, Wish.of(request, *choices), before=turns)
+
+    def _answer(
+        self, turns: list[Turn], wish: Wish, *, before: list[Turn], box: dict | None = None
+    ) -> Iterator[dict]:
+        """Stream the answer to the last of the turns; if it fails, all is as it was before."""
+        at, language = self.parts, wish.language
+        if wish.session in self._cancels:
+            yield self._warn("busy", language)
+            return
+        cancel = self._cancels[wish.session] = threading.Event()
+        try:
+            yield self._running(turns) | ({at.box: None} if box else {})
+            yield from self._generate(turns, wish, cancel)
+            yield self._done(turns, language)
+        except Exception as error:  # whatever it is, the visitor hears of it and the slot is free
+            if not isinstance(error, ValueError | OSError):
+                log.exception("an answer failed")
+                error = text("bug", language)
+            self._warn("failed", language, error=error)
+            yield self._done(before, language) | ({at.box: box} if box else {})
+        finally:
+            del self._cancels[wish.session]
+
+    def _generate(self, turns: list[Turn], wish: Wish, cancel: threading.Event) -> Iterator[dict]:
+        """Fill in the last turn's answer, piece by piece."""
+        sampling, turn = wish.sampling(), turns[-1]
+        engine = self.weights.get(wish.weight)
+        started_s = shown_s = time.perf_counter()
+        with engine.stream(*prompt_of(engine, turns), sampling, cancel=cancel) as pieces:
+            for piece in pieces:
+                turn.answer += piece
+                if time.perf_counter() - shown_s >= SHOW_EVERY_S:
+                    shown_s = time.perf_counter()
+                    yield {self.parts.chat: chat_messages(turns)}
+        said, language = pieces.answer, wish.language
+        count, reason = said.num_dropped_turns, said.finish_reason
+        turn.note = text(
+            "status", language, tokens=said.num_new_tokens, seed=sampling.seed, weight=wish.weight,
+            seconds=time.perf_counter() - started_s,
+            ending="" if reason == "stop" else text(f"ending_{reason}", language),
+            dropped=text("dropped", language, count=count) if count else "",
+        )  # fmt: skip
+
+    def _running(self, turns: list[Turn]) -> dict:
+        at = self.parts
+        return {at.chat: chat_messages(turns), at.status: "…",
+                at.stop: gr.update(interactive=True),
+                at.again: gr.update(interactive=False)}  # fmt: skip
+
+    def _done(self, turns: list[Turn], code: str) -> dict:
+        """The page at rest."""
+        at = self.parts
+        return {
+            at.turns: turns,
+            at.chat: chat_messages(turns),
+            at.status: turns[-1].note if turns else "",
+            at.stop: gr.update(interactive=False),
+            at.again: gr.update(interactive=bool(turns)),
+            at.share: gr.update(value=self._write_share(turns, code), interactive=bool(turns)),
+        }
+
+    def _write_share(self, turns: list[Turn], code: str) -> str | None:
+        if not turns:
+            return None
+        path = Path(mkdtemp(dir=self.folder)) / "conversation.html"
+        path.write_text(web_chat.to_html(turns, language=code, text=text), encoding="utf-8")
+        return str(path)
+
+    def _clear(self, language: str, request: gr.Request) -> dict:
+        if request.session_hash in self._cancels:
+            return self._warn("busy", LANGUAGES[language])
+        at = self.parts
+        gone = dict.fromkeys((at.box, at.look_picture, at.look_share))
+        return self._done([], LANGUAGES[language]) | gone
+
+    def _add_example(self, box: dict, event: gr.SelectData) -> dict:
+        return box | {"files": [*box["files"], str(self.examples[event.index])]}
+
+    def _add_photo(self, photo: str | None, box: dict) -> tuple:
+        return None, (box | {"files": [*box["files"], photo]} if photo else box)
+
+    def _switch(self, wanted: str, current: str, language: str) -> dict:
+        """Load another weight; if that fails, the one before stays."""
+        at, code = self.parts, LANGUAGES[language]
+        try:
+            engine = self.weights.get(wanted)
+        except (ValueError, OSError) as error:
+            self._warn("not_loaded", code, weight=wanted, error=error)
+            return {at.weight: current}
+        layers = engine.model.config.num_hidden_layers
+        key = "loaded" if engine.can_see else "blind"
+        return {at.current: wanted, at.look_layer: gr.update(maximum=layers, value=0),
+                at.status: text(key, code, weight=wanted)}  # fmt: skip
+
+    def _look(self, turns: list[Turn], weight: str, language: str, image: int, layer: int) -> dict:
+        """The picture of what the last answer looked at."""
+        at, code = self.parts, LANGUAGES[language]
+        if not turns or not turns[-1].answer or not any(turn.images for turn in turns):
+            return self._warn("nothing_to_look_at", code)
+        wanted = int(layer) - 1 if layer else None
+        try:
+            engine = self.weights.get(weight)
+            messages, images = prompt_of(engine, turns)
+            shown = min(max(int(image or 1), 1), len(images)) - 1
+            maps = engine.look(messages, images, turns[-1].answer, layer=wanted)
+            pixels = engine.processor.pixel_values([images[shown]])
+        except (ValueError, OSError) as error:
+            return self._warn("failed", code, error=error)
+        (picture,) = engine.processor.pictures(pixels)
+        share = text("look_share", code, share=maps[shown].sum().item())
+        return {at.look_picture: draw_look(picture, maps[shown]), at.look_share: share}
+
+    def _warn(self, key: str, language: str, **values) -> dict:
+        """Show the visitor a message, which Gradio takes for HTML, and leave the page as it is."""
+        gr.Warning(html.escape(text(key, language, **values)))
+        return {self.parts.status: gr.skip()}

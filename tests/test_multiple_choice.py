@@ -1,0 +1,155 @@
+"""Multiple choice: both layouts, answered by likelihood, with chance beside."""
+
+import base64
+import csv
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from painted import COLOURS, eval_flags
+
+import eval_vlm
+from dataset.multiple_choice import Choice, ChoiceFile, split_options
+
+MMBENCH = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image",
+           "l2-category", "split")  # fmt: skip
+
+
+def png(painted, i: int) -> bytes:
+    return (painted / "images" / f"test{i:02}.png").read_bytes()
+
+
+def options_of(i: int) -> tuple[list[str], str]:
+    """The colours in another order for each picture, and the letter of the right one."""
+    names = list(COLOURS)
+    turned = names[i % 2 :] + names[: i % 2]
+    return turned, "ABC"[turned.index(names[i % 3])]
+
+
+def write_tsv(path, painted, *, count: int = 10, **changes) -> None:
+    """A file like MMBench's; the last row points to the first one's picture."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, MMBENCH, delimiter="\t", restval="")
+        writer.writeheader()
+        for i in range(count):
+            shown = 0 if i == count - 1 else i
+            options, answer = options_of(shown)
+            image = base64.b64encode(png(painted, shown)).decode()
+            row = {"index": 100 + i, "question": "What is in the picture?", "answer": answer,
+                   "category": "colour" if i % 2 else "paint", "l2-category": "attribute",
+                   "image": image if i < count - 1 else "100", "split": "dev"}  # fmt: skip
+            writer.writerow(row | dict(zip("ABC", options, strict=True)) | changes)
+
+
+def write_parquet(path, painted, *, as_struct: bool) -> None:
+    """A file like MMStar's: options in the question, pictures as bytes."""
+    rows = []
+    for i in range(6):
+        options, answer = options_of(i)
+        listed = ", ".join(f"{letter}: {text}" for letter, text in zip("ABC", options, strict=True))
+        image = {"bytes": png(painted, i), "path": None} if as_struct else png(painted, i)
+        rows.append({"index": i, "question": f"What is in the picture?\nOptions: {listed}",
+                     "image": image, "answer": answer, "category": "perception",
+                     "l2_category": "colour", "meta_info": {"source": "painted"}})  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def run(assets, painted, path, **values) -> dict:
+    out = path.with_suffix(".json")
+    assert eval_vlm.main(eval_flags(assets, painted, choices=path, json=out, **values)) == 0
+    return json.loads(out.read_text())
+
+
+def test_mmbench_layout_by_the_options_texts(assets, painted, tmp_path, capfd):
+    write_tsv(tmp_path / "bench.tsv", painted)
+    report = run(assets, painted, tmp_path / "bench.tsv", choice_by="text")
+    cells = report["categories"]
+    assert cells["all"] == {"right": 10, "total": 10, "chance": pytest.approx(1 / 3)}
+    assert cells["colour"]["total"] == cells["paint"]["total"] == 5
+    assert cells["colour / attribute"]["total"] == 5
+    assert [p[1] for p in report["predictions"]] == [p[2] for p in report["predictions"]]
+    out = capfd.readouterr().out
+    assert "100.0%" in out and "33.3%" in out
+
+
+def test_wrong_pictures_make_it_fail(assets, painted, tmp_path):
+    """What the accuracy rests on is the picture: with one picture for all it is chance."""
+    image = base64.b64encode(png(painted, 0)).decode()
+    write_tsv(tmp_path / "bench.tsv", painted, image=image)
+    report = run(assets, painted, tmp_path / "bench.tsv", choice_by="text")
+    assert report["categories"]["all"]["right"] == 4  # three red pictures, and the last row's
+
+
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_mmstar_layout(as_struct, assets, painted, tmp_path):
+    write_parquet(tmp_path / "star.parquet", painted, as_struct=as_struct)
+    report = run(assets, painted, tmp_path / "star.parquet", choice_by="text")
+    assert report["categories"]["perception / colour"]["right"] == 6
+    questions = list(ChoiceFile(tmp_path / "star.parquet"))
+    assert questions[0].question == "What is in the picture?" and len(questions[1].options) == 3
+
+
+def test_letters_are_asked_with_the_options_listed(assets, painted, tmp_path):
+    write_tsv(tmp_path / "bench.tsv", painted, count=4, hint="Look closely.")
+    choice = next(iter(ChoiceFile(tmp_path / "bench.tsv")))
+    assert choice.prompt("letter").splitlines() == [
+        "<image>", "Look closely.", "What is in the picture?", "A. red", "B. green", "C. blue",
+        "Answer with the option's letter from the given choices directly.",
+    ]  # fmt: skip
+    plain = run(assets, painted, tmp_path / "bench.tsv")["categories"]["all"]
+    circular = run(assets, painted, tmp_path / "bench.tsv", circular=True)["categories"]["all"]
+    # This model has never seen a letter: it prefers one, so it cannot be right in every order.
+    assert circular["right"] == 0 <= plain["right"] and plain["total"] == 4
+
+
+def test_turned_options_keep_the_right_one():
+    choice = Choice(0, "x", "?", "", ("p", "q", "r"), 2, "all", "", b"")
+    for shift in range(3):
+        turned = choice.turned(shift)
+        assert turned.options[turned.answer] == "r" and sorted(turned.options) == ["p", "q", "r"]
+    assert choice.turned(1).options == ("q", "r", "p")
+
+
+def test_options_inside_a_question():
+    assert split_options("Which?\nOptions: A: On it., B: A. b. c., C: 1.5") == (
+        "Which?", ["On it.", "A. b. c.", "1.5"])  # fmt: skip
+    assert split_options("Q\nChoices:\n(A) 2\n(B) 3") == ("Q", ["2", "3"])
+    assert split_options("什么？\n选项：A. 红色 B. 蓝色") == ("什么？", ["红色", "蓝色"])
+    assert split_options("Is A: or B: right?") == ("Is A: or B: right?", [])
+
+
+def test_rows_that_cannot_be_used_are_counted(assets, painted, tmp_path, capfd):
+    write_tsv(tmp_path / "bench.tsv", painted, count=4)
+    with (tmp_path / "bench.tsv").open("a") as file:
+        file.write("7\tWhat?\t\tonly one\t\t\t\tA\tx\tnone\t\tdev\n")
+        file.write("8\tWhat?\t\tred\tblue\t\t\tC\tx\tnone\t\tdev\n")
+        file.write("9\tWhat?\t\tred\tblue\t\t\tB\tx\tno base64!\t\tdev\n")
+        file.write(
+            f"10\tWhat?\t\tred\tblue\t\t\tB\tx\t{base64.b64encode(b'x' * 80).decode()}\t\t\n"
+        )
+    report = run(assets, painted, tmp_path / "bench.tsv")
+    assert report["categories"]["all"]["total"] == 4 and report["left_out"] == {"unusable": 4}
+    assert "bench.tsv:row 4: no options" in capfd.readouterr().err
+    reasons = [str(row) for row in ChoiceFile(tmp_path / "bench.tsv")][4:7]
+    assert "answer 'C' is none of A, B" in reasons[1] and "not base64" in reasons[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.tsv", None, "no multiple-choice file"),
+        ("a.csv", "question,answer,image\n", "expected a .tsv or .parquet file"),
+        ("a.tsv", "index\tquestion\tA\tB\n", "no column answer, image"),
+        ("a.tsv", "question\tanswer\timage\n", "no usable question"),
+        ("a.tsv", "question\tanswer\timage\nWhat?\tA\tx\n", "no options: neither columns A, B"),
+        ("a.parquet", "no parquet", "not a readable Parquet file"),
+    ],
+)
+def test_wrong_file_is_one_clear_line(name, content, message, assets, painted, tmp_path, capfd):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert eval_vlm.main(eval_flags(assets, painted, choices=tmp_path / name)) == 1
+    err = capfd.readouterr().err
+    assert message in err and "Traceback" not in err and err.startswith("error: ")
+    assert err.count("\n") == 1

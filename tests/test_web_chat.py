@@ -1,0 +1,206 @@
+"""What the page is made of, without a browser: questions, prompts, saved pages, weights, limits."""
+
+import argparse
+import asyncio
+import json
+import re
+import shutil
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_png
+from PIL import Image
+from tiny_vlm import GREEDY, make_loaded, picture, save_tiny
+
+from model import web_chat, web_guard
+from model.inference import VLMEngine, add_model_arguments, ask
+from model.web_chat import Turn, check_image, new_turn, prompt_of, to_html
+from model.web_look import SIDE, draw_look
+from model.web_text import TEXTS, language_of, text
+from model.web_weights import MAX_LOADED, Weights
+
+
+@pytest.fixture(scope="module")
+def engine(assets) -> VLMEngine:
+    return VLMEngine(make_loaded(assets))
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[str]:
+    for i in (6, 9):
+        picture(i).save(tmp_path / f"{i}.png")
+    return [str(tmp_path / f"{i}.png") for i in (6, 9)]
+
+
+def test_prompt_holds_every_turn_and_picture(engine, pictures):
+    turns = [
+        Turn("What is in the picture?", pictures[:1], "A <image> circle.<|im_end|>"),
+        Turn("Red?", [], "Yes."),
+        Turn("<image> or not?", pictures[1:]),
+    ]
+    messages, images = prompt_of(engine, turns)
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 2 + ["user"]
+    assert messages[:1] == ask("What is in the picture?", num_images=1)
+    assert messages[2]["content"] == "Red?" and messages[4]["content"] == "<image> or not?"
+    assert images == pictures
+    (answer,) = engine.generate([(messages, images)], GREEDY)  # what the model said does no harm
+    turns[0].answer = "Something else."
+    (other,) = engine.generate([prompt_of(engine, turns)], GREEDY)
+    assert answer.num_prompt_tokens != other.num_prompt_tokens
+
+
+def test_question_is_checked(tmp_path, pictures):
+    assert new_turn(" Hi \n", [], default_question="?") == Turn("Hi", [])
+    assert new_turn("", pictures, default_question="What?") == Turn("What?", pictures)
+    for question, images, message in (
+        ("  ", [], "no question"),
+        ("a" * 20_001, [], "20000 characters"),
+        ("Hi", pictures * 5, "10 pictures at once, 8 at most"),
+        ("Hi", [str(tmp_path / "gone.png")], "gone.png"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            new_turn(question, images, default_question="?")
+
+
+def test_image_is_checked_before_it_is_decoded(tmp_path, monkeypatch):
+    (tmp_path / "text.jpg").write_text("I am no picture")
+    write_png(tmp_path / "bomb.png", width=30_000, height=30_000)
+    write_png(tmp_path / "wide.png", width=10_000, height=6000)
+    Image.new("L", (5000, 5)).save(tmp_path / "thin.png")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(100 << 20)
+    whole = picture(3)
+    whole.save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-60])
+    for name, message in (
+        ("text.jpg", "not a readable image"),
+        ("bomb.png", "too many pixels|megapixels"),
+        ("wide.png", "10000x6000 is more than 50 megapixels"),
+        ("thin.png", "too thin"),
+        ("huge.png", "larger than 20 MB"),
+        ("cut.png", "not a readable image"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: .*({message})"):
+            check_image(tmp_path / name)
+    monkeypatch.setattr(web_chat, "open_image", lambda _: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="pixels"):
+        check_image(tmp_path / "bomb.png")
+
+
+def test_saved_page_is_one_file_of_escaped_words(pictures):
+    evil = "<script>alert(1)</script><img src=x onerror=alert(1)> & {braces}"
+    turns = [Turn(evil, pictures, evil, note=evil), Turn("你好", [], "好")]
+    page = to_html(turns, language="zh", text=text)
+    assert page.count("&lt;script&gt;") == 3 and "<script" not in page and "你好" in page
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 2 and all(s.startswith("data:image/jpeg;base64,") for s in sources)
+    Path(pictures[0]).unlink()  # deleted after some hours
+    again = to_html(turns, language="en", text=text)
+    assert "[the picture is no longer here]" in again and again.count("data:image/jpeg") == 1
+    assert "default-src 'none'" in page and "{braces}" in page
+
+
+def test_every_text_is_there_in_both_languages():
+    for key, translations in TEXTS.items():
+        assert len(translations) == 2 and all(translations), key
+        english, chinese = (
+            {name for _, name, *_ in string.Formatter().parse(words) if name}
+            for words in translations
+        )
+        assert english == chinese, key
+    assert text("loaded", "zh", weight="x{y}") == "当前权重：x{y}"
+    assert [language_of(h) for h in ("zh-CN,en;q=0.5", "en-US", None)] == ["zh", "en", "en"]
+
+
+def test_look_glows_where_the_attention_is():
+    attention = torch.full((4, 4), 0.001)
+    attention[0, 3] = 0.2
+    drawn = draw_look(Image.new("RGB", (32, 32), "blue"), attention)
+    assert drawn.size == (SIDE, SIDE)
+    bright, dark = drawn.getpixel((SIDE - 30, 30)), drawn.getpixel((30, SIDE - 30))
+    assert bright[0] > 180 and dark[0] < 40 and dark[2] > bright[2]
+
+
+@pytest.fixture
+def weights_args(assets, tmp_path) -> argparse.Namespace:
+    """Four weights, a broken one, a description without a weight, a weight without one."""
+    for i in range(4):
+        save_tiny(make_loaded(assets, num_hidden_layers=1 + i), tmp_path / f"w{i}_32.pth")
+    shutil.copy(tmp_path / "w0_32.json", tmp_path / "broken_32.json")
+    (tmp_path / "broken_32.pth").write_bytes(b"not a weight")
+    (tmp_path / "scores.json").write_text("{}")
+    shutil.copy(tmp_path / "w0_32.pth", tmp_path / "bare_32.pth")
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    return parser.parse_args(
+        ["--save_dir", str(tmp_path), "--weight", "w1", "--device", "cpu", "--vision_model_path",
+         str(assets / "tower"), "--tokenizer_path", str(assets / "tokenizer")]
+    )  # fmt: skip
+
+
+def test_weights_are_found_and_loaded_on_demand(weights_args):
+    weights = Weights(weights_args)
+    assert weights.default == "w1_32"
+    assert set(weights.names()) == {f"w{i}_32" for i in range(4)} | {"broken_32"}
+    assert weights.names()["w3_32"] == "w3_32 (32 x 4)"
+    layers = [weights.get(f"w{i}_32").model.config.num_hidden_layers for i in range(4)]
+    assert layers == [1, 2, 3, 4]
+    assert weights.get("w3_32") is weights.get("w3_32")
+    assert len(weights._loaded) == MAX_LOADED
+    assert weights.get("w1_32").model.config.num_hidden_layers == 2  # loaded again after it left
+    for name, message in (("broken_32", "not a readable weight"), ("../x", "no weight '../x'")):
+        with pytest.raises(ValueError, match=message):
+            weights.get(name)
+
+
+async def respond(app, *, path="/", body=b"", kind="application/json", method="POST") -> int:
+    """The status of a request through the middleware."""
+    sent, pieces = [], [body[i : i + 1000] for i in range(0, len(body), 1000)] or [b""]
+    messages = [
+        {"type": "http.request", "body": piece, "more_body": i < len(pieces) - 1}
+        for i, piece in enumerate(pieces)
+    ]
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-type", kind.encode())]
+    scope = {"type": "http", "path": path, "method": method, "headers": headers}
+    await web_guard.NoRemoteFiles(app)(scope, receive, send)
+    return sent[0]["status"]
+
+
+def test_guard_lets_nothing_be_fetched():
+    seen = []
+
+    async def app(scope, receive, send):
+        body = b""
+        while True:
+            message = await receive()
+            body += message["body"]
+            if not message["more_body"]:
+                break
+        seen.append(body)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    def status(**request) -> int:
+        return asyncio.run(respond(app, **request))
+
+    def files(path: str) -> bytes:
+        return json.dumps({"data": [{"text": "x" * 5000, "files": [{"path": path}]}]}).encode()
+
+    assert status(body=files("uploads/a.png")) == 200 and seen == [files("uploads/a.png")]
+    assert status(body=files(" HTTPS://example.com/a.png")) == 403
+    assert status(body=files("file:///etc/passwd")) == 403
+    assert status(body=b"{") == 400 and status(body=b"[" * 100_000) == 400
+    assert status(body=b'"' + b"a" * (5 << 20) + b'"') == 413
+    for path in ("/gradio_api/file=http://x/a", "/gradio_api/file/https://x", "/proxy=http://x"):
+        assert status(path=path, method="GET") == 403
+    assert status(path="/gradio_api/file=uploads/a.png", method="GET") == 200
+    assert status(body=b"no json", kind="multipart/form-data") == 200
+    assert len(seen) == 3

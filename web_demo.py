@@ -1,0 +1,84 @@
+"""Talk to the model in the browser, or serve it to programs as the OpenAI protocol has it.
+
+    python web_demo.py
+    python web_demo.py --weight pretrain_vlm --port 8000
+    python web_demo.py --host 0.0.0.0 --password "a secret"
+    python web_demo.py --api
+
+Only this machine can reach it unless `--host` says otherwise. Password and key may also stand in
+the environment, as MINIMIND_PASSWORD and MINIMIND_API_KEY, where other users cannot read them.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from model.api_server import serve_api
+from model.inference import (
+    VLMEngine,
+    add_model_arguments,
+    add_sampling_arguments,
+    parse_path,
+    sampling_from,
+)
+from model.web_server import serve_page
+from model.web_weights import Weights
+from model.weights import ROOT
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_arguments(parser)
+    add_sampling_arguments(parser)
+    parser.set_defaults(seed=None)  # asking again means another answer
+    add = parser.add_argument
+    add("--api", action="store_true", help="OpenAI-compatible server, no page / 接口服务")
+    add("--host", default="127.0.0.1", help="0.0.0.0: every machine can reach it / 监听地址")
+    add("--port", type=int, default=7860, help="of page or server / 端口")
+    add("--password", default=os.environ.get("MINIMIND_PASSWORD"),
+        help="asked of the page's visitors, with any name / 网页访问密码")  # fmt: skip
+    add("--api_key", default=os.environ.get("MINIMIND_API_KEY"),
+        help="asked of --api's clients / 接口密钥")  # fmt: skip
+    add("--concurrency", type=int, default=2, help="answers at once / 同时生成的回答数")
+    add("--queue", type=int, default=64, help="questions that may wait / 最多排队数")
+    add("--examples", type=parse_path, default=ROOT / "dataset" / "eval_images",
+        help="folder of pictures to try on the page / 示例图片目录")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    args = parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    where = {"host": args.host, "port": args.port}
+    limits = {"concurrency": args.concurrency, "queue": args.queue}
+    try:
+        if args.concurrency < 1 or args.queue < 0 or not 0 <= args.port < 65536:
+            raise ValueError(
+                "--concurrency must be at least 1, --queue at least 0, --port 0 to 65535; got "
+                f"{args.concurrency}, {args.queue}, {args.port}"
+            )
+        defaults = sampling_from(args)
+        if args.api:
+            engine = VLMEngine.from_args(args)
+            return serve_api(engine, defaults, **where, **limits, api_key=args.api_key)
+        weights = Weights(args)
+        return serve_page(
+            weights, defaults, **where, **limits, password=args.password, examples=args.examples
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
