@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A machine without an NVIDIA GPU takes PyTorch's CPU build: 0.2 GB instead of 3 GB.
 CPU_TORCH := torch==2.13.0+cpu
+# Tests that run at once; each is a thread or two.
+JOBS ?= 2
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: setup test test-quick test-all lint demo from-zero clean
@@ -23,14 +25,14 @@ $(VENV)/.done: requirements.txt requirements-dev.txt
 
 # Everything quick, and a short form of everything slow.
 test: setup
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not full"
 
 test-quick: setup
-	$(BIN)/python -m pytest -m "not slow and not full"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not full"
 
 # Everything in full.
 test-all: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: setup
 	$(BIN)/ruff check .

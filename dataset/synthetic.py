@@ -51,6 +51,7 @@ from dataset.synthetic_text import (
     caption_turn,
     combination_turns,
     describe,
+    list_turn,
     pair_turns,
     retell,
     scene_turns,
@@ -121,11 +122,16 @@ def text_conversations(
         yield make_record(turns, prefix=told, with_types=split == "heldout")
 
 
-def _last_turns(scene: Scene, rng: Random, language: str, caption_share: float) -> list[Turn]:
-    """A request for a caption, with that chance; none is drawn where there is none."""
-    if caption_share and rng.random() < caption_share:
-        return [caption_turn(scene, rng, language=language)]
-    return []
+def _last_turns(
+    scene: Scene, rng: Random, language: str, caption_share: float, list_share: float = 0.0
+) -> list[Turn]:
+    """Requests for a caption and a list, each with its chance; none is drawn where it is zero."""
+    shares = ((caption_share, caption_turn), (list_share, list_turn))
+    return [
+        turn(scene, rng, language=language)
+        for share, turn in shares
+        if share and rng.random() < share
+    ]
 
 
 def retold_scenes(num: int, *, seed: int, split: str, languages: tuple[str, ...]) -> Iterator[dict]:
@@ -168,6 +174,7 @@ def write_dataset(
     languages: tuple[str, ...] = LANGUAGES,
     character_share: float = CHARACTER_SHARE,
     caption_share: float = 0.0,
+    list_share: float = 0.0,
     num_blind: int = 0,
     num_retold: int = 0,
 ) -> Counter:
@@ -198,7 +205,7 @@ def write_dataset(
             turns = combination_turns(scene, rng, language=language)[:num_turns]
         else:
             turns = scene_turns(scene, rng, language=language, num_turns=num_turns)
-            turns += _last_turns(scene, rng, language, caption_share)
+            turns += _last_turns(scene, rng, language, caption_share, list_share)
             comparable.append((name, scene))
         records.append(make_record(turns, images=[name], with_types=split == "heldout"))
         told = [caption_turn(scene, rng, language=language)]
@@ -281,6 +288,7 @@ def main(argv: list[str] | None = None) -> int:
             languages=LANGUAGES if args.language == "both" else (args.language,),
             character_share=args.character_share,
             caption_share=args.caption_share,
+            list_share=args.list_share,
             num_blind=args.num_blind,
             num_retold=args.num_retold,
         )
@@ -289,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(f"wrote {args.num_images} {args.split} pictures with their records to {args.out}")
     for type_, num in sorted(counts.items()):
-        print(f"  {type_}: {num} questions, chance {CHANCE[type_]:.1%}")
+        print(f"  {type_}: {num}" + (f", chance {CHANCE[type_]:.1%}" if type_ in CHANCE else ""))
     return 0
 
 
@@ -314,6 +322,9 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="share of scenes with room that get a letter or digit | 带字符的比例")  # fmt: skip
     add("--caption_share", type=float, default=0.0,
         help="share of records that also ask for a caption | 带描述的比例")  # fmt: skip
+    add("--list_share", type=float, default=0.0,
+        help="share of records that also ask for a list of the shapes, over and over "
+        "| 带反复列举的比例")  # fmt: skip
     add("--num_blind", type=int, default=0, help="records without anything to see | 无图提问记录数")
     add("--num_retold", type=int, default=0, help="plain texts about scenes | 纯文本复述数")
     add("--eval_images", type=int, choices=(0, 1, 2), nargs="?", const=1, default=0,
@@ -331,6 +342,7 @@ def _check_args(args: argparse.Namespace) -> None:
         "image_size": (MIN_IMAGE_SIZE, 1024),
         "character_share": (0.0, 1.0),
         "caption_share": (0.0, 1.0),
+        "list_share": (0.0, 1.0),
         "num_blind": (0, None),
         "num_retold": (0, None),
     }

@@ -14,6 +14,7 @@ LANGUAGES = ("en", "zh")
 PLACE_TURN_SHARE = 0.8  # of the records ask for a place; the same share asks for the number
 MAX_PIECES = 3  # how often at most a shape is told of in pieces
 NUM_RETOLD = 12  # pieces of a scene told over and over
+NUM_LISTED = 10  # pieces where a picture's shapes are listed over and over
 STYLES = ("sentences", "table", "pieces")
 
 # What a uniform guess among the type's answers scores.
@@ -67,6 +68,7 @@ QUESTIONS = {
                                 "In which picture is something {colour}?"),
         ("caption", None): ("Describe the picture.", "What is in the picture?",
                             "Provide a brief description of the given image."),
+        ("list", None): ("List the shapes over and over.",),
     },
     "zh": {
         ("count", None): ("图中有几个图形？", "有多少个图形？", "数一数图形的个数。"),
@@ -85,13 +87,14 @@ QUESTIONS = {
         ("compare", "shape"): ("哪张图里有{shape}？", "{shape}在哪张图里？"),
         ("compare", "colour"): ("哪张图里有{colour}的图形？", "{colour}的图形在哪张图里？"),
         ("caption", None): ("描述一下这张图片。", "图中有什么？", "简要描述这张图片。"),
+        ("list", None): ("反复列出图中的图形。",),
     },
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its only right answer, and its type (a key of `CHANCE`, or "caption")."""
+    """A question, its only right answer, and its type (a key of `CHANCE`, "caption" or "list")."""
 
     question: str
     answer: str
@@ -214,6 +217,19 @@ def caption_turn(scene: Scene, rng: Random, *, language: str = "en") -> Turn:
     return ask(rng, language, "caption", None, answer=caption(scene, rng, language=language))
 
 
+def list_turn(scene: Scene, rng: Random, *, language: str = "en") -> Turn:
+    """A request to list the shapes over and over, and the list.
+
+    Most of its words follow from the picture and the words just before: "red" is said of one
+    shape, so its name or place comes next. That teaches to look up what belongs together far more
+    often than questions do, each of which has but one word to learn from.
+    """
+    pieces = [
+        _piece(rng.choice(scene.items), rng, language, with_size=False) for _ in range(NUM_LISTED)
+    ]
+    return ask(rng, language, "list", None, answer=_join(pieces, language))
+
+
 def _phrase(item: Item, language: str) -> str:
     place, size, texture = (word(n, language) for n in (item.place, item.size, item.texture))
     colour, shape = word(item.colour, language), word(item.shape, language)
@@ -264,12 +280,16 @@ def _pieces(scene: Scene, rng: Random, language: str) -> str:
         gap = " " if language == "en" else ""
         pieces.append(gap.join((word(scene.character_place, language), scene.character)))
     rng.shuffle(pieces)
+    return _join(pieces, language)
+
+
+def _join(pieces: list[str], language: str) -> str:
     return (", " if language == "en" else "，").join(pieces)
 
 
-def _piece(item: Item, rng: Random, language: str) -> str:
+def _piece(item: Item, rng: Random, language: str, *, with_size: bool = True) -> str:
     names = [item.colour, item.shape, item.place]
-    if rng.random() < 0.5:
+    if with_size and rng.random() < 0.5:
         names.append(item.size)
     rng.shuffle(names)
     return (" " if language == "en" else "").join(word(name, language) for name in names)
@@ -282,4 +302,4 @@ def retell(scene: Scene, rng: Random, *, language: str = "en") -> str:
     skill that every question about a scene takes.
     """
     pieces = [_piece(rng.choice(scene.items), rng, language) for _ in range(NUM_RETOLD)]
-    return (", " if language == "en" else "，").join(pieces)
+    return _join(pieces, language)

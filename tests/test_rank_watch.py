@@ -1,11 +1,16 @@
 """Who counts as lost: silence by one's own clock, errors that a rank tells, and nobody else."""
 
 import json
+import os
+from datetime import timedelta
 
 import pytest
 import torch
+from conftest import make_records, train_flags
+from rank_group import run_ranks
 from torch import distributed as dist
 
+from trainer import trainer_utils
 from trainer.rank_watch import Beats
 from trainer.trainer_utils import resolve_compute
 
@@ -87,3 +92,26 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
         resolve_compute("cuda", "bfloat16", local_rank=1, is_shared=True)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)  # Windows
     assert resolve_compute("cuda", "float16", local_rank=1, is_shared=True)[1] == "gloo"
+
+
+def lose_first_connections(rank: int, count: int) -> None:
+    """This rank's first tries to connect come to nothing, which the others wait for in vain."""
+    trainer_utils.CONNECT_TIMEOUT = timedelta(seconds=2)
+    connect, tries = dist.init_process_group, iter(range(count))
+
+    def unlucky(*args, store, **kwargs):
+        if os.environ["RANK"] == str(rank) and next(tries, None) is not None:
+            store = dist.PrefixStore("nobody", store)
+        return connect(*args, store=store, **kwargs)
+
+    dist.init_process_group = unlucky
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, status", [(2, 0), (3, 1)])
+def test_ranks_that_lose_their_connections_try_again_together(assets, tmp_path, count, status):
+    data = make_records(tmp_path / "data", num_records=8)
+    argv = train_flags(assets, tmp_path, *data)
+    hook = (lose_first_connections, 1, count)
+    said = run_ranks(argv, tmp_path, world_size=3, hook=hook, status=status)
+    assert ("could not connect with one another" in said) == bool(status)

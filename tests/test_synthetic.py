@@ -353,5 +353,20 @@ def test_blind_retold_and_captioned_records(tmp_path):
     assert any("red" in t for t in retold) and any("红色" in t for t in retold)
 
 
+def test_lists_name_what_belongs_together(tmp_path):
+    argv = ["--out", str(tmp_path), "--num_images", "30", "--num_pairs", "0", "--list_share", "1"]
+    assert synthetic.main(argv) == 0
+    for index, record in enumerate(read_jsonl(tmp_path / "train.jsonl")):
+        scene = sample_scene(synthetic.scene_rng("train", 0, index), character_share=0.3)
+        told = record["conversations"][-1]["content"]
+        language = "en" if told.isascii() else "zh"
+        pieces = told.split(", " if language == "en" else "，")
+        belong = [{word(n, language) for n in (item.colour, item.shape, item.place)}
+                  for item in scene.items]  # fmt: skip
+        assert len(pieces) == 10
+        for piece in pieces:
+            assert any(all(w in piece for w in words) for words in belong), piece
+
+
 def captions_asked() -> set[str]:
     return {q for language in LANGUAGES for q in QUESTIONS[language]["caption", None]}

@@ -161,7 +161,8 @@ def test_pictures_come_by_example_paste_drop_and_camera(browser, site, folder, s
         me.hand_over(folder / "blue.png", "drop")
         me.open("camera")
         me.page.locator("#camera .wrap button, #camera [data-testid=webcam] button").first.click()
-        me.page.locator("#camera video").wait_for()
+        # A photo can be taken once the camera's first frame is there.
+        me.page.wait_for_function("document.querySelector('#camera video')?.videoWidth > 0")
         me.page.get_by_label("capture photo").click()
         me.page.locator("#box .thumbnail-item").nth(3).wait_for()
         me.shoot(screenshots, "6_four_pictures")
