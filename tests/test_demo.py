@@ -5,7 +5,7 @@ from PIL import Image
 
 from trainer import demo
 
-FEW = ["--num_train", "32", "--num_heldout", "24", "--sft_epochs", "1"]
+FEW = ["--num_pretrain", "16", "--num_train", "32", "--num_heldout", "24"]
 
 
 @pytest.fixture

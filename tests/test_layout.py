@@ -82,7 +82,12 @@ ALLOWED = {
     "dataset.assets": {"dataset.hub"},
     "dataset.download": {"dataset.assets", "dataset.book", "dataset.hub"},
     "trainer.trainer_utils": {"model.inference"},
-    "trainer.train_args": {"dataset.text_dataset", "model.inference", "model.weights"},
+    "trainer.train_args": {
+        "dataset.text_dataset",
+        "model.inference",
+        "model.weights",
+        "trainer.optim",
+    },
     "trainer.optim": set(),
     "trainer.metrics": {"model.weights"},
     "trainer.engine": {"model.weights"},

@@ -14,7 +14,7 @@ from conftest import ROOT, make_records, run_script, script_environment, train_f
 
 SCRIPT = "trainer/train_pretrain_vlm.py"
 CASES = {
-    "sigterm-dense-accumulated": (signal.SIGTERM, {"accumulation_steps": 3}),
+    "sigterm-dense-accumulated": (signal.SIGTERM, {"accumulation_steps": 3, "optimizer": "muon"}),
     "kill9-moe-workers": (signal.SIGKILL, {"use_moe": 1, "num_workers": 2}),
     "sigint-moe-accumulated": (signal.SIGINT, {"use_moe": 1, "accumulation_steps": 2}),
     "kill9-dense-accumulated-workers": (

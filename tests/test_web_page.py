@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 import urllib.parse
 from contextlib import ExitStack
 from pathlib import Path
@@ -262,6 +263,24 @@ def test_twenty_visitors_wait_their_turn(browser, site):
             visitor.wait_for_end()
             assert visitor.asked() == [f"I am number {i}."] and len(visitor.said()) == 1
     assert len(site.events("answer")) == num_before + NUM_VISITORS
+
+
+def test_who_finds_the_queue_full_is_told(browser, tmp_path):
+    make_weights(tmp_path)
+    with ExitStack() as stack:
+        small = stack.enter_context(serving(tmp_path, "--concurrency", 1, "--queue", 1))
+        first, *others = [stack.enter_context(visiting(browser, small)) for _ in range(4)]
+        first.set_length(2048)
+        first.send("Tell me a long story.")
+        first.page.wait_for_function("document.querySelector('#chat .bot .message-content')")
+        for visitor in others:
+            visitor.send("And me?")
+        # One of them waits, whichever came first.
+        deadline_s = time.monotonic() + PATIENCE_S
+        while sum(visitor.page.locator(".toast-body", has_text="full").count() > 0
+                  for visitor in others) < 2:  # fmt: skip
+            assert time.monotonic() < deadline_s, "nobody is told that the queue is full"
+            others[0].page.wait_for_timeout(100)
 
 
 def test_a_visitor_who_leaves_frees_the_slot(browser, site):

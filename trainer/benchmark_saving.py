@@ -38,7 +38,7 @@ def make_state(size: str, folder: Path, device: torch.device) -> RunState:
     hidden_size, num_layers = map(int, size.split("x"))
     config = MiniMindConfig(hidden_size=hidden_size, num_hidden_layers=num_layers)
     model = MiniMindForCausalLM(config).to(device).train()
-    optimizer = make_optimizer(model.parameters(), lr=1e-5)
+    optimizer = make_optimizer(model.named_parameters(), lr=1e-5)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     return RunState(
         model=model,

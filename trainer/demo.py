@@ -29,7 +29,7 @@ from model.weights import OUT_DIR, ROOT
 from trainer.plot import draw_curve, read_metrics
 
 TOWER, LLM, VLM = "clip-tiny-patch16", "llm_demo_128", "sft_vlm_demo_128"  # as the repository has
-SIZES = ("--hidden_size", 128, "--num_hidden_layers", 4, "--num_attention_heads", 2)
+SIZES = ("--hidden_size", 128, "--num_hidden_layers", 4, "--num_attention_heads", 4)
 SEED = 42
 MATRIX_SIDE, MATRIX_ROUNDS = 1024, 10
 EXAMPLES = 8  # pictures in the report
@@ -43,15 +43,19 @@ class Chain:
     tower: Path = VISION_DIR / TOWER
     llm: Path = OUT_DIR / f"{LLM}.pth"
     seed: int = SEED  # of order and new weights
-    num_train: int = 5000  # pictures, and a twentieth as many questions without one
+    num_pretrain: int = 2000  # pictures of the first stage
+    num_train: int = 8000  # of the second, and a twentieth as many questions without one
     num_heldout: int = 400
-    sft_epochs: int = 1
     tower_steps: int = 0
     text_share: float = 1.0  # of `TEXT_STAGES`
 
     @property
     def data(self) -> Path:
         return self.folder / "data"
+
+    @property
+    def pretrain_data(self) -> Path:
+        return self.data / "pretrain"
 
     @property
     def out(self) -> Path:
@@ -73,16 +77,15 @@ class TextStage:
 
 TEXT_STAGES = (
     TextStage("llm_told", "--num_retold", 16000, 11, 32, 3e-3),
-    TextStage("llm_asked", "--num_text", 50000, 11, 16, 2e-3),
-    TextStage("llm_demo", "--num_text", 60000, 12, 16, 2e-3),
+    TextStage("llm_demo", "--num_text", 40000, 11, 16, 2e-3),
 )
 FROM_ZERO = {  # what differs in `make from-zero`
     "folder": OUT_DIR / "from_zero",
     "tower": OUT_DIR / "from_zero" / TOWER,
     "llm": OUT_DIR / "from_zero" / f"{LLM}.pth",
-    "num_train": 8000,
+    "num_pretrain": 4000,
+    "num_train": 24000,
     "num_heldout": 1100,
-    "sft_epochs": 3,
     "tower_steps": 3500,
 }
 
@@ -104,12 +107,15 @@ def matrix_rate() -> float:
 
 
 def make_data(chain: Chain) -> None:
-    """Training and held-out pictures with their questions."""
-    train = ("--num_blind", chain.num_train // 20, "--caption_share", 0.1)
-    for split, count, more in (("train", chain.num_train, train),
-                               ("heldout", chain.num_heldout, ())):  # fmt: skip
-        if not (chain.data / f"{split}.jsonl").is_file():
-            run("-m", "dataset.synthetic", "--out", chain.data, "--split", split, "--num_images",
+    """Pictures for both stages and held-out ones, with their questions."""
+    told = ("--caption_share", 0.1, "--list_share", 1)
+    for folder, split, count, more in (
+        (chain.pretrain_data, "train", chain.num_pretrain, (*told, "--seed", 1)),
+        (chain.data, "train", chain.num_train, (*told, "--num_blind", chain.num_train // 20)),
+        (chain.data, "heldout", chain.num_heldout, ()),
+    ):
+        if not (folder / f"{split}.jsonl").is_file():
+            run("-m", "dataset.synthetic", "--out", folder, "--split", split, "--num_images",
                 count, "--num_pairs", 0, *more)  # fmt: skip
 
 
@@ -131,23 +137,29 @@ def train_llm(chain: Chain) -> None:
         run("trainer/train_llm.py", *SIZES, "--max_seq_len", 340, "--loss_on", "answers",
             "--data_path", text / "train_text.jsonl", "--batch_size", stage.batch_size,
             "--learning_rate", stage.learning_rate, "--warmup_steps", 50, "--log_interval", 50,
-            "--num_workers", 0, "--save_dir", chain.folder, "--checkpoint_dir", chain.folder,
-            "--from_weight", start, "--save_weight", stage.name, "--from_resume", 1)  # fmt: skip
+            "--dtype", "float32", "--num_workers", 0, "--save_dir", chain.folder,
+            "--checkpoint_dir", chain.folder, "--from_weight", start, "--save_weight", stage.name,
+            "--from_resume", 1)  # fmt: skip
         start = stage.name
 
 
 def train(chain: Chain) -> None:
     """Both stages; one that is complete ends at once."""
     common = ("--vision_model_path", chain.tower, "--save_dir", chain.out,
-              "--checkpoint_dir", chain.out, "--data_path", chain.data / "train.jsonl",
-              "--images_path", chain.data / "train_images", "--seed", chain.seed,
-              "--log_interval", 20, "--num_workers", 1, "--from_resume", 1)  # fmt: skip
-    run("trainer/train_pretrain_vlm.py", *common, "--from_weight", chain.llm, "--epochs", 1,
-        "--batch_size", 16, "--learning_rate", 3e-3, "--save_weight",
-        "pretrain_vlm_demo")  # fmt: skip
-    run("trainer/train_sft_vlm.py", *common, "--from_weight", "pretrain_vlm_demo", "--hidden_size",
-        128, "--epochs", chain.sft_epochs, "--batch_size", 8, "--learning_rate", 1.5e-3,
-        "--warmup_steps", 100, "--save_weight", "sft_vlm_demo")  # fmt: skip
+              "--checkpoint_dir", chain.out, "--seed", chain.seed, "--epochs", 1, "--dtype",
+              "float32", "--log_interval", 20, "--num_workers", 1,
+              "--from_resume", 1)  # fmt: skip
+    for script, data, more in (
+        ("trainer/train_pretrain_vlm.py", chain.pretrain_data, (
+            "--from_weight", chain.llm, "--batch_size", 16, "--learning_rate", 3e-3,
+            "--save_weight", "pretrain_vlm_demo")),
+        ("trainer/train_sft_vlm.py", chain.data, (
+            "--from_weight", "pretrain_vlm_demo", "--hidden_size", 128, "--batch_size", 8,
+            "--learning_rate", 1.5e-3, "--warmup_steps", 100, "--optimizer", "muon",
+            "--save_weight", "sft_vlm_demo")),
+    ):  # fmt: skip
+        run(script, *common, "--data_path", data / "train.jsonl", "--images_path",
+            data / "train_images", *more)  # fmt: skip
 
 
 def evaluate(chain: Chain) -> dict:
@@ -250,16 +262,16 @@ def parse_args(argv: list[str] | None) -> tuple[Chain, argparse.Namespace]:
     add("--seed", type=int, help="of the stages with images / 视觉语言阶段的随机种子")
     for name, text in (
         ("tower_steps", "of the tower / 视觉塔训练步数"),
-        ("num_train", "training pictures / 训练图片数"),
+        ("num_pretrain", "pictures of the first stage / 预训练图片数"),
+        ("num_train", "pictures of the second / 微调图片数"),
         ("num_heldout", "held-out pictures / 留出图片数"),
-        ("sft_epochs", "passes of the second stage / 微调轮数"),
     ):
         add(f"--{name}", type=int, help=text)
     add("--text_share", type=float, help="of the texts from zero / 文本比例")
     args = parser.parse_args(argv)
     if args.publish and not args.from_zero:
         parser.error("--publish needs --from_zero 1")
-    names = ("seed", "tower_steps", "text_share", "num_train", "num_heldout", "sft_epochs")
+    names = ("seed", "tower_steps", "text_share", "num_pretrain", "num_train", "num_heldout")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return Chain(**((FROM_ZERO if args.from_zero else {}) | given)), args
 

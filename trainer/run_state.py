@@ -282,6 +282,7 @@ def describe_run(
         "vision tower": (metadata["vision_tower_sha256"] or "")[:16],
         "model": {k: v for k, v in metadata["config"].items() if k != "image_ids"},
         "trained parameters": trained,
+        "optimizer": args.optimizer,
         "seed": args.seed,
         "max_seq_len": args.max_seq_len,
     }

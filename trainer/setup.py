@@ -91,11 +91,11 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
     print_header(stage, args, ranks, parts.model, paths)
     check_run(args, ranks, parts, paths)
 
-    parameters = [p for p in parts.model.parameters() if p.requires_grad]
+    parameters = [(n, p) for n, p in parts.model.named_parameters() if p.requires_grad]
     metadata, identity = describe_run(stage, args, parts, trained=trained)
     state = RunState(
         model=parts.model,
-        optimizer=make_optimizer(parameters, lr=args.learning_rate),
+        optimizer=make_optimizer(parameters, lr=args.learning_rate, kind=args.optimizer),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=args.dtype == "float16"),
         progress=Progress(),
         ranks=ranks,

@@ -7,6 +7,7 @@ from pathlib import Path
 from dataset.text_dataset import LOSS_ON
 from model.inference import parse_bool, parse_path
 from model.weights import OUT_DIR, ROOT
+from trainer.optim import OPTIMIZERS
 
 DTYPES = ("bfloat16", "float16", "float32")
 TRACKERS = ("swanlab", "wandb", "tensorboard")
@@ -37,6 +38,9 @@ class TrainArgs:
     epochs: int = flag("passes over the data / 训练轮数", low=1)
     batch_size: int = flag("samples per device and micro-step / 每卡批大小", low=1)
     learning_rate: float = flag("peak is 1.1 times this / 学习率", low=0.0)
+    optimizer: str = flag(
+        "muon: on the hidden matrices, AdamW on the rest / 优化器", "adamw", choices=OPTIMIZERS
+    )
     warmup_steps: int = flag("steps of a rising rate at the start / 预热步数", 0, low=0)
     device: str = flag("cpu, cuda, cuda:1, mps; default: the best / 默认自动选择")
     dtype: str = flag("arithmetic of the forward pass / 混合精度类型", "bfloat16", choices=DTYPES)

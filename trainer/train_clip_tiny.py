@@ -225,7 +225,7 @@ def train(model: CLIPModel, args: argparse.Namespace, tokenizer, device: torch.d
     loader = DataLoader(Scenes(args.steps * args.batch_size, seed=args.seed, tokenizer=tokenizer),
                         batch_size=args.batch_size, collate_fn=collate,
                         num_workers=args.num_workers)  # fmt: skip
-    optimizer = make_optimizer(model.parameters(), lr=args.learning_rate)
+    optimizer = make_optimizer(model.named_parameters(), lr=args.learning_rate)
     ids, mask, lengths = encode_words(tokenizer)
     words = ids.to(device), mask.to(device), lengths
     started_s, window = time.perf_counter(), []

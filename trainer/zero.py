@@ -70,6 +70,8 @@ def read_config(args: TrainArgs, ranks: Ranks) -> dict:
             "--deepspeed needs a launcher: `deepspeed --num_gpus=1` or `torchrun --nproc_per_node "
             "1` in the place of `python`"
         )
+    if args.optimizer != "adamw":
+        raise ValueError("--deepspeed shares out AdamW's moments only; drop it, or --optimizer")
     if args.dtype == "float16":
         raise ValueError(
             "--deepspeed does not train in float16; use --dtype bfloat16, or drop --deepspeed"
