@@ -6,6 +6,7 @@ absent, the tests that ask for it skip and say so.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import zlib
@@ -39,6 +40,8 @@ TOKENIZER_TEXT = [
 COLOURS = ("red", "green", "blue", "yellow")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A shell starts what runs in the background with Ctrl-C ignored, and all its children inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny models are faster so, and runs side by side do not fight
 
 

@@ -9,7 +9,7 @@ from conftest import ROOT
 import eval_vlm
 import web_demo
 from dataset import download, prompt_picture
-from trainer import plot, train_llm, train_pretrain_vlm, train_sft_vlm
+from trainer import demo, plot, train_llm, train_pretrain_vlm, train_sft_vlm, train_tokenizer
 from trainer.train_args import parse_args
 
 READMES = ("README.md", "README_zh.md")
@@ -30,6 +30,8 @@ PARSERS = {
     "trainer/train_pretrain_vlm.py": parse_train(train_pretrain_vlm),
     "trainer/train_sft_vlm.py": parse_train(train_sft_vlm),
     "trainer/train_llm.py": parse_train(train_llm),
+    "trainer/demo.py": demo.parse_args,
+    "trainer/train_tokenizer.py": train_tokenizer.parse_args,
     "trainer/plot.py": plot.parse_args,
     "dataset/prompt_picture.py": prompt_picture.parse_args,
     "eval_vlm.py": eval_vlm.parse_args,

@@ -244,8 +244,12 @@ def publish(chain: Chain) -> None:
     """Put what a chain from zero made where the repository keeps it."""
     shutil.copytree(chain.tower, VISION_DIR / TOWER, dirs_exist_ok=True)
     for stem, source in ((LLM, chain.folder), (VLM, chain.out)):
-        for suffix in (".pth", ".json"):
-            shutil.copy(source / f"{stem}{suffix}", OUT_DIR / f"{stem}{suffix}")
+        shutil.copy(source / f"{stem}.pth", OUT_DIR)
+        about = json.loads((source / f"{stem}.json").read_text(encoding="utf-8"))
+        about.pop("former", None)  # the save before: needed only while a save may be cut off
+        text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+        text = text.replace(f"{ROOT}{os.sep}", "")  # where it was made concerns nobody
+        (OUT_DIR / f"{stem}.json").write_text(text, encoding="utf-8")
     print(f"published: {VISION_DIR / TOWER}, {OUT_DIR / LLM}.pth, {OUT_DIR / VLM}.pth")
 
 

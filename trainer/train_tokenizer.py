@@ -203,7 +203,7 @@ def report(tokenizer: Tokenizer, texts: list[str], reference: Tokenizer | None) 
 
 def main(argv: list[str] | None = None) -> int:
     """Train, save and report; returns the exit status."""
-    args = _parse_args(argv)
+    args = parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         reference = _open_reference(args.reference_path)
@@ -246,7 +246,7 @@ def _open_reference(path: Path | None) -> Tokenizer | None:
     return Tokenizer.from_file(str(file))
 
 
-def _parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
