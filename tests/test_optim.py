@@ -1,5 +1,7 @@
 """The optimizers: what Muon moves and how, and that a step can be left out on the device."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -51,6 +53,23 @@ def test_muon_moves_hidden_matrices_and_adamw_the_rest(model):
     moved = model["proj"].weight - before["proj.weight"]  # 12 x 6: rate 10 lr sqrt(2)
     values = torch.linalg.svdvals(moved) / (10 * 1e-3 * 2**0.5)
     assert values.min() > 0.3 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_loaded_state_goes_on_with_the_same_bits(model, kind):
+    first = make_optimizer(model.named_parameters(), lr=1e-3, kind=kind)
+    give_gradients(model)
+    first.step()
+    twin = copy.deepcopy(model)
+    second = make_optimizer(twin.named_parameters(), lr=1e-3, kind=kind)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    give_gradients(model)
+    for own, parameter in zip(twin.parameters(), model.parameters(), strict=True):
+        own.grad = parameter.grad.clone()
+    first.step()
+    second.step()
+    for own, parameter in zip(twin.parameters(), model.parameters(), strict=True):
+        assert torch.equal(own, parameter)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

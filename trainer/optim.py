@@ -105,6 +105,7 @@ class MuonAdamW(torch.optim.AdamW):
                 momentum = torch.where(is_bad.bool(), before, momentum)
                 after = torch.where(is_bad.bool(), matrix, after)
             state["momentum"] = momentum.clone() if momentum is matrix.grad else momentum
+            state.setdefault("step", torch.zeros(()))  # AdamW's loading looks for it
             matrix.copy_(after)
 
 
