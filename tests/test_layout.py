@@ -81,7 +81,7 @@ ALLOWED = {
     "dataset.book": {"dataset.hub"},
     "dataset.assets": {"dataset.hub"},
     "dataset.download": {"dataset.assets", "dataset.book", "dataset.hub"},
-    "trainer.trainer_utils": {"model.inference"},
+    "trainer.trainer_utils": {"model.inference", "trainer.rank_meeting"},
     "trainer.train_args": {
         "dataset.text_dataset",
         "model.inference",
@@ -89,6 +89,7 @@ ALLOWED = {
         "trainer.optim",
     },
     "trainer.optim": set(),
+    "trainer.rank_meeting": set(),
     "trainer.metrics": {"model.weights"},
     "trainer.engine": {"model.weights"},
     "trainer.zero": {

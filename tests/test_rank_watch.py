@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -10,7 +12,8 @@ from conftest import make_records, train_flags
 from rank_group import run_ranks
 from torch import distributed as dist
 
-from trainer import trainer_utils
+from trainer import rank_meeting
+from trainer.rank_meeting import meet
 from trainer.rank_watch import Beats
 from trainer.trainer_utils import resolve_compute
 
@@ -94,9 +97,33 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     assert resolve_compute("cuda", "float16", local_rank=1, is_shared=True)[1] == "gloo"
 
 
+def test_ranks_meet_where_no_earlier_ones_did():
+    """The store of a launcher outlives its ranks: what they left must mislead nobody."""
+    store = dist.HashStore()
+    for late in (0, 1, 2):  # three starts, each with another rank that comes late
+        with ThreadPoolExecutor(3) as pool:
+
+            def enter(rank, late=late):
+                time.sleep(0.3 if rank == late else 0)
+                place = meet(store, rank, 3, timeout=timedelta(seconds=60))
+                place.set(f"here {rank}", "x")
+                return place
+
+            found = list(pool.map(enter, range(3)))
+        for place in found:
+            assert place.check([f"here {rank}" for rank in range(3)])  # one and the same place
+            assert not place.check(["mark"])  # and a new one
+        found[0].set("mark", "")
+
+
+def test_rank_that_never_comes_is_named():
+    with pytest.raises(ConnectionError, match="rank 1 never did"):
+        meet(dist.HashStore(), 0, 2, timeout=timedelta(seconds=1))
+
+
 def lose_first_connections(rank: int, count: int) -> None:
     """This rank's first tries to connect come to nothing, which the others wait for in vain."""
-    trainer_utils.CONNECT_TIMEOUT = timedelta(seconds=2)
+    rank_meeting.CONNECT_TIMEOUT = timedelta(seconds=2)
     connect, tries = dist.init_process_group, iter(range(count))
 
     def unlucky(*args, store, **kwargs):

@@ -18,11 +18,10 @@ import torch.distributed as dist
 from torch.utils.data import Sampler
 
 from model.inference import choose_device
+from trainer.rank_meeting import join_process_group
 
 # A save or a slow first batch must fit; ranks that died are noticed long before (rank_watch.py).
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-CONNECT_TIMEOUT = timedelta(seconds=45)  # once all ranks are there
-CONNECT_TRIES = 3
 
 
 def is_main_process() -> bool:
@@ -132,47 +131,6 @@ def init_distributed_mode(
         os.environ["USE_LIBUV"] = "0"
     join_process_group(backend, timeout=timeout)
     return Ranks(dist.get_rank(), dist.get_world_size(), chosen)
-
-
-def join_process_group(backend: str, *, timeout: timedelta) -> None:
-    """Connect with the other ranks that the launcher started.
-
-    Ranks may come late by `timeout`, but once all are there they connect at once or not at all: on
-    a busy machine gloo's connections are now and then lost while they are made, and would be
-    waited for in vain. So such a try ends soon, for all ranks alike, and the next starts afresh.
-
-    Raises:
-        ConnectionError: no try succeeded. RuntimeError: a rank never came.
-    """
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    for number in range(CONNECT_TRIES):
-        own = dist.PrefixStore(f"minimind/try {number}", store)
-        agree(own, "here", rank, world_size)
-        error = None
-        try:
-            dist.init_process_group(backend, store=own, rank=rank, world_size=world_size,
-                                    timeout=CONNECT_TIMEOUT)  # fmt: skip
-            dist.barrier()
-        except RuntimeError as problem:  # DistError and its kind
-            error = problem
-        if all(agree(own, "connected", rank, world_size, error is None)):
-            dist.distributed_c10d._set_pg_timeout(timeout)  # PyTorch has no public way
-            return
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    raise ConnectionError(
-        f"the {world_size} ranks met, but could not connect with one another: {error}; see that "
-        "nothing between their machines blocks the ports, and name the network by "
-        "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
-    )
-
-
-def agree(
-    store: dist.Store, topic: str, rank: int, world_size: int, is_well: bool = True
-) -> list[bool]:
-    """Each rank's word on a topic, once all have given theirs; raises RuntimeError otherwise."""
-    store.set(f"{topic} {rank}", str(int(is_well)))
-    return [store.get(f"{topic} {other}") == b"1" for other in range(world_size)]
 
 
 def resolve_compute(
