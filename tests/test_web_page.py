@@ -277,7 +277,7 @@ def test_who_finds_the_queue_full_is_told(browser, tmp_path):
             visitor.send("And me?")
         # One of them waits, whichever came first.
         deadline_s = time.monotonic() + PATIENCE_S
-        while sum(visitor.page.locator(".toast-body", has_text="full").count() > 0
+        while sum(visitor.page.locator(".toast-body", has_text="busy").count() > 0
                   for visitor in others) < 2:  # fmt: skip
             assert time.monotonic() < deadline_s, "nobody is told that the queue is full"
             others[0].page.wait_for_timeout(100)
