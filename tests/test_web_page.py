@@ -111,7 +111,9 @@ def test_a_conversation_with_pictures(browser, site, folder, screenshots):
 def test_same_seed_gives_the_text_of_the_engine(browser, site, folder):
     with visiting(browser, site) as me:
         me.open("sampling")
-        me.page.locator("#seed textarea, #seed input").fill("7")
+        seed = me.page.locator("#seed textarea, #seed input")
+        seed.fill("7")
+        seed.press("Tab")
         me.attach_picture(folder / "green.png")
         assert "seed 7" in me.ask("What is it?")
         text = site.events("answer")[-1]["text"]
