@@ -284,10 +284,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the chain; returns the exit status."""
     chain, args = parse_args(argv)
     if not args.from_zero and not (chain.llm.is_file() and (chain.tower / "config.json").is_file()):
-        print("error: the tiny language model and tower are not part of the repository yet; "
-              "`make from-zero` makes them here first, in an hour or two on 2 CPU cores, and "
-              "`python trainer/demo.py --from_zero 1 --publish 1` puts them where `make demo` "
-              "looks", file=sys.stderr)  # fmt: skip
+        print(f"error: the repository's {chain.llm} or {chain.tower} is missing; fetch them by "
+              "`git checkout -- out model/vision_model`, or make them anew by `make from-zero` "
+              "(an hour or two on 2 CPU cores) and `python trainer/demo.py --from_zero 1 "
+              "--publish 1`", file=sys.stderr)  # fmt: skip
         return 1
     started_s = time.perf_counter()
     print(f"matrix products: {matrix_rate():.0f} GFLOP/s in float32")
