@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -79,6 +80,14 @@ class RankGroup:
         for rank in ranks or range(len(self.processes)):
             if self.processes[rank].is_alive():
                 os.kill(self.processes[rank].pid, signum)
+
+    def families(self) -> list[int]:
+        """All processes of the ranks: themselves, their data workers and what these started."""
+        found = [process.pid for process in self.processes]
+        for pid in found:  # grows as children are found
+            listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+            found += map(int, listed.stdout.split())
+        return found
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:
         """Exit statuses, once all have ended; whoever has not is killed, which is an error."""

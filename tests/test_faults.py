@@ -56,6 +56,18 @@ def assert_nothing_runs(text: str) -> None:
     raise AssertionError(f"still running: {left}")
 
 
+def assert_ended(processes: list[int]) -> None:
+    """None of them runs any more; who is dead but not yet waited for does not run."""
+    deadline, left = time.monotonic() + 60, processes
+    while left and time.monotonic() < deadline:
+        shown = subprocess.run(["ps", "-o", "pid=,stat=,args=", "-p", ",".join(map(str, left))],
+                               capture_output=True, text=True).stdout  # fmt: skip
+        rows = [line.split(maxsplit=2) for line in shown.splitlines()]
+        left = [int(pid) for pid, state, *_ in rows if not state.startswith("Z")]
+        time.sleep(0.2)
+    assert not left, shown
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "victim"),
@@ -80,6 +92,24 @@ def test_rank_that_is_lost_ends_the_others(signum, victim, assets, tmp_path, dat
         took_s = time.monotonic() - started_s
     survived(f"rank {victim} {'dies' if signum == signal.SIGKILL else 'hangs'}: the others name it "
              f"and leave after {took_s:.0f} s")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_nobody_waits_for_a_hanging_rank_when_another_dies(assets, tmp_path, data):
+    # The collective fails at once, but with the rank that hangs others are still under way.
+    argv = flags(assets, tmp_path, data, num_workers=1)
+    with RankGroup(argv, tmp_path, world_size=3, hook=(record_steps, tmp_path, "run")) as group:
+        group.wait_for(lambda: steps_taken(tmp_path, 3) >= 3, "steps")
+        processes = group.families()
+        assert len(processes) >= 6  # each rank has a data worker
+        group.kill(2, signum=signal.SIGSTOP)
+        time.sleep(2)  # the others come to wait for it
+        group.kill(1, signum=signal.SIGKILL)
+        group.processes[0].join(LOST_S)
+        assert group.processes[0].exitcode == 1, group.said()
+        assert re.search(r"error: .*rank [12] \(", group.output(0)), group.said()
+    assert_ended(processes)
+    survived("one rank hangs, another dies: the third leaves")
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from model.weights import (
 )
 from trainer import preflight
 from trainer.train_args import Stage, TrainArgs
-from trainer.trainer_utils import Logger, Ranks, epoch_order, ignore_signals, rank_batches
+from trainer.trainer_utils import Logger, Ranks, epoch_order, rank_batches, start_worker
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def loader(dataset: Dataset, sampler, args: TrainArgs, ranks: Ranks, pad: int) -
         collate_fn=VLMCollator(pad_token_id=pad),
         num_workers=args.num_workers,
         pin_memory=ranks.device.type == "cuda",
-        worker_init_fn=ignore_signals,
+        worker_init_fn=start_worker,
         # Its own generator: drawing from the global one would make a resumed run differ.
         generator=torch.Generator().manual_seed(args.seed),
     )

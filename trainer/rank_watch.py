@@ -166,7 +166,7 @@ class RankWatch:
             lost = lost or self._store_is_gone(self.timeout_s)
             if lost and not self._ended.is_set():
                 print(f"rank {self._beats.rank}: error: {lost}", file=sys.stderr, flush=True)
-                os._exit(1)
+                leave_at_once(1)
 
     def _store_is_gone(self, limit_s: float) -> str | None:
         if self._round_s is None or time.monotonic() - self._round_s <= limit_s:
@@ -177,6 +177,14 @@ class RankWatch:
             f"for {time.monotonic() - self._round_s:.0f} s: it was killed, hangs, or its machine "
             "is lost; go on with --from_resume 1 on the ranks that are left"
         )
+
+
+def leave_at_once(status: int) -> None:
+    """End this process as it is. An orderly end would wait for collectives that were begun, and
+    for as long as a rank that hangs takes part in one, that is until they time out."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def key(rank: int) -> str:

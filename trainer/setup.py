@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from trainer.build import Parts, build, train_loader, val_loader
 from trainer.engine import Engine
 from trainer.metrics import Console, JsonLog, Metrics
 from trainer.optim import make_optimizer, set_trainable
-from trainer.rank_watch import RankWatch
+from trainer.rank_watch import RankWatch, leave_at_once
 from trainer.report import INTERRUPTED, RunPaths, print_header, report_end, run_paths
 from trainer.run_state import RunState, describe_run
 from trainer.tracking import Tracker, check_tracker, describe_tracker
@@ -42,32 +43,43 @@ def main(stage: Stage, argv: list[str] | None, *, description: str) -> int:
         args = parse_args(stage, argv, description=description)
         watch = RankWatch(timeout_s=args.rank_timeout)
         with StopSignal() as stop, watch:
-            return run_stage(stage, args, stop)
-    except KeyboardInterrupt:
+            status = run_stage(stage, args, stop)
+    except BaseException as error:
+        status = say_why(error, lost=watch and watch.lost)
+        if not dist.is_initialized():
+            if status is None:
+                raise
+            return status
+        if status is None:
+            traceback.print_exc()
+        leave_at_once(status or 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return status
+
+
+def say_why(error: BaseException, *, lost: str | None) -> int | None:
+    """One line on stderr and the exit status; None for what only a programmer can mend.
+
+    Args:
+        lost: the rank for want of which a collective failed.
+    """
+    if isinstance(error, KeyboardInterrupt):
         print("left at once; what was saved before is whole", file=sys.stderr, flush=True)
         return INTERRUPTED + signal.SIGINT
-    except (ValueError, OSError) as error:
-        if os.environ.get("MINIMIND_TRACEBACK"):
-            raise
+    if isinstance(error, torch.OutOfMemoryError):
+        say_error(f"out of memory ({str(error).split('. ')[0]}); lower --batch_size and raise "
+                  "--accumulation_steps by as much")  # fmt: skip
+    elif isinstance(error, RuntimeError) and lost:
+        say_error(lost)
+    elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        say_error(f"{str(error).splitlines()[0]}; memory or /dev/shm may be full: use fewer "
+                  "--num_workers, and go on with --from_resume 1")  # fmt: skip
+    elif isinstance(error, (ValueError, OSError)) and not os.environ.get("MINIMIND_TRACEBACK"):
         say_error(error)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).split('. ')[0]}); lower --batch_size and raise "
-              "--accumulation_steps by as much", file=sys.stderr, flush=True)  # fmt: skip
-        return 1
-    except RuntimeError as error:
-        if watch.lost:  # then a collective failed for want of that rank
-            say_error(watch.lost)
-            return 1
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        print(f"error: {str(error).splitlines()[0]}; memory or /dev/shm may be full: use "
-              "fewer --num_workers, and go on with --from_resume 1",
-              file=sys.stderr, flush=True)  # fmt: skip
-        return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    else:
+        return None
+    return 1
 
 
 def say_error(error: object) -> None:

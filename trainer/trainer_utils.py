@@ -2,11 +2,13 @@
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import random
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -293,10 +295,17 @@ class StopSignal:
             os.write(2, b"\nwill save and leave after this step; Ctrl-C again leaves at once\n")
 
 
-def ignore_signals(_worker_id: int) -> None:
-    """Data workers leave Ctrl-C to the main process, which ends them when it has saved."""
+def start_worker(_worker_id: int) -> None:
+    """Data workers leave Ctrl-C to the main process, which ends them when it has saved, and end
+    with it however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()  # PyTorch watches the fork server, where there is one
+    os._exit(1)
 
 
 def rng_state(device: torch.device) -> dict:
