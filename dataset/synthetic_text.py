@@ -8,7 +8,7 @@ and of a shape is asked only what none of its questions name.
 from dataclasses import dataclass
 from random import Random
 
-from dataset.synthetic_world import CHARACTERS, COLOURS, PLACES, SHAPES, Item, Scene
+from dataset.synthetic_world import CHARACTERS, COLOURS, PLACES, SHAPES, UNTOLD, Item, Scene
 
 LANGUAGES = ("en", "zh")
 PLACE_TURN_SHARE = 0.8  # of the records ask for a place; the same share asks for the number
@@ -264,7 +264,8 @@ def _table(scene: Scene, language: str) -> str:
     for place in PLACES:
         if place in content:
             item = content[place]
-            words = gap.join(word(n, language) for n in (item.size, item.colour, item.shape))
+            names = [n for n in (item.size, item.colour, item.shape) if n != UNTOLD]
+            words = gap.join(word(n, language) for n in names)
         elif place == scene.character_place:
             words = scene.character
         else:

@@ -6,7 +6,7 @@ digit in a free quadrant. Lengths are shares of the image's side; x runs right a
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
@@ -59,6 +59,8 @@ CENTRE_JITTER = 0.02
 MAX_ANGLE_DEGREES = 12.0
 COLOUR_JITTER = 10  # of 255, per channel
 MIN_CONTRAST = 95.0  # distance in RGB between a shape and the ground
+MIN_NAMELESS = 50.0  # distance in RGB between a colour without a name and every one with
+UNTOLD = ""  # in place of a word that nothing shall be learnt of
 
 
 @dataclass(frozen=True)
@@ -177,3 +179,24 @@ def _make_item(rng: Random, colour: str, shape: str, place: str) -> Item:
             for channel in COLOURS[colour]
         ),
     )
+
+
+def recolour(scene: Scene, rng: Random) -> Scene:
+    """The scene with a random colour for each shape that has no name in this world."""
+    ground = GROUNDS[scene.ground]
+
+    def is_fit(rgb: tuple[int, ...]) -> bool:
+        is_nameless = all(math.dist(rgb, named) >= MIN_NAMELESS for named in COLOURS.values())
+        return is_nameless and math.dist(rgb, ground) >= MIN_CONTRAST
+
+    items = []
+    for item in scene.items:
+        while not is_fit(rgb := tuple(rng.randrange(256) for _ in range(3))):
+            pass
+        items.append(replace(item, colour=UNTOLD, rgb=rgb))
+    return replace(scene, items=tuple(items))
+
+
+def hide_shapes(scene: Scene) -> Scene:
+    """The scene to tell of without a word of its shapes."""
+    return replace(scene, items=tuple(replace(item, shape=UNTOLD) for item in scene.items))

@@ -1,12 +1,14 @@
 """The tiny tower's training: its scenes, its pixels, and the folder it writes."""
 
+import math
+import re
 from random import Random
 
 import pytest
 import torch
 from PIL import Image
 
-from dataset.synthetic_world import sample_scene
+from dataset.synthetic_world import COLOURS, GROUNDS, SHAPES, recolour, sample_scene
 from model.model_vlm import MiniMindVLM, count_image_tokens
 from model.vlm_processor import load_tokenizer
 from trainer import train_clip_tiny
@@ -34,6 +36,33 @@ def test_scenes_are_of_the_training_split_and_repeatable():
     assert not torch.equal(picture, scenes[0][0])
     with pytest.raises(IndexError):
         scenes[10]
+
+
+def test_a_scene_teaches_colours_or_shapes_never_which_come_together():
+    tokenizer = load_tokenizer()
+    lists, said = list(WORDS), []
+    for _, ids, names in Scenes(20, seed=1, tokenizer=tokenizer):
+        kinds = {k for k in ("colour", "shape") if (names[lists.index(k)] != UNNAMED).any()}
+        text = tokenizer.decode(ids)
+        told = {
+            kind
+            for kind, words in (("colour", COLOURS), ("shape", SHAPES))
+            if any(word in text for word in words)
+        }
+        assert kinds == told and len(kinds) == 1
+        said += kinds
+    assert set(said) == {"colour", "shape"}
+
+
+def test_shapes_are_taught_in_colours_without_a_name():
+    rng = Random(0)
+    for _ in range(100):
+        scene = sample_scene(rng)
+        shown = recolour(scene, rng)
+        assert [i.shape for i in shown.items] == [i.shape for i in scene.items]
+        for item in shown.items:
+            assert all(math.dist(item.rgb, named) >= 50 for named in COLOURS.values())
+            assert math.dist(item.rgb, GROUNDS[scene.ground]) >= 95
 
 
 def test_patches_are_named_by_what_they_show():
@@ -104,6 +133,7 @@ def test_training_writes_a_clip_folder_that_the_model_takes(tmp_path, capfd):
     assert train_clip_tiny.main(argv) == 0
     out = capfd.readouterr().out
     assert "step 12/12 loss:" in out and "in-batch:" in out
+    assert re.search(r"on pairs never shown: colour:[\d.]+% shape:[\d.]+%", out)
     tower, processor = MiniMindVLM.get_vision_model(tmp_path)
     assert count_image_tokens(tower.config, keep_cls=False) == 196
     pixels = MiniMindVLM.image2tensor(Image.new("RGB", (96, 96), "red"), processor)

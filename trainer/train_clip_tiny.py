@@ -3,13 +3,16 @@
     python trainer/train_clip_tiny.py --steps 4000
 
 Two contrasts train it: whole pictures with their captions, as in CLIP, and single patches with the
-words for what they show, since the language model will read the patches one by one. The result is
-an ordinary CLIP folder; the language model only reads its vision half.
+words for what they show, since the language model will read the patches one by one. Some of the
+pictures teach colours, the others shapes, in colours without a name: so nothing is learnt of which
+shape comes in which colour, and the pairs that training never shows are seen as well as the rest.
+The result is an ordinary CLIP folder; the language model only reads its vision half.
 """
 
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -31,7 +34,10 @@ from dataset.synthetic_world import (
     SHAPES,
     SIZES,
     TEXTURES,
+    UNTOLD,
     Scene,
+    hide_shapes,
+    recolour,
     sample_scene,
 )
 from model.inference import choose_device
@@ -47,6 +53,8 @@ HEAD_DIM = 64  # as in CLIP; fewer, wider heads are also much faster on a CPU
 MAX_WAVELENGTH = 100.0  # of the sines that positions start from, in patches
 WORD_WEIGHT = 5.0  # of the contrast of patches and words
 UNNAMED = -1  # a patch of which a list of words says nothing
+COLOURS_EVERY = 4  # one picture of so many teaches colours, which are soon learnt; the rest shapes
+NUM_HELDOUT = 512  # scenes with a held-out pair, to see whether it is seen
 
 # What can be said of a patch: one word of each list, or nothing.
 WORDS = {
@@ -74,7 +82,8 @@ def name_patches(scene: Scene) -> np.ndarray:
         is_covered = np.hypot(x - item.x, y - item.y) <= item.radius
         names["count"][is_covered] = UNNAMED
         for kind in ("colour", "shape", "place", "size", "texture"):
-            names[kind][is_covered] = WORDS[kind].index(getattr(item, kind))
+            word = getattr(item, kind)
+            names[kind][is_covered] = UNNAMED if word == UNTOLD else WORDS[kind].index(word)
     if scene.character is not None:
         column, row = PLACES[scene.character_place]
         is_covered = (abs(x - 0.25 - 0.5 * column) < 0.1) & (abs(y - 0.25 - 0.5 * row) < 0.13)
@@ -85,7 +94,7 @@ def name_patches(scene: Scene) -> np.ndarray:
 
 
 class Scenes(Dataset):
-    """Scene `index` of a seed, of the training split only."""
+    """Scene `index` of a seed, of the training split only; it teaches colours or shapes."""
 
     def __init__(self, num_scenes: int, *, seed: int, tokenizer):
         self.num_scenes, self.seed, self.tokenizer = num_scenes, seed, tokenizer
@@ -98,10 +107,19 @@ class Scenes(Dataset):
         if not 0 <= index < self.num_scenes:
             raise IndexError(index)
         rng = Random(f"{self.seed} {index}")
-        scene = sample_scene(rng)
-        picture = torch.from_numpy(np.asarray(draw_scene(scene, image_size=DRAWN_SIDE)).copy())
-        ids = encode(self.tokenizer, describe(scene, rng, style="table"))
-        return picture.permute(2, 0, 1), ids, torch.from_numpy(name_patches(scene))
+        shown = sample_scene(rng)
+        if index % COLOURS_EVERY:
+            shown = told = recolour(shown, rng)
+        else:
+            told = hide_shapes(shown)
+        ids = encode(self.tokenizer, describe(told, rng, style="table"))
+        return draw(shown), ids, torch.from_numpy(name_patches(told))
+
+
+def draw(scene: Scene) -> Tensor:
+    """(3, side, side) uint8."""
+    picture = np.asarray(draw_scene(scene, image_size=DRAWN_SIDE))
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)
 
 
 def encode(tokenizer, text: str) -> Tensor:
@@ -225,7 +243,7 @@ def train(model: CLIPModel, args: argparse.Namespace, tokenizer, device: torch.d
     loader = DataLoader(Scenes(args.steps * args.batch_size, seed=args.seed, tokenizer=tokenizer),
                         batch_size=args.batch_size, collate_fn=collate,
                         num_workers=args.num_workers)  # fmt: skip
-    optimizer = make_optimizer(model.named_parameters(), lr=args.learning_rate)
+    optimizer = make_optimizer(model.named_parameters(), lr=args.learning_rate, kind="muon")
     ids, mask, lengths = encode_words(tokenizer)
     words = ids.to(device), mask.to(device), lengths
     started_s, window = time.perf_counter(), []
@@ -259,6 +277,27 @@ def train(model: CLIPModel, args: argparse.Namespace, tokenizer, device: torch.d
             print(f"step {step}/{args.steps} loss:{output.loss.item():.4f} {as_text(figures)} "
                   f"images/s:{step * args.batch_size / elapsed_s:.0f}", flush=True)  # fmt: skip
     return figures
+
+
+@torch.no_grad()
+def heldout_figures(model: CLIPModel, args: argparse.Namespace, tokenizer) -> dict[str, float]:
+    """The share of patches whose colour and shape is named rightly, on pairs never trained on."""
+    device = model.device
+    ids, mask, lengths = encode_words(tokenizer)
+    words = ids.to(device), mask.to(device), lengths
+    rng, shares = Random("held-out pairs"), []
+    for _ in range(NUM_HELDOUT // args.batch_size + 1):
+        scenes = [
+            sample_scene(rng, split="heldout", is_combination=True) for _ in range(args.batch_size)
+        ]
+        pixels = preprocess(torch.stack([draw(scene) for scene in scenes]).to(device))
+        pairs = [replace(scene, items=scene.items[:1], character=None) for scene in scenes]
+        names = torch.stack([torch.from_numpy(name_patches(pair)) for pair in pairs]).to(device)
+        with autocast(device, args.dtype):
+            states = model.vision_model(pixel_values=pixels).last_hidden_state[:, 1:]
+            shares.append(word_loss(model, states, names, words)[1])
+    figures = dict(zip(WORDS, torch.stack(shares).mean(0).tolist(), strict=True))
+    return {kind: figures[kind] for kind in ("colour", "shape")}
 
 
 def as_text(figures: dict[str, float]) -> str:
@@ -308,11 +347,12 @@ def main(argv: list[str] | None = None) -> int:
     size = sum(p.numel() for p in model.vision_model.parameters())
     print(f"tower: {size:,} parameters of {sum(p.numel() for p in model.parameters()):,}")
     figures = train(model, args, tokenizer, device)
+    heldout = heldout_figures(model, args, tokenizer)
     model.to("cpu", torch.float16).save_pretrained(args.save_dir)
     CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIDE}, crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE}
     ).save_pretrained(args.save_dir)
-    print(f"done: {args.save_dir}; {as_text(figures)}")
+    print(f"done: {args.save_dir}; {as_text(figures)}; on pairs never shown: {as_text(heldout)}")
     return 0
 
 
