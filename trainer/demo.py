@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from dataset.synthetic_text import CHANCE
-from model.inference import parse_bool
+from model.inference import choose_device, parse_bool
 from model.model_vlm import VISION_DIR
 from model.weights import OUT_DIR, ROOT
+from trainer.local_ranks import run_script
 from trainer.plot import draw_curve, read_metrics
 
 TOWER, LLM, VLM = "clip-tiny-patch16", "llm_demo_128", "sft_vlm_demo_128"  # as the repository has
@@ -84,17 +85,18 @@ FROM_ZERO = {  # what differs in `make from-zero`
     "tower": OUT_DIR / "from_zero" / TOWER,
     "llm": OUT_DIR / "from_zero" / f"{LLM}.pth",
     "num_pretrain": 4000,
-    "num_train": 24000,
+    "num_train": 32000,
     "num_heldout": 1100,
     "tower_steps": 3500,
 }
 
 
-def run(*command) -> None:
-    """Run a script of the repository; its output goes to the terminal."""
-    words = [str(word) for word in command]
-    print(f"\n$ python {' '.join(words)}", flush=True)
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+def num_ranks() -> int:
+    """Processes that train together. On a CPU two of one thread do more than one of two threads;
+    a GPU takes one."""
+    if choose_device().type != "cpu":
+        return 1
+    return next(count for count in (4, 2, 1) if count <= (os.cpu_count() or 1))
 
 
 def matrix_rate() -> float:
@@ -108,66 +110,72 @@ def matrix_rate() -> float:
 
 def make_data(chain: Chain) -> None:
     """Pictures for both stages and held-out ones, with their questions."""
-    told = ("--caption_share", 0.1, "--list_share", 1)
+    told = ("--caption_share", 0.2, "--list_share", 1)
     for folder, split, count, more in (
         (chain.pretrain_data, "train", chain.num_pretrain, (*told, "--seed", 1)),
         (chain.data, "train", chain.num_train, (*told, "--num_blind", chain.num_train // 20)),
         (chain.data, "heldout", chain.num_heldout, ()),
     ):
         if not (folder / f"{split}.jsonl").is_file():
-            run("-m", "dataset.synthetic", "--out", folder, "--split", split, "--num_images",
-                count, "--num_pairs", 0, *more)  # fmt: skip
+            run_script("-m", "dataset.synthetic", "--out", folder, "--split", split,
+                       "--num_images", count, "--num_pairs", 0, *more)  # fmt: skip
 
 
 def train_tower(chain: Chain) -> None:
     """The tower, on pictures, captions and words."""
     if not (chain.tower / "preprocessor_config.json").is_file():  # written last
-        run("trainer/train_clip_tiny.py", "--save_dir", chain.tower, "--steps", chain.tower_steps)
+        run_script("trainer/train_clip_tiny.py", "--save_dir", chain.tower, "--steps",
+                   chain.tower_steps)  # fmt: skip
 
 
 def train_llm(chain: Chain) -> None:
     """The language model: scenes told over and over, then questions about told scenes."""
-    start = "none"
+    start, ranks = "none", num_ranks()
     for stage in TEXT_STAGES:
         text = chain.data / stage.name
         if not (text / "train_text.jsonl").is_file():
-            run("-m", "dataset.synthetic", "--out", text, "--split", "train", "--seed", stage.seed,
-                "--num_images", 1, "--num_pairs", 0, "--caption_share", 0.1, stage.flag,
-                round(stage.count * chain.text_share))  # fmt: skip
-        run("trainer/train_llm.py", *SIZES, "--max_seq_len", 340, "--loss_on", "answers",
-            "--data_path", text / "train_text.jsonl", "--batch_size", stage.batch_size,
-            "--learning_rate", stage.learning_rate, "--warmup_steps", 50, "--log_interval", 50,
-            "--dtype", "float32", "--num_workers", 0, "--save_dir", chain.folder,
-            "--checkpoint_dir", chain.folder, "--from_weight", start, "--save_weight", stage.name,
-            "--from_resume", 1)  # fmt: skip
+            run_script("-m", "dataset.synthetic", "--out", text, "--split", "train",
+                       "--seed", stage.seed, "--num_images", 1, "--num_pairs", 0,
+                       "--caption_share", 0.1, stage.flag,
+                       round(stage.count * chain.text_share))  # fmt: skip
+        run_script("trainer/train_llm.py", *SIZES, "--max_seq_len", 340, "--loss_on", "answers",
+                   "--data_path", text / "train_text.jsonl",
+                   "--batch_size", stage.batch_size // ranks,
+                   "--learning_rate", stage.learning_rate, "--warmup_steps", 50,
+                   "--log_interval", 50, "--dtype", "float32", "--num_workers", 0,
+                   "--save_dir", chain.folder, "--checkpoint_dir", chain.folder,
+                   "--from_weight", start, "--save_weight", stage.name, "--from_resume", 1,
+                   num_ranks=ranks)  # fmt: skip
         start = stage.name
 
 
 def train(chain: Chain) -> None:
     """Both stages; one that is complete ends at once."""
+    ranks = num_ranks()
     common = ("--vision_model_path", chain.tower, "--save_dir", chain.out,
               "--checkpoint_dir", chain.out, "--seed", chain.seed, "--epochs", 1, "--dtype",
               "float32", "--log_interval", 20, "--num_workers", 1,
               "--from_resume", 1)  # fmt: skip
     for script, data, more in (
         ("trainer/train_pretrain_vlm.py", chain.pretrain_data, (
-            "--from_weight", chain.llm, "--batch_size", 16, "--learning_rate", 3e-3,
+            "--from_weight", chain.llm, "--batch_size", 16 // ranks, "--learning_rate", 3e-3,
             "--save_weight", "pretrain_vlm_demo")),
         ("trainer/train_sft_vlm.py", chain.data, (
-            "--from_weight", "pretrain_vlm_demo", "--hidden_size", 128, "--batch_size", 8,
+            "--from_weight", "pretrain_vlm_demo", "--hidden_size", 128, "--batch_size", 8 // ranks,
             "--learning_rate", 1.5e-3, "--warmup_steps", 100, "--optimizer", "muon",
             "--save_weight", "sft_vlm_demo")),
     ):  # fmt: skip
-        run(script, *common, "--data_path", data / "train.jsonl", "--images_path",
-            data / "train_images", *more)  # fmt: skip
+        run_script(script, *common, "--data_path", data / "train.jsonl", "--images_path",
+                   data / "train_images", *more, num_ranks=ranks)  # fmt: skip
 
 
 def evaluate(chain: Chain) -> dict:
     """Score the held-out questions; returns the scores."""
     scores = chain.out / "scores.json"
-    run("eval_vlm.py", "--weight", chain.out / f"{VLM}.pth", "--vision_model_path", chain.tower,
-        "--data_path", chain.data / "heldout.jsonl", "--images_path",
-        chain.data / "heldout_images", "--json", scores)  # fmt: skip
+    run_script("eval_vlm.py", "--weight", chain.out / f"{VLM}.pth", "--vision_model_path",
+               chain.tower, "--data_path", chain.data / "heldout.jsonl", "--images_path",
+               chain.data / "heldout_images", "--json", scores,
+               num_ranks=num_ranks())  # fmt: skip
     return json.loads(scores.read_text())
 
 
