@@ -1,8 +1,13 @@
 """The chain on the sample world, on a handful of scenes, and the weights of the repository."""
 
+import argparse
+
 import pytest
 from PIL import Image
 
+from dataset.synthetic_drawing import EVAL_IMAGES
+from dataset.synthetic_text import CHINESE
+from model.inference import Sampling, VLMEngine, add_model_arguments
 from trainer import demo
 
 FEW = ["--num_pretrain", "16", "--num_train", "32", "--num_heldout", "24"]
@@ -55,7 +60,33 @@ def test_demo_without_weights_names_the_way(tmp_path, monkeypatch, capfd):
 
 
 def test_weights_of_the_repository_stay_small():
-    folders = (demo.VISION_DIR / demo.TOWER, demo.OUT_DIR)
-    files = [*folders[0].iterdir(), *folders[1].glob(f"{demo.LLM}.*")]
-    assert {p.suffix for p in files} >= {".pth", ".json", ".safetensors"}
-    assert sum(p.stat().st_size for p in files) < 10.5e6  # they count twice in a clone
+    files = [*(demo.VISION_DIR / demo.TOWER).iterdir()]
+    files += [path for stem in (demo.LLM, demo.VLM) for path in demo.OUT_DIR.glob(f"{stem}.*")]
+    assert sum(path.suffix == ".pth" for path in files) == 2
+    assert {path.suffix for path in files} == {".pth", ".json", ".safetensors"}
+    assert sum(path.stat().st_size for path in files) < 10.5e6  # they count twice in a clone
+
+
+QUESTIONS = {  # to the words that answer them
+    "What colour is the shape?": lambda colour, _: colour,
+    "图形是什么颜色？": lambda colour, _: CHINESE[colour],
+    "What shape is it?": lambda _, shape: shape,
+    "这是什么形状？": lambda _, shape: CHINESE[shape],
+    "How many shapes are there?": lambda *_: "1",
+    "图中有几个图形？": lambda *_: "1",
+}
+
+
+@pytest.mark.parametrize("number", [n for n, image in enumerate(EVAL_IMAGES) if image[2] == 1])
+def test_finished_weight_of_the_repository_answers(number):
+    colour, shape, _, _, stem = EVAL_IMAGES[number]
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    engine = VLMEngine.from_args(parser.parse_args(["--weight", "sft_vlm_demo", "--device", "cpu"]))
+    image = demo.ROOT / "dataset" / "eval_images" / f"{stem}.png"
+    requests = [
+        ([{"role": "user", "content": f"<image>\n{question}"}], [image]) for question in QUESTIONS
+    ]
+    said = [answer.text for answer in engine.generate(requests, Sampling(16, 0))]
+    right = [answer(colour, shape) for answer in QUESTIONS.values()]
+    assert sum(map(str.__eq__, said, right)) >= len(right) - 1, list(zip(said, right, strict=True))
