@@ -46,6 +46,7 @@ from dataset.synthetic_drawing import (
 from dataset.synthetic_text import (
     CHANCE,
     LANGUAGES,
+    NUM_LISTED,
     STYLES,
     Turn,
     caption_turn,
@@ -123,15 +124,20 @@ def text_conversations(
 
 
 def _last_turns(
-    scene: Scene, rng: Random, language: str, caption_share: float, list_share: float = 0.0
+    scene: Scene,
+    rng: Random,
+    language: str,
+    caption_share: float,
+    list_share: float = 0.0,
+    num_listed: int = NUM_LISTED,
 ) -> list[Turn]:
     """Requests for a caption and a list, each with its chance; none is drawn where it is zero."""
-    shares = ((caption_share, caption_turn), (list_share, list_turn))
-    return [
-        turn(scene, rng, language=language)
-        for share, turn in shares
-        if share and rng.random() < share
-    ]
+    turns = []
+    if caption_share and rng.random() < caption_share:
+        turns.append(caption_turn(scene, rng, language=language))
+    if list_share and rng.random() < list_share:
+        turns.append(list_turn(scene, rng, language=language, num_listed=num_listed))
+    return turns
 
 
 def retold_scenes(num: int, *, seed: int, split: str, languages: tuple[str, ...]) -> Iterator[dict]:
@@ -175,6 +181,7 @@ def write_dataset(
     character_share: float = CHARACTER_SHARE,
     caption_share: float = 0.0,
     list_share: float = 0.0,
+    num_listed: int = NUM_LISTED,
     num_blind: int = 0,
     num_retold: int = 0,
 ) -> Counter:
@@ -205,7 +212,7 @@ def write_dataset(
             turns = combination_turns(scene, rng, language=language)[:num_turns]
         else:
             turns = scene_turns(scene, rng, language=language, num_turns=num_turns)
-            turns += _last_turns(scene, rng, language, caption_share, list_share)
+            turns += _last_turns(scene, rng, language, caption_share, list_share, num_listed)
             comparable.append((name, scene))
         records.append(make_record(turns, images=[name], with_types=split == "heldout"))
         told = [caption_turn(scene, rng, language=language)]
@@ -289,6 +296,7 @@ def main(argv: list[str] | None = None) -> int:
             character_share=args.character_share,
             caption_share=args.caption_share,
             list_share=args.list_share,
+            num_listed=args.num_listed,
             num_blind=args.num_blind,
             num_retold=args.num_retold,
         )
@@ -325,6 +333,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--list_share", type=float, default=0.0,
         help="share of records that also ask for a list of the shapes, over and over "
         "| 带反复列举的比例")  # fmt: skip
+    add("--num_listed", type=int, default=NUM_LISTED, help="pieces of such a list | 每次列举的条数")
     add("--num_blind", type=int, default=0, help="records without anything to see | 无图提问记录数")
     add("--num_retold", type=int, default=0, help="plain texts about scenes | 纯文本复述数")
     add("--eval_images", type=int, choices=(0, 1, 2), nargs="?", const=1, default=0,

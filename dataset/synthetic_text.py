@@ -217,7 +217,9 @@ def caption_turn(scene: Scene, rng: Random, *, language: str = "en") -> Turn:
     return ask(rng, language, "caption", None, answer=caption(scene, rng, language=language))
 
 
-def list_turn(scene: Scene, rng: Random, *, language: str = "en") -> Turn:
+def list_turn(
+    scene: Scene, rng: Random, *, language: str = "en", num_listed: int = NUM_LISTED
+) -> Turn:
     """A request to list the shapes over and over, and the list.
 
     Most of its words follow from the picture and the words just before: "red" is said of one
@@ -225,7 +227,7 @@ def list_turn(scene: Scene, rng: Random, *, language: str = "en") -> Turn:
     often than questions do, each of which has but one word to learn from.
     """
     pieces = [
-        _piece(rng.choice(scene.items), rng, language, with_size=False) for _ in range(NUM_LISTED)
+        _piece(rng.choice(scene.items), rng, language, with_size=False) for _ in range(num_listed)
     ]
     return ask(rng, language, "list", None, answer=_join(pieces, language))
 

@@ -1,8 +1,16 @@
 """The chain on the sample world, on a handful of scenes, and the weights of the repository."""
 
 import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import torch
+from conftest import ROOT, make_records, script_environment, train_flags
 from PIL import Image
 
 from dataset.synthetic_drawing import EVAL_IMAGES
@@ -10,6 +18,8 @@ from dataset.synthetic_text import CHINESE
 from model.inference import Sampling, VLMEngine, add_model_arguments
 from trainer import demo
 
+SCRIPT = "trainer/train_pretrain_vlm.py"
+TIMEOUT_S = 120
 FEW = ["--num_pretrain", "16", "--num_train", "32", "--num_heldout", "24"]
 
 
@@ -83,10 +93,71 @@ def test_finished_weight_of_the_repository_answers(number):
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)
     engine = VLMEngine.from_args(parser.parse_args(["--weight", "sft_vlm_demo", "--device", "cpu"]))
-    image = demo.ROOT / "dataset" / "eval_images" / f"{stem}.png"
+    image = ROOT / "dataset" / "eval_images" / f"{stem}.png"
     requests = [
         ([{"role": "user", "content": f"<image>\n{question}"}], [image]) for question in QUESTIONS
     ]
     said = [answer.text for answer in engine.generate(requests, Sampling(16, 0))]
     right = [answer(colour, shape) for answer in QUESTIONS.values()]
     assert sum(map(str.__eq__, said, right)) >= len(right) - 1, list(zip(said, right, strict=True))
+
+
+def test_a_script_that_fails_is_an_error(capfd):
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        demo.run_script("trainer/demo.py", "--no_such_flag")
+    assert error.value.returncode == 2
+    assert "$ python trainer/demo.py --no_such_flag" in capfd.readouterr().out
+
+
+def start(argv: list[str]) -> subprocess.Popen:
+    """A script, run by a program in a process group of its own, as a terminal has it."""
+    code = (f"import signal, sys; sys.path.insert(0, {str(ROOT)!r}); "
+            "signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from trainer.demo import run_script\n"
+            "try: run_script(*sys.argv[1:])\n"
+            "except KeyboardInterrupt: sys.exit(130)")  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", code, SCRIPT, *argv], stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.STDOUT, env=script_environment(), start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", ["Ctrl-C", "SIGTERM"])
+def test_stopped_script_saves_and_goes_on(sent, assets, tmp_path):
+    data = make_records(tmp_path / "data", num_records=60)
+    argv = train_flags(assets, tmp_path, *data, batch_size=2, epochs=1000, num_workers=1)
+    process = start(argv)
+    said = ""
+    try:
+        for line in process.stdout:
+            said += line
+            if line.startswith("Epoch:["):
+                break
+        if sent == "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
+        said += process.stdout.read()  # to the end of the last process that holds it
+        assert process.wait(TIMEOUT_S) == 130, said
+    finally:
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+    assert "Traceback" not in said
+    state = tmp_path / "checkpoints" / "pretrain_vlm_32_resume.pth"
+    progress = torch.load(state, weights_only=True)["progress"]
+    assert progress["step"] >= 1
+    assert_group_is_empty(process.pid)
+    last = ["--epochs", str(progress["epoch"] + 1), "--from_resume", "1"]
+    demo.run_script(SCRIPT, *argv, *last)
+    after = torch.load(state, weights_only=True)["progress"]
+    assert after["samples"] == 60 * (progress["epoch"] + 1)
+
+
+def assert_group_is_empty(group: int) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        stats = [p.read_text() for p in Path("/proc").glob("[0-9]*/stat") if p.exists()]
+        if all(int(stat.rpartition(")")[2].split()[2]) != group for stat in stats):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"group {group} still has processes")

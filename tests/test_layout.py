@@ -111,7 +111,6 @@ ALLOWED = {
         "trainer.trainer_utils",
     },
     "trainer.rank_watch": set(),
-    "trainer.local_ranks": {"model.weights"},
     "trainer.state_file": {"model.weights", "trainer.trainer_utils"},
     "trainer.preflight": {"trainer.metrics", "trainer.train_loop", "trainer.trainer_utils"},
     "trainer.build": {

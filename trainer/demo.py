@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from dataset.synthetic_text import CHANCE
-from model.inference import choose_device, parse_bool
+from model.inference import parse_bool
 from model.model_vlm import VISION_DIR
 from model.weights import OUT_DIR, ROOT
-from trainer.local_ranks import run_script
 from trainer.plot import draw_curve, read_metrics
 
 TOWER, LLM, VLM = "clip-tiny-patch16", "llm_demo_128", "sft_vlm_demo_128"  # as the repository has
@@ -37,6 +37,20 @@ EXAMPLES = 8  # pictures in the report
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How a stage with images trains."""
+
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    optimizer: str
+
+    def flags(self) -> tuple:
+        return ("--batch_size", self.batch_size, "--learning_rate", self.learning_rate,
+                "--warmup_steps", self.warmup_steps, "--optimizer", self.optimizer)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Chain:
     """Where a chain works and how long it trains; the defaults are those of `make demo`."""
 
@@ -44,8 +58,12 @@ class Chain:
     tower: Path = VISION_DIR / TOWER
     llm: Path = OUT_DIR / f"{LLM}.pth"
     seed: int = SEED  # of order and new weights
-    num_pretrain: int = 2000  # pictures of the first stage
-    num_train: int = 8000  # of the second, and a twentieth as many questions without one
+    num_pretrain: int = 1000  # pictures of the first stage
+    num_train: int = 6000  # of the second, and a twentieth as many questions without one
+    num_turns: int = 5  # questions a picture at most
+    num_listed: int = 16  # pieces of the list at the end
+    pretrain: Recipe = Recipe(4, 6e-3, 0, "muon")
+    sft: Recipe = Recipe(4, 1e-3, 100, "muon")
     num_heldout: int = 400
     tower_steps: int = 0
     text_share: float = 1.0  # of `TEXT_STAGES`
@@ -86,17 +104,40 @@ FROM_ZERO = {  # what differs in `make from-zero`
     "llm": OUT_DIR / "from_zero" / f"{LLM}.pth",
     "num_pretrain": 4000,
     "num_train": 32000,
+    "num_turns": 8,
+    "num_listed": 10,
+    "pretrain": Recipe(16, 3e-3, 0, "adamw"),
+    "sft": Recipe(8, 1.5e-3, 100, "muon"),
     "num_heldout": 1100,
     "tower_steps": 3500,
 }
 
 
-def num_ranks() -> int:
-    """Processes that train together. On a CPU two of one thread do more than one of two threads;
-    a GPU takes one."""
-    if choose_device().type != "cpu":
-        return 1
-    return next(count for count in (4, 2, 1) if count <= (os.cpu_count() or 1))
+def run_script(*words: object) -> None:
+    """Run `python words...` in the repository; the output goes to the terminal.
+
+    Raises:
+        subprocess.CalledProcessError: it ended with another status than 0.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, once the script has saved and ended.
+    """
+    command = [sys.executable, *map(str, words)]
+    print(f"\n$ python {' '.join(command[1:])}", flush=True)
+    process = subprocess.Popen(command, cwd=ROOT)
+
+    def pass_on(_signum, _frame) -> None:
+        process.terminate()
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # Ctrl-C went to the script as well
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if status:
+        raise subprocess.CalledProcessError(status, command)
 
 
 def matrix_rate() -> float:
@@ -110,7 +151,8 @@ def matrix_rate() -> float:
 
 def make_data(chain: Chain) -> None:
     """Pictures for both stages and held-out ones, with their questions."""
-    told = ("--caption_share", 0.2, "--list_share", 1)
+    told = ("--caption_share", 0.2, "--list_share", 1, "--num_listed", chain.num_listed,
+            "--num_turns", chain.num_turns)  # fmt: skip
     for folder, split, count, more in (
         (chain.pretrain_data, "train", chain.num_pretrain, (*told, "--seed", 1)),
         (chain.data, "train", chain.num_train, (*told, "--num_blind", chain.num_train // 20)),
@@ -130,7 +172,7 @@ def train_tower(chain: Chain) -> None:
 
 def train_llm(chain: Chain) -> None:
     """The language model: scenes told over and over, then questions about told scenes."""
-    start, ranks = "none", num_ranks()
+    start = "none"
     for stage in TEXT_STAGES:
         text = chain.data / stage.name
         if not (text / "train_text.jsonl").is_file():
@@ -139,34 +181,30 @@ def train_llm(chain: Chain) -> None:
                        "--caption_share", 0.1, stage.flag,
                        round(stage.count * chain.text_share))  # fmt: skip
         run_script("trainer/train_llm.py", *SIZES, "--max_seq_len", 340, "--loss_on", "answers",
-                   "--data_path", text / "train_text.jsonl",
-                   "--batch_size", stage.batch_size // ranks,
+                   "--data_path", text / "train_text.jsonl", "--batch_size", stage.batch_size,
                    "--learning_rate", stage.learning_rate, "--warmup_steps", 50,
                    "--log_interval", 50, "--dtype", "float32", "--num_workers", 0,
                    "--save_dir", chain.folder, "--checkpoint_dir", chain.folder,
-                   "--from_weight", start, "--save_weight", stage.name, "--from_resume", 1,
-                   num_ranks=ranks)  # fmt: skip
+                   "--from_weight", start, "--save_weight", stage.name,
+                   "--from_resume", 1)  # fmt: skip
         start = stage.name
 
 
 def train(chain: Chain) -> None:
     """Both stages; one that is complete ends at once."""
-    ranks = num_ranks()
     common = ("--vision_model_path", chain.tower, "--save_dir", chain.out,
               "--checkpoint_dir", chain.out, "--seed", chain.seed, "--epochs", 1, "--dtype",
               "float32", "--log_interval", 20, "--num_workers", 1,
               "--from_resume", 1)  # fmt: skip
-    for script, data, more in (
-        ("trainer/train_pretrain_vlm.py", chain.pretrain_data, (
-            "--from_weight", chain.llm, "--batch_size", 16 // ranks, "--learning_rate", 3e-3,
-            "--save_weight", "pretrain_vlm_demo")),
-        ("trainer/train_sft_vlm.py", chain.data, (
-            "--from_weight", "pretrain_vlm_demo", "--hidden_size", 128, "--batch_size", 8 // ranks,
-            "--learning_rate", 1.5e-3, "--warmup_steps", 100, "--optimizer", "muon",
+    for script, data, recipe, more in (
+        ("trainer/train_pretrain_vlm.py", chain.pretrain_data, chain.pretrain, (
+            "--from_weight", chain.llm, "--save_weight", "pretrain_vlm_demo")),
+        ("trainer/train_sft_vlm.py", chain.data, chain.sft, (
+            "--from_weight", "pretrain_vlm_demo", "--hidden_size", 128,
             "--save_weight", "sft_vlm_demo")),
     ):  # fmt: skip
         run_script(script, *common, "--data_path", data / "train.jsonl", "--images_path",
-                   data / "train_images", *more, num_ranks=ranks)  # fmt: skip
+                   data / "train_images", *recipe.flags(), *more)  # fmt: skip
 
 
 def evaluate(chain: Chain) -> dict:
@@ -174,8 +212,7 @@ def evaluate(chain: Chain) -> dict:
     scores = chain.out / "scores.json"
     run_script("eval_vlm.py", "--weight", chain.out / f"{VLM}.pth", "--vision_model_path",
                chain.tower, "--data_path", chain.data / "heldout.jsonl", "--images_path",
-               chain.data / "heldout_images", "--json", scores,
-               num_ranks=num_ranks())  # fmt: skip
+               chain.data / "heldout_images", "--json", scores)  # fmt: skip
     return json.loads(scores.read_text())
 
 
