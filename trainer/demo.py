@@ -62,6 +62,7 @@ class Chain:
     num_train: int = 6000  # of the second, and a twentieth as many questions without one
     num_turns: int = 5  # questions a picture at most
     num_listed: int = 16  # pieces of the list at the end
+    caption_share: float = 0.1  # of the pictures are described too
     pretrain: Recipe = Recipe(4, 6e-3, 0, "muon")
     sft: Recipe = Recipe(4, 1e-3, 100, "muon")
     num_heldout: int = 400
@@ -106,6 +107,7 @@ FROM_ZERO = {  # what differs in `make from-zero`
     "num_train": 32000,
     "num_turns": 8,
     "num_listed": 10,
+    "caption_share": 0.2,
     "pretrain": Recipe(16, 3e-3, 0, "adamw"),
     "sft": Recipe(8, 1.5e-3, 100, "muon"),
     "num_heldout": 1100,
@@ -151,8 +153,8 @@ def matrix_rate() -> float:
 
 def make_data(chain: Chain) -> None:
     """Pictures for both stages and held-out ones, with their questions."""
-    told = ("--caption_share", 0.2, "--list_share", 1, "--num_listed", chain.num_listed,
-            "--num_turns", chain.num_turns)  # fmt: skip
+    told = ("--caption_share", chain.caption_share, "--list_share", 1, "--num_listed",
+            chain.num_listed, "--num_turns", chain.num_turns)  # fmt: skip
     for folder, split, count, more in (
         (chain.pretrain_data, "train", chain.num_pretrain, (*told, "--seed", 1)),
         (chain.data, "train", chain.num_train, (*told, "--num_blind", chain.num_train // 20)),
@@ -194,7 +196,7 @@ def train(chain: Chain) -> None:
     """Both stages; one that is complete ends at once."""
     common = ("--vision_model_path", chain.tower, "--save_dir", chain.out,
               "--checkpoint_dir", chain.out, "--seed", chain.seed, "--epochs", 1, "--dtype",
-              "float32", "--log_interval", 20, "--num_workers", 1,
+              "float32", "--log_interval", 20, "--save_interval", 500, "--num_workers", 1,
               "--from_resume", 1)  # fmt: skip
     for script, data, recipe, more in (
         ("trainer/train_pretrain_vlm.py", chain.pretrain_data, chain.pretrain, (

@@ -121,7 +121,8 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     first, third, fifth = NEWTON_SCHULZ
     for _ in range(5):
         gram = near @ near.T
-        near = first * near + (third * gram + fifth * gram @ gram) @ near
+        near = torch.addmm(near, torch.addmm(gram, gram, gram, beta=third, alpha=fifth), near,
+                           beta=first)  # fmt: skip
     return near.T if is_tall else near
 
 
