@@ -46,15 +46,15 @@ def main(stage: Stage, argv: list[str] | None, *, description: str) -> int:
             status = run_stage(stage, args, stop)
     except BaseException as error:
         status = say_why(error, lost=watch and watch.lost)
-        if not dist.is_initialized():
+        if dist.is_initialized() and dist.get_world_size() > 1:
             if status is None:
-                raise
-            return status
+                traceback.print_exc()
+            leave_at_once(status or 1)
         if status is None:
-            traceback.print_exc()
-        leave_at_once(status or 1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return status
 
 
