@@ -77,16 +77,15 @@ def test_zero_is_the_training_of_ddp(name, assets, tmp_path, data):
     assert len(losses[0]) == 24
     measured = [figures(tmp_path / side, "val_loss") for side in ("ddp", "zero")]
     assert len(measured[0]) == 4
-    # DeepSpeed rounds weights to bfloat16, DDP's autocast the products: one in 128 (its precision).
-    rtol, rough = (1e-5, 1e-3) if "dtype" not in options else (1 / 128, 1 / 128)
-    torch.testing.assert_close(*measured, rtol=rough, atol=0)
+    torch.testing.assert_close(*measured, rtol=1e-3, atol=0)
+    rtol = 1e-5 if "dtype" not in options else 1e-3
     torch.testing.assert_close(*losses, rtol=rtol, atol=0)
     difference = (losses[0] - losses[1]).abs().max().item()
     print(f"\n{name}: largest difference of losses over 24 steps {difference:.1e}")
     rates = [figures(tmp_path / side, "lr") for side in ("ddp", "zero")]
     assert torch.equal(*rates)
     norms = [figures(tmp_path / side, "grad_norm") for side in ("ddp", "zero")]
-    torch.testing.assert_close(*norms, rtol=rough, atol=0)
+    torch.testing.assert_close(*norms, rtol=max(rtol, 1e-3), atol=0)
     ddp, sharded = (state_of(tmp_path / side) for side in ("ddp", "zero"))
     assert ddp["model"].keys() == sharded["model"].keys()
     for key, tensor in ddp["model"].items():
