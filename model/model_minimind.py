@@ -177,6 +177,11 @@ def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos.unsqueeze(1) + rotated * sin.unsqueeze(1)
 
 
+def keep_rows(states: Tensor, kept: Tensor | None) -> Tensor:
+    """The rows (N, D) at positions (N,) into the flattened (B, T) of (B, T, D); None: all as is."""
+    return states if kept is None else states.flatten(0, 1).index_select(0, kept)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with RoPE.
 
@@ -204,7 +209,8 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor],  # 2 x (B, T, K)
         attention_mask: Tensor | None,
         cache: Cache | None,
-    ) -> Tensor:
+        kept: Tensor | None = None,  # (N,) into the flattened (B, T): the queries to answer
+    ) -> Tensor:  # (B, T, D), or (N, D)
         def heads(projected: Tensor) -> Tensor:  # (B, T, H * K) -> (B, H, T, K)
             return projected.view(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
 
@@ -218,15 +224,10 @@ class Attention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         mixed, _ = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
+            self, query, key, value, attention_mask, scaling=self.scaling,
             dropout=self.config.dropout if self.training else 0.0,
-            scaling=self.scaling,
-        )
-        mixed = self.o_proj(mixed.reshape(*hidden.shape[:2], -1))
+        )  # fmt: skip
+        mixed = self.o_proj(keep_rows(mixed.reshape(*hidden.shape[:2], -1), kept))
         return F.dropout(mixed, self.config.dropout, self.training)
 
 
@@ -240,10 +241,15 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
 
-    def forward(self, hidden: Tensor, *, rope, attention_mask, cache, token_mask):
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, attention_mask, cache)
+    def forward(self, hidden: Tensor, *, rope, attention_mask, cache, token_mask, kept=None):
+        """At `kept` only, (N,) into the flattened (B, T), all after attention is computed and
+        returned (N, D); but experts see all: how evenly they work counts over sequences."""
+        early, late = (None, kept) if isinstance(self.mlp, MoEFeedForward) else (kept, None)
+        normed = self.input_layernorm(hidden)
+        mixed = self.self_attn(normed, rope, attention_mask, cache, early)
+        hidden = keep_rows(hidden, early) + mixed
         mixed, aux_loss = self.mlp(self.post_attention_layernorm(hidden), token_mask)
-        return hidden + mixed, aux_loss
+        return keep_rows(hidden + mixed, late), aux_loss
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):
@@ -284,8 +290,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
         position_ids: Tensor | None = None,  # (B, T)
         past_key_values: Cache | None = None,
         is_right_padded: bool = False,
+        kept: Tensor | None = None,  # (N,) into the flattened (B, T)
     ) -> tuple[Tensor, Tensor]:
-        """Returns hidden states (B, T, D) and the summed aux loss of the layers."""
+        """Returns hidden states (B, T, D), or (N, D) at `kept`, and the layers' summed aux loss."""
         num_tokens = inputs_embeds.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         is_2d = attention_mask is not None and attention_mask.ndim == 2
@@ -308,12 +315,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
         aux_loss = inputs_embeds.new_zeros((), dtype=torch.float32)
         for layer in self.layers:
             hidden, layer_aux_loss = layer(
-                hidden,
-                rope=rope,
-                attention_mask=causal_mask,
-                cache=past_key_values,
-                token_mask=token_mask,
-            )
+                hidden, rope=rope, attention_mask=causal_mask, cache=past_key_values,
+                token_mask=token_mask, kept=kept if layer is self.layers[-1] else None,
+            )  # fmt: skip
             aux_loss = aux_loss + layer_aux_loss
         return self.norm(hidden), aux_loss
 
@@ -367,15 +371,11 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
         hidden, aux_loss = self.model(
-            inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            is_right_padded=is_right_padded,
-        )
+            inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, is_right_padded=is_right_padded, kept=target_positions,
+        )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        every = target_positions is None
-        logits = self.lm_head(hidden[:, keep] if every else hidden.flatten(0, 1)[target_positions])
+        logits = self.lm_head(hidden[:, keep] if target_positions is None else hidden)
         return MiniMindOutput(
             loss=None if labels is None else next_token_loss(logits, labels, target_positions),
             logits=logits,

@@ -79,7 +79,7 @@ def test_resume_is_bit_identical(case, assets, tmp_path):
 
     cut = train_flags(assets, tmp_path / "cut", data, images, **common)
     steps = -(-46 // (2 * options.get("accumulation_steps", 1))) * 3
-    at_step = random.SystemRandom().randrange(5, steps - 3)
+    at_step = random.SystemRandom().randrange(5, steps - steps // 3)  # it may do a few more
     status = interrupt(cut, at_step=at_step, signum=signum)
     graceful = signum != signal.SIGKILL
     assert status == (128 + signum if graceful else -signum), f"at step {at_step}"
@@ -111,7 +111,7 @@ def test_resume_is_bit_identical(case, assets, tmp_path):
 def test_resume_on_two_ranks_is_bit_identical(signum, assets, tmp_path):
     """torchrun hands the signal on; the ranks agree on the step after which they save."""
     data, images = make_records(tmp_path, num_records=46, multi=True)
-    common = {"batch_size": 2, "epochs": 3, "accumulation_steps": 2}
+    common = {"batch_size": 2, "epochs": 10, "accumulation_steps": 2}
     folders = [tmp_path / "whole", tmp_path / "cut"]
     whole, cut = (train_flags(assets, f, data, images, **common) for f in folders)
     command = [sys.executable, *TORCHRUN, str(ROOT / SCRIPT)]
@@ -119,7 +119,7 @@ def test_resume_on_two_ranks_is_bit_identical(signum, assets, tmp_path):
     subprocess.run([*command, *whole], **options)
     assert interrupt(cut, at_step=7, signum=signum, launcher=TORCHRUN) != 0
     before = saved(folders[1] / "checkpoints", "*_resume.pth")["progress"]
-    assert 7 <= before["step"] < 18 and before["samples"] > 0
+    assert 7 <= before["step"] < 60 and before["samples"] > 0
     subprocess.run([*command, *cut, "--from_resume", "1"], **options)
     assert_same_state(*(saved(f / "checkpoints", "*_resume.pth") for f in folders))
 

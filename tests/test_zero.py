@@ -31,6 +31,7 @@ VARIANTS = {  # stage, flags
     "zero3-projection": (3, {"freeze_llm": 1}),
 }
 QUICK = ("zero2", "zero3-moe")
+ALLOWED = {"loss": 1e-5, "val_loss": 1e-3, "grad_norm": 1e-3, "weights": 2e-3}  # in float32
 
 
 @pytest.fixture
@@ -54,6 +55,18 @@ def state_of(folder) -> dict:
     return torch.load(next((folder / "checkpoints").glob("*_resume.pth")), weights_only=True)
 
 
+def differences(folder, left: str, right: str) -> dict[str, torch.Tensor]:
+    """Between two runs: of each step's figures, relative, and of the weights at the end."""
+    sides = [folder / left, folder / right]
+    apart = {}
+    for key in ("loss", "val_loss", "grad_norm"):
+        ours, theirs = (figures(side, key) for side in sides)
+        apart[key] = (ours - theirs).abs() / ours
+    ours, theirs = (state_of(side)["model"] for side in sides)
+    apart["weights"] = torch.stack([(ours[name] - theirs[name]).abs().max() for name in ours])
+    return apart
+
+
 def assert_same_bits(left: dict, right: dict):
     for name, tensor in left["model"].items():
         assert torch.equal(tensor, right["model"][name]), name
@@ -73,23 +86,24 @@ def test_zero_is_the_training_of_ddp(name, assets, tmp_path, data):
     run_ranks(flags_of(assets, tmp_path / "ddp", data, **options), tmp_path, world_size=2)
     zero = flags_of(assets, tmp_path / "zero", data, deepspeed=f"ds_zero{stage}.json", **options)
     shown = run_ranks(zero, tmp_path, world_size=2, name="zero")
-    losses = [figures(tmp_path / side, "loss") for side in ("ddp", "zero")]
-    assert len(losses[0]) == 24
-    measured = [figures(tmp_path / side, "val_loss") for side in ("ddp", "zero")]
-    assert len(measured[0]) == 4
-    torch.testing.assert_close(*measured, rtol=1e-3, atol=0)
-    rtol = 1e-5 if "dtype" not in options else 1e-3
-    torch.testing.assert_close(*losses, rtol=rtol, atol=0)
-    difference = (losses[0] - losses[1]).abs().max().item()
-    print(f"\n{name}: largest difference of losses over 24 steps {difference:.1e}")
+    apart = differences(tmp_path, "ddp", "zero")
+    assert len(apart["loss"]) == 24 and len(apart["val_loss"]) == 4
+    print(f"\n{name}: " + ", ".join(f"{key} {d.max():.1e}" for key, d in apart.items()), end="")
+    allowed = ALLOWED
+    if "dtype" in options:
+        # Equal weights, equal loss. From then on rounding parts them, as it parts DDP split anew.
+        assert apart["loss"][0] == 0 and apart["grad_norm"][0] < ALLOWED["grad_norm"]
+        split = flags_of(assets, tmp_path / "split", data, batch_size=4, **options)
+        run_ranks(split, tmp_path, world_size=1, name="split")
+        own = {key: d.max() for key, d in differences(tmp_path, "ddp", "split").items()}
+        print("; DDP split anew: " + ", ".join(f"{key} {d:.1e}" for key, d in own.items()), end="")
+        allowed = {key: 3 * d for key, d in own.items()}
+    for key, difference in apart.items():
+        assert difference.max() <= allowed[key], key
     rates = [figures(tmp_path / side, "lr") for side in ("ddp", "zero")]
     assert torch.equal(*rates)
-    norms = [figures(tmp_path / side, "grad_norm") for side in ("ddp", "zero")]
-    torch.testing.assert_close(*norms, rtol=max(rtol, 1e-3), atol=0)
     ddp, sharded = (state_of(tmp_path / side) for side in ("ddp", "zero"))
     assert ddp["model"].keys() == sharded["model"].keys()
-    for key, tensor in ddp["model"].items():
-        torch.testing.assert_close(sharded["model"][key], tensor, rtol=0, atol=2e-3, msg=key)
     assert ddp["optimizer"]["state"].keys() == sharded["optimizer"]["state"].keys()
     assert sharded["optimizer"]["state"][0]["step"] == 24
     weights = [torch.load(next((tmp_path / side / "out").glob("*.pth")), weights_only=True)

@@ -12,6 +12,7 @@ OPTIMIZERS = ("adamw", "muon")
 MUON_RATE = 10.0  # in learning rates
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
+STACKED = 2**22  # numbers of matrices that Muon moves at a time
 
 
 def get_lr(current_step: float, total_steps: float, lr: float) -> float:
@@ -88,42 +89,53 @@ class MuonAdamW(torch.optim.AdamW):
             self.param_groups = groups
 
     def _turn(self, group: dict) -> None:
-        is_bad = getattr(self, "found_inf", None)
+        """Matrices of one shape move together: many small products take long one by one."""
+        alike: dict[tuple, list[nn.Parameter]] = {}
         for matrix in group["params"]:
-            if matrix.grad is None:
-                continue
-            state = self.state[matrix]
-            before = state.get("momentum")
-            momentum = matrix.grad if before is None else MOMENTUM * before + matrix.grad
-            turn = orthogonal(matrix.grad + MOMENTUM * momentum)
-            decay = 1 - group["lr"] * WEIGHT_DECAY
-            rows, columns = matrix.shape
-            rate = MUON_RATE * group["lr"] * max(1.0, rows / columns) ** 0.5
-            after = decay * matrix - rate * turn.to(matrix.dtype)
-            if is_bad is not None:
-                before = torch.zeros_like(matrix) if before is None else before
-                momentum = torch.where(is_bad.bool(), before, momentum)
-                after = torch.where(is_bad.bool(), matrix, after)
-            state["momentum"] = momentum.clone() if momentum is matrix.grad else momentum
-            state.setdefault("step", torch.zeros(()))  # AdamW's loading looks for it
-            matrix.copy_(after)
+            if matrix.grad is not None:
+                key = (matrix.shape, matrix.dtype, matrix.device)
+                alike.setdefault(key, []).append(matrix)
+        for (shape, *_), matrices in alike.items():
+            count = max(1, STACKED // shape.numel())
+            for start in range(0, len(matrices), count):
+                self._turn_stack(matrices[start : start + count], group["lr"])
+
+    def _turn_stack(self, matrices: list[nn.Parameter], lr: float) -> None:
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+                self.state[matrix]["step"] = torch.zeros(())  # AdamW's loading looks for it
+        before = torch.stack([self.state[matrix]["momentum"] for matrix in matrices])
+        weights, grads = torch.stack(matrices), torch.stack([m.grad for m in matrices])
+        momenta = MOMENTUM * before + grads
+        turn = orthogonal(grads + MOMENTUM * momenta).to(weights.dtype)
+        rows, columns = weights.shape[1:]
+        rate = MUON_RATE * lr * max(1.0, rows / columns) ** 0.5
+        after = (1 - lr * WEIGHT_DECAY) * weights - rate * turn
+        is_bad = getattr(self, "found_inf", None)
+        if is_bad is not None:
+            momenta = torch.where(is_bad.bool(), before, momenta)
+            after = torch.where(is_bad.bool(), weights, after)
+        for matrix, new, momentum in zip(matrices, after, momenta, strict=True):
+            matrix.copy_(new)
+            self.state[matrix]["momentum"].copy_(momentum)
 
 
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix with all its singular values near 1, by five steps of Newton and Schulz.
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """Matrices (N, R, C) with all their singular values near 1, by five steps of Newton and Schulz.
 
     Source: the polynomial of Jordan et al. (2024), tuned to rise fast from small values.
     """
-    near = matrix.float()
-    is_tall = near.shape[0] > near.shape[1]
-    near = near.T if is_tall else near
-    near = near / (near.norm() + 1e-7)
+    near = matrices.float()
+    is_tall = near.shape[1] > near.shape[2]
+    near = near.mT if is_tall else near
+    near = near / (near.norm(dim=(1, 2), keepdim=True) + 1e-7)
     first, third, fifth = NEWTON_SCHULZ
     for _ in range(5):
-        gram = near @ near.T
-        near = torch.addmm(near, torch.addmm(gram, gram, gram, beta=third, alpha=fifth), near,
-                           beta=first)  # fmt: skip
-    return near.T if is_tall else near
+        gram = near @ near.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)
+        near = torch.baddbmm(near, gram, near, beta=first)
+    return near.mT if is_tall else near
 
 
 def make_optimizer(
