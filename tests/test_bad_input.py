@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import conversation, make_records, run_script, train_flags
 
+import eval_vlm
 from trainer import train_pretrain_vlm, train_sft_vlm
 
 
@@ -208,7 +209,7 @@ def test_runs_from_any_directory_with_relative_paths(assets, tmp_path):
     assert (tmp_path / "made_here" / "pretrain_vlm_32.pth").is_file()
 
 
-def test_eval_reports_bad_input(assets, trained, tmp_path):
+def test_eval_reports_bad_input(assets, trained, tmp_path, capfd):
     folder, _ = trained
     base = ["--save_dir", folder / "out", "--vision_model_path", assets / "tower",
             "--tokenizer_path", assets / "tokenizer", "--image_dir", folder / "data" / "images",
@@ -219,6 +220,8 @@ def test_eval_reports_bad_input(assets, trained, tmp_path):
         (["--image_dir", tmp_path / "gone"], "is not a folder"),
         (["--load_from", tmp_path], "no config.json there"),
     ):
-        process = run_script("eval_vlm.py", *base, *extra, check=False)
-        assert process.returncode == 1 and message in process.stderr
-        assert process.stderr.count("\n") == 1, process.stderr
+        assert eval_vlm.main(list(map(str, [*base, *extra]))) == 1
+        error = capfd.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    process = run_script("eval_vlm.py", *base, "--weight", "gone", check=False)
+    assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
