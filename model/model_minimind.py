@@ -151,7 +151,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(config: MiniMindConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotation angles of positions (B, T): two times (B, T, K), float32.
+    """Cosine and sine of the rotation angles of positions (B, T): two times (B, T, K/2), float32.
 
     They are computed where they are used rather than kept as a buffer: a buffer would lose
     precision in `model.half()`, be broadcast by DDP and come back undefined from the meta device.
@@ -166,15 +166,14 @@ def rope_tables(config: MiniMindConfig, position_ids: Tensor) -> tuple[Tensor, T
         inv_freq_of = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]]
         inv_freq, _ = inv_freq_of(config, device)  # the attention factor is fixed at 1
     angles = position_ids[..., None].float() * inv_freq  # (B, T, K/2)
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys (B, H, T, K) by tables (B, T, K), in the half-split layout."""
+    """Rotate queries or keys (B, H, T, K) by tables (B, T, K/2), in the half-split layout."""
     first, second = states.chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return states * cos.unsqueeze(1) + rotated * sin.unsqueeze(1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def keep_rows(states: Tensor, kept: Tensor | None) -> Tensor:
@@ -206,7 +205,7 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden: Tensor,  # (B, T, D)
-        rope: tuple[Tensor, Tensor],  # 2 x (B, T, K)
+        rope: tuple[Tensor, Tensor],  # 2 x (B, T, K/2)
         attention_mask: Tensor | None,
         cache: Cache | None,
         kept: Tensor | None = None,  # (N,) into the flattened (B, T): the queries to answer
