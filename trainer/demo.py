@@ -59,9 +59,9 @@ class Chain:
     llm: Path = OUT_DIR / f"{LLM}.pth"
     seed: int = SEED  # of order and new weights
     num_pretrain: int = 1000  # pictures of the first stage
-    num_train: int = 5000  # of the second, and a twentieth as many questions without one
-    num_turns: int = 3  # questions a picture at most
-    num_listed: int = 24  # pieces of the list at the end
+    num_train: int = 6000  # of the second, and a twentieth as many questions without one
+    num_turns: int = 5  # questions a picture at most
+    num_listed: int = 16  # pieces of the list at the end
     caption_share: float = 0.1  # of the pictures are described too
     pretrain: Recipe = Recipe(4, 6e-3, 0, "muon")
     sft: Recipe = Recipe(4, 1e-3, 100, "muon")
