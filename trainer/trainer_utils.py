@@ -281,9 +281,11 @@ class StopSignal:
         return [float(self.signum == signum) for signum in self.SIGNALS]
 
     def adopt(self, votes: list[float]) -> bool:
-        """Take over what the ranks were sent (SIGTERM over SIGINT); whether to stop."""
+        """Take over what the ranks were sent (SIGTERM over SIGINT); whether to stop. A signal that
+        came after the votes is kept for the next ones."""
         sent = [signum for signum, count in zip(self.SIGNALS, votes, strict=True) if count]
-        self.signum = max(sent, default=None)
+        if sent:
+            self.signum = max(sent)
         return bool(sent)
 
     def _note(self, signum: int, _frame) -> None:
