@@ -63,7 +63,7 @@ IMAGE_TAG = "<image>"
 MAX_IMAGES = 1_000_000  # the width of the numbers in the file names
 MAX_PAIR_TRIES = 1000
 COMBINATION_EVERY = 4  # one held-out picture of so many
-CHARACTER_SHARE = 0.3
+CHARACTER_SHARE = 0.3  # of the scenes with room
 
 
 def scene_rng(split: str, seed: int, index: int | str) -> Random:
@@ -99,6 +99,7 @@ def text_conversations(
     languages: tuple[str, ...] = LANGUAGES,
     styles: tuple[str, ...] = STYLES,
     num_turns: int = 8,
+    character_share: float = CHARACTER_SHARE,
     caption_share: float = 0.0,
 ) -> Iterator[dict]:
     """Conversations about scenes told in words, with the questions that pictures get.
@@ -115,7 +116,7 @@ def text_conversations(
     """
     for index in range(num):
         rng = scene_rng(split, seed, f"text {index}")
-        scene = sample_scene(rng, split=split, character_share=CHARACTER_SHARE)
+        scene = sample_scene(rng, split=split, character_share=character_share)
         language = rng.choice(languages)
         told = describe(scene, rng, language=language, style=rng.choice(styles))
         turns = scene_turns(scene, rng, language=language, num_turns=num_turns)
@@ -149,12 +150,18 @@ def retold_scenes(num: int, *, seed: int, split: str, languages: tuple[str, ...]
 
 
 def blind_conversations(
-    num: int, *, seed: int, split: str, languages: tuple[str, ...], num_turns: int
+    num: int,
+    *,
+    seed: int,
+    split: str,
+    languages: tuple[str, ...],
+    num_turns: int,
+    character_share: float,
 ) -> Iterator[dict]:
     """The questions that pictures get, about pictures that are not shown."""
     for index in range(num):
         rng = scene_rng(split, seed, f"blind {index}")
-        scene = sample_scene(rng, split=split, character_share=CHARACTER_SHARE)
+        scene = sample_scene(rng, split=split, character_share=character_share)
         turns = scene_turns(scene, rng, language=rng.choice(languages), num_turns=num_turns)
         yield make_record(turns, with_types=split == "heldout")
 
@@ -217,8 +224,9 @@ def write_dataset(
         records.append(make_record(turns, images=[name], with_types=split == "heldout"))
         told = [caption_turn(scene, rng, language=language)]
         captions.append(make_record(told, images=[name]))
-    records += blind_conversations(num_blind, **options)
-    texts = list(text_conversations(num_text, caption_share=caption_share, **options))
+    asked = options | {"character_share": character_share}
+    records += blind_conversations(num_blind, **asked)
+    texts = list(text_conversations(num_text, caption_share=caption_share, **asked))
     texts += retold_scenes(num_retold, seed=seed, split=split, languages=languages)
     files = {
         "_captions": captions,
@@ -327,7 +335,8 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--image_size", type=int, default=96, help="side in pixels | 图片边长（像素）")
     add("--language", choices=("both", *LANGUAGES), default="both", help="| 语言")
     add("--character_share", type=float, default=CHARACTER_SHARE,
-        help="share of scenes with room that get a letter or digit | 带字符的比例")  # fmt: skip
+        help="share of scenes with room that get a letter or digit, drawn or told "
+        "| 带字符的比例")  # fmt: skip
     add("--caption_share", type=float, default=0.0,
         help="share of records that also ask for a caption | 带描述的比例")  # fmt: skip
     add("--list_share", type=float, default=0.0,

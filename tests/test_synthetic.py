@@ -353,6 +353,19 @@ def test_blind_retold_and_captioned_records(tmp_path):
     assert any("red" in t for t in retold) and any("红色" in t for t in retold)
 
 
+@pytest.mark.parametrize("share, is_told", [("0", False), ("1", True)])
+def test_character_share_holds_for_what_is_told_and_asked_without_pictures(
+    tmp_path, share, is_told
+):
+    argv = ["--out", str(tmp_path), "--num_images", "1", "--num_pairs", "0", "--num_blind", "60",
+            "--num_text", "60", "--split", "heldout", "--character_share", share]  # fmt: skip
+    assert synthetic.main(argv) == 0
+    for records in (read_jsonl(tmp_path / "heldout.jsonl")[1:],
+                    read_jsonl(tmp_path / "heldout_text.jsonl")):  # fmt: skip
+        assert len(records) == 60
+        assert any("character" in record["types"] for record in records) == is_told
+
+
 def test_lists_name_what_belongs_together(tmp_path):
     argv = ["--out", str(tmp_path), "--num_images", "30", "--num_pairs", "0", "--list_share", "1"]
     assert synthetic.main(argv) == 0

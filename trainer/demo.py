@@ -93,11 +93,12 @@ class TextStage:
     seed: int
     batch_size: int
     learning_rate: float
+    character_share: float = 0.0  # of the scenes with room: enough that reading them is learnt
 
 
 TEXT_STAGES = (
     TextStage("llm_told", "--num_retold", 16000, 11, 32, 3e-3),
-    TextStage("llm_demo", "--num_text", 40000, 11, 16, 2e-3),
+    TextStage("llm_demo", "--num_text", 40000, 11, 16, 2e-3, 0.6),
 )
 FROM_ZERO = {  # what differs in `make from-zero`
     "folder": OUT_DIR / "from_zero",
@@ -180,8 +181,8 @@ def train_llm(chain: Chain) -> None:
         if not (text / "train_text.jsonl").is_file():
             run_script("-m", "dataset.synthetic", "--out", text, "--split", "train",
                        "--seed", stage.seed, "--num_images", 1, "--num_pairs", 0,
-                       "--caption_share", 0.1, stage.flag,
-                       round(stage.count * chain.text_share))  # fmt: skip
+                       "--caption_share", 0.1, "--character_share", stage.character_share,
+                       stage.flag, round(stage.count * chain.text_share))  # fmt: skip
         run_script("trainer/train_llm.py", *SIZES, "--max_seq_len", 340, "--loss_on", "answers",
                    "--data_path", text / "train_text.jsonl", "--batch_size", stage.batch_size,
                    "--learning_rate", stage.learning_rate, "--warmup_steps", 50,
