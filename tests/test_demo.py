@@ -44,6 +44,9 @@ def test_whole_chain_from_zero_runs_finds_what_is_done_and_publishes(chains_in, 
     assert "grounding gap" in out and "shuffled" in out and "GFLOP/s" in out
     assert "eval_vlm.py --chat" in out and "web_demo.py" in out and "download.py" in out
     assert Image.open(chains_in / "zero" / "report.png").size > (600, 400)
+    for stage in demo.TEXT_STAGES:
+        figures = (chains_in / "zero" / f"{stage.name}_128_metrics.jsonl").read_text()
+        assert '"val_loss"' in figures
     assert demo.main([*argv, "--publish", "1"]) == 0
     assert "Epoch:[" not in capfd.readouterr().out  # nothing is trained twice
     assert (chains_in / "vision_model" / demo.TOWER / "config.json").is_file()
@@ -75,6 +78,26 @@ def test_weights_of_the_repository_stay_small():
     assert sum(path.suffix == ".pth" for path in files) == 2
     assert {path.suffix for path in files} == {".pth", ".json", ".safetensors"}
     assert sum(path.stat().st_size for path in files) < 10.5e6  # they count twice in a clone
+
+
+def test_language_model_of_the_repository_knows_scenes_told_in_words(tmp_path):
+    """To the loss that BENCHMARKS.md states, within its tolerance."""
+    one, texts = tmp_path / "one.jsonl", tmp_path / "heldout_text.jsonl"
+    one.write_text('{"conversations": [{"role": "user", "content": "?"}, '
+                   '{"role": "assistant", "content": "!"}]}\n')  # fmt: skip
+    for script in (
+        ["-m", "dataset.synthetic", "--out", tmp_path, "--split", "heldout", "--seed", "11",
+         "--num_images", "1", "--num_pairs", "0", "--caption_share", "0.1", "--character_share",
+         "0.6", "--num_text", "400"],
+        ["trainer/train_llm.py", "--from_weight", ROOT / "out" / f"{demo.LLM}.pth", "--dtype",
+         "float32", "--learning_rate", "1e-12", "--epochs", "1", "--loss_on", "answers",
+         "--data_path", one, "--val_data_path", texts, "--num_workers", "0", "--save_weight",
+         "same", "--save_dir", tmp_path, "--checkpoint_dir", tmp_path],
+    ):  # fmt: skip
+        run = subprocess.run([sys.executable, *map(str, script)], cwd=ROOT, capture_output=True,
+                             text=True, timeout=TIMEOUT_S, env=script_environment())  # fmt: skip
+        assert run.returncode == 0, run.stderr
+    assert float(run.stdout.partition("val_loss:")[2].split()[0]) == pytest.approx(0.248, abs=0.02)
 
 
 QUESTIONS = {  # to the words that answer them

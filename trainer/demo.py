@@ -34,6 +34,7 @@ SIZES = ("--hidden_size", 128, "--num_hidden_layers", 4, "--num_attention_heads"
 SEED = 42
 MATRIX_SIDE, MATRIX_ROUNDS = 1024, 10
 EXAMPLES = 8  # pictures in the report
+TEXTS_PER_HELDOUT = 50  # texts to train on for each to validate with
 
 
 @dataclass(frozen=True)
@@ -178,15 +179,19 @@ def train_llm(chain: Chain) -> None:
     start = "none"
     for stage in TEXT_STAGES:
         text = chain.data / stage.name
-        if not (text / "train_text.jsonl").is_file():
-            run_script("-m", "dataset.synthetic", "--out", text, "--split", "train",
-                       "--seed", stage.seed, "--num_images", 1, "--num_pairs", 0,
-                       "--caption_share", 0.1, "--character_share", stage.character_share,
-                       stage.flag, round(stage.count * chain.text_share))  # fmt: skip
+        count = round(stage.count * chain.text_share)
+        for split, num in (("heldout", max(1, count // TEXTS_PER_HELDOUT)), ("train", count)):
+            if not (text / f"{split}_text.jsonl").is_file():
+                run_script("-m", "dataset.synthetic", "--out", text, "--split", split,
+                           "--seed", stage.seed, "--num_images", 1, "--num_pairs", 0,
+                           "--caption_share", 0.1, "--character_share", stage.character_share,
+                           stage.flag, num)  # fmt: skip
         run_script("trainer/train_llm.py", *SIZES, "--max_seq_len", 340, "--loss_on", "answers",
-                   "--data_path", text / "train_text.jsonl", "--batch_size", stage.batch_size,
-                   "--learning_rate", stage.learning_rate, "--warmup_steps", 50,
-                   "--log_interval", 50, "--dtype", "float32", "--num_workers", 0,
+                   "--data_path", text / "train_text.jsonl",
+                   "--val_data_path", text / "heldout_text.jsonl",
+                   "--batch_size", stage.batch_size, "--learning_rate", stage.learning_rate,
+                   "--warmup_steps", 50, "--log_interval", 50, "--dtype", "float32",
+                   "--num_workers", 0,
                    "--save_dir", chain.folder, "--checkpoint_dir", chain.folder,
                    "--from_weight", start, "--save_weight", stage.name,
                    "--from_resume", 1)  # fmt: skip
