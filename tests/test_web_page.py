@@ -111,9 +111,7 @@ def test_a_conversation_with_pictures(browser, site, folder, screenshots):
 def test_same_seed_gives_the_text_of_the_engine(browser, site, folder):
     with visiting(browser, site) as me:
         me.open("sampling")
-        seed = me.page.locator("#seed textarea, #seed input")
-        seed.fill("7")
-        seed.press("Tab")
+        me.enter(me.page.locator("#seed textarea, #seed input"), "7")
         me.attach_picture(folder / "green.png")
         assert "seed 7" in me.ask("What is it?")
         text = site.events("answer")[-1]["text"]

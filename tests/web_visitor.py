@@ -23,6 +23,8 @@ from tiny_vlm import make_loaded, save_tiny
 
 PASSWORD = "open sesame"
 PATIENCE_S = int(os.environ.get("BROWSER_PATIENCE_S", 120))  # until the page does what it should
+ENTER_TRIES = 5
+SETTLED_MS = 200  # an opened part of the page stands
 HUNG_UP = 0  # instead of a status: the server did not even read to the end
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM_FLAGS = (
@@ -220,8 +222,18 @@ class Visitor:
         number = self.page.locator("#max_new_tokens input[type=number]")
         if not number.is_visible():
             self.open("sampling")
-        number.fill(str(num_tokens))
-        number.press("Tab")
+        self.enter(number, str(num_tokens))
+
+    def enter(self, field, text: str) -> None:
+        """Type and leave the field. A script can be so quick that Gradio sets what the field begins
+        with only afterwards, when its part of the page has just been opened."""
+        for _ in range(ENTER_TRIES):
+            field.fill(text)
+            field.press("Tab")
+            self.page.wait_for_timeout(SETTLED_MS)
+            if field.input_value() == text:
+                return
+        raise AssertionError(f"the field does not keep {text!r}: {field.input_value()!r}")
 
     def open(self, part: str) -> None:
         self.page.locator(f"#{part} button.label-wrap").click()

@@ -15,6 +15,10 @@ CONNECT_TIMEOUT = timedelta(seconds=45)  # once all ranks are there
 CONNECT_TRIES = 3
 POLL_S = 0.05
 NOTHING = "null"  # JSON
+if hasattr(dist, "set_timeout"):
+    set_timeout = dist.set_timeout
+else:  # PyTorch before 2.15 has no public way
+    set_timeout = dist.distributed_c10d._set_pg_timeout
 
 
 def join_process_group(backend: str, *, timeout: timedelta) -> None:
@@ -40,7 +44,7 @@ def join_process_group(backend: str, *, timeout: timedelta) -> None:
         place.set(f"is connected {rank}", str(error is None))
         words = [place.get(f"is connected {other}") for other in range(world_size)]
         if all(word == b"True" for word in words):
-            dist.distributed_c10d._set_pg_timeout(timeout)  # PyTorch has no public way
+            set_timeout(timeout)
             return
         if dist.is_initialized():
             dist.destroy_process_group()
