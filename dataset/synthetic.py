@@ -110,6 +110,7 @@ def text_conversations(
     Args:
         num: how many records to yield.
         styles: see `synthetic_text.describe`; drawn at random for each record.
+        character_share: of the scenes with room hold a letter or digit.
         caption_share: of the records also ask for a caption, at the end.
     Raises:
         ValueError: an unknown split, language or style.
