@@ -18,28 +18,31 @@ EDITIONS = {
     "en": ("d2l-ai/d2l-en", "23d7a5aecceee57d1292c56e90cce307f183bb0a"),
     "zh": ("d2l-ai/d2l-zh", "e6b18ccea71451a55fcd861d7b96fddf2587b09a"),
 }
-MIN_BYTES = 60  # a shorter paragraph is a heading, a caption or a remnant
+# Characters; a shorter paragraph is a heading, a caption or a remnant.
+MIN_LENGTH = {"en": 61, "zh": 21}
 SOURCE_FILE = "SOURCE.json"
+# The texts that the committed tokenizer was trained on.
+TOKENIZER_TEXTS = {
+    "en": "7b795b8a393872d9c9bf46a407d3ec9fcbba5a09cd0730d0113a46278e96d160",
+    "zh": "a85515ae7eb2d21cfb44e482849611d105525a04fa87b4a6f7a570b94e8f781e",
+}
 
 BLOCKS = re.compile(r"^(```|~~~).*?^\1|\$\$.*?\$\$|<!--.*?-->", re.MULTILINE | re.DOTALL)
-# Headings, tables, figures, tabs of a framework, links to the forum.
-SKIPPED_LINE = re.compile(r"^\s*(#|\||!\[|:(begin|end)_tab:|%%|\[Discussions?\])")
+# Headings, figures, tabs of a framework, links to the forum.
+SKIPPED_LINE = re.compile(r"^\s*(#|!\[|:(begin|end)_tab:|%%|\[Discussions?\])")
 # Inline formulas with LaTeX in them; a bare `$K$` reads as text.
 FORMULA = re.compile(r"\$[^$\n]*[\\{}_^][^$]*\$")
 INLINE = (
     (re.compile(r"!\[[^\]]*\]\([^)]*\)"), ""),
     (re.compile(r":[a-z_]+:`[^`]*`"), ""),  # :label:`sec_x`, :numref:`fig_x`, :cite:`Name.Year`
     (re.compile(r"\[([^\[\]]*)\]\([^)]*\)"), r"\1"),
-    (re.compile(r"</?[a-zA-Z][^>]*>"), ""),
-    (re.compile(r"^\s*[*-]\s+", re.MULTILINE), ""),
-    (re.compile(r"\*\*|[`$]"), ""),
-    (re.compile(r"\*(?=\S)([^*]+?)(?<=\S)\*"), r"\1"),
+    (re.compile(r"[*`$]"), ""),
     (re.compile(r"\s+"), " "),
 )
 
 
-def paragraphs(markdown: str) -> list[str]:
-    """The prose of a chapter, a paragraph each, without code, formulas and markup."""
+def paragraphs(markdown: str, *, min_length: int) -> list[str]:
+    """The prose of a chapter, a paragraph each, without code, formulas and most markup."""
     found = []
     for block in re.split(r"\n\s*\n", BLOCKS.sub("\n\n", markdown.replace("\r\n", "\n"))):
         text = "\n".join(x for x in block.splitlines() if not SKIPPED_LINE.match(x))
@@ -48,13 +51,16 @@ def paragraphs(markdown: str) -> list[str]:
         for pattern, replacement in INLINE:
             text = pattern.sub(replacement, text)
         text = text.strip()
-        if len(text.encode()) >= MIN_BYTES:
+        if len(text) >= min_length:
             found.append(text)
     return found
 
 
-def read_archive(archive: Path, *, commit: str) -> tuple[list[str], str]:
+def read_archive(archive: Path, *, commit: str, min_length: int) -> tuple[list[str], str]:
     """All paragraphs of a repository's archive, in the order of its paths, and its license.
+
+    Args:
+        min_length: of a paragraph, in characters.
 
     Raises:
         ValueError: not an archive, of another commit, or without text or license.
@@ -74,7 +80,11 @@ def read_archive(archive: Path, *, commit: str) -> tuple[list[str], str]:
         raise ValueError(f"{archive} is not a readable archive ({error}); try again") from error
     if found_commit != commit:
         raise ValueError(f"{archive.name} holds commit {found_commit}, expected {commit}")
-    lines = [line for name in sorted(chapters) for line in paragraphs(chapters[name])]
+    lines = [
+        line
+        for name in sorted(chapters)
+        for line in paragraphs(chapters[name], min_length=min_length)
+    ]
     if not lines or not license_text:
         raise ValueError(
             f"{archive.name} holds {len(lines)} paragraphs in {len(chapters)} Markdown files and "
@@ -117,7 +127,9 @@ def fetch_corpus(folder: Path) -> None:
         archive = folder / f".{language}.tar.gz"
         fetch(remote, archive)
         try:
-            lines, license_text = read_archive(archive, commit=commit)
+            lines, license_text = read_archive(
+                archive, commit=commit, min_length=MIN_LENGTH[language]
+            )
         finally:
             archive.unlink()
         text = folder / f"{language}.txt"
@@ -125,6 +137,22 @@ def fetch_corpus(folder: Path) -> None:
         _write(folder / f"LICENSE.{language}", license_text)
         source[language] = {"repository": repo, "commit": commit, "sha256": _sha256(text)}
     _write(folder / SOURCE_FILE, json.dumps(source, indent=1, ensure_ascii=False) + "\n")
+
+
+def compare_with_tokenizer(folder: Path) -> str:
+    """A sentence: whether the corpus in a folder is what the committed tokenizer was made of."""
+    differing = [
+        f"{language}.txt"
+        for language, sha256 in TOKENIZER_TEXTS.items()
+        if _sha256(folder / f"{language}.txt") != sha256
+    ]
+    if not differing:
+        return "this is, to the byte, the text that the committed tokenizer was trained on"
+    return (
+        f"{', '.join(differing)}: the same book, but not to the byte the text that the committed "
+        "tokenizer was trained on; one made of it has almost the same tokens, with other ids, and "
+        "is another tokenizer: it needs weights of its own"
+    )
 
 
 def _write(path: Path, text: str) -> None:

@@ -114,7 +114,10 @@ def confirm(question: str) -> bool:
     """Ask on the terminal; ValueError if there is none."""
     if not sys.stdin.isatty():
         raise ValueError("no terminal to ask on; start it with --yes, or look with --dry_run")
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        return False
 
 
 def record_pairing(weight: Path, origin: dict, tokenizer_dir: Path) -> None:
@@ -192,6 +195,8 @@ def run(args: argparse.Namespace) -> int:
             item.path.with_suffix(".json").unlink(missing_ok=True)
     if more:
         book.fetch_corpus(root / CORPUS_DIR)
+    if CORPUS in names:
+        print(book.compare_with_tokenizer(root / CORPUS_DIR))
     for item in plan:
         if item.path.suffix == ".pth":
             record_pairing(item.path, item.origin, root / TOKENIZER_DIR)

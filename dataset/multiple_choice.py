@@ -11,6 +11,7 @@ import csv
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from torch import Tensor
@@ -105,8 +106,7 @@ class ChoiceFile:
 
     def _columns(self) -> list[str]:
         if self.path.suffix == ".tsv":
-            with open(self.path, encoding="utf-8-sig", newline="") as file:
-                return file.readline().rstrip("\r\n").split("\t")
+            return next(self._tsv_cells(), [])
         import pyarrow
         import pyarrow.parquet
 
@@ -125,12 +125,20 @@ class ChoiceFile:
             )
 
     def _tsv_rows(self) -> Iterator[dict]:
+        rows = self._tsv_cells()
+        columns = next(rows)
+        for cells in filter(None, rows):
+            yield dict(zip_longest(columns, cells[: len(columns)]))
+
+    def _tsv_cells(self) -> Iterator[list[str]]:
         csv.field_size_limit(MAX_CELL)
         with open(self.path, encoding="utf-8-sig", newline="") as file:
             try:
-                yield from csv.DictReader(file, delimiter="\t")
+                yield from csv.reader(file, delimiter="\t")
             except (csv.Error, UnicodeDecodeError) as error:
-                raise ValueError(f"{self.path}: not a readable TSV file ({error})") from None
+                raise ValueError(
+                    f"{self.path}: not a readable TSV file in UTF-8 ({error})"
+                ) from None
 
     def _parquet_rows(self) -> Iterator[dict]:
         import pyarrow.parquet
@@ -219,6 +227,8 @@ def split_options(question: str) -> tuple[str, list[str]]:
     for mark in MARK.finditer(listed):
         if mark[1] == LETTERS[len(marks)]:  # a later "A." within an option is text
             marks.append(mark)
+    if not marks:  # the word stands in the question itself
+        return question, []
     ends = [mark.start() for mark in marks[1:]] + [len(listed)]
     options = [
         listed[mark.end() : end].strip(" \n\t,，;；(（")

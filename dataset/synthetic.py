@@ -284,7 +284,7 @@ def _write_jsonl(path: Path, records: Iterable[dict]) -> Counter:
 
 def main(argv: list[str] | None = None) -> int:
     """Write a data set or the evaluation pictures; returns the exit status."""
-    args = _parse_args(argv)
+    args = parse_args(argv)
     try:
         if args.eval_images:
             writers = {1: write_eval_images, 2: write_eval_multi_images}
@@ -309,6 +309,9 @@ def main(argv: list[str] | None = None) -> int:
             num_blind=args.num_blind,
             num_retold=args.num_retold,
         )
+    except KeyboardInterrupt:
+        print("stopped; the same command makes this set anew / 已中断", file=sys.stderr)
+        return 130  # 128 plus the signal's number
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -318,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dataset.synthetic",
         description=__doc__,
@@ -334,7 +337,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--num_text", type=int, default=0, help="records without pictures | 纯文本记录数")
     add("--num_turns", type=int, default=8, help="questions a record at most | 每条最多提问数")
     add("--image_size", type=int, default=96, help="side in pixels | 图片边长（像素）")
-    add("--language", choices=("both", *LANGUAGES), default="both", help="| 语言")
+    add("--language", choices=("both", *LANGUAGES), default="both", help="of the texts | 语言")
     add("--character_share", type=float, default=CHARACTER_SHARE,
         help="share of scenes with room that get a letter or digit, drawn or told "
         "| 带字符的比例")  # fmt: skip
@@ -362,6 +365,7 @@ def _check_args(args: argparse.Namespace) -> None:
         "character_share": (0.0, 1.0),
         "caption_share": (0.0, 1.0),
         "list_share": (0.0, 1.0),
+        "num_listed": (1, None),
         "num_blind": (0, None),
         "num_retold": (0, None),
     }

@@ -1,13 +1,14 @@
 """The corpus from archives as GitHub serves them."""
 
 import gzip
+import hashlib
 import io
 import tarfile
 
 import pytest
 from fake_hub import error_of, files_below, run
 
-from dataset import book
+from dataset import book, download
 
 ENGLISH = """# A Title
 :label:`sec_x`
@@ -60,7 +61,7 @@ def library(hub):
     return hub
 
 
-def test_corpus_is_a_paragraph_a_line(library, tmp_path):
+def test_corpus_is_a_paragraph_a_line(library, tmp_path, capfd):
     assert run(tmp_path, "corpus") == 0
     folder = tmp_path / "dataset/corpus"
     assert files_below(folder) == ["LICENSE.en", "LICENSE.zh", "SOURCE.json", "en.txt", "zh.txt"]
@@ -71,12 +72,26 @@ def test_corpus_is_a_paragraph_a_line(library, tmp_path):
     assert (folder / "zh.txt").read_text(encoding="utf-8") == (
         "在深度学习中，我们常常使用小批量随机梯度下降来训练模型， 它很有效。\n"
     )
+    assert "en.txt, zh.txt: the same book, but not" in capfd.readouterr().out
     assert (folder / "LICENSE.zh").read_text() == "license of zh"
     assert book.EDITIONS["zh"][1] in (folder / "SOURCE.json").read_text()
     library.requests.clear()
     assert run(tmp_path, "corpus") == 0 and not library.requests
     (folder / "zh.txt").write_text("changed")
     assert run(tmp_path, "corpus") == 0 and len(library.requests) == 2
+
+
+def test_text_of_the_committed_tokenizer_is_known(shared, library, tmp_path, monkeypatch, capfd):
+    corpus = shared / "data" / "corpus"
+    for language, sha256 in book.TOKENIZER_TEXTS.items():
+        text = (corpus / f"{language}.txt").read_bytes()
+        assert hashlib.sha256(text).hexdigest() == sha256
+        shortest = min(text.decode().rstrip("\n").split("\n"), key=len)
+        assert len(shortest) == book.MIN_LENGTH[language]
+    monkeypatch.setattr(download, "CORPUS_DIR", corpus)
+    monkeypatch.setattr(book, "is_there", lambda folder: folder == corpus)
+    assert run(tmp_path, "corpus") == 0
+    assert "to the byte, the text that the committed tokenizer" in capfd.readouterr().out
 
 
 def test_corpus_of_a_cut_connection_is_fetched_again(library, tmp_path):

@@ -53,6 +53,48 @@ def test_whole_chain_from_zero_runs_finds_what_is_done_and_publishes(chains_in, 
     assert (chains_in / "out" / f"{demo.VLM}.pth").is_file()
 
 
+def test_other_settings_never_meet_the_work_of_a_former_run(chains_in, monkeypatch, capfd):
+    started = []
+    monkeypatch.setattr(demo, "run_script", lambda *words: started.append(words) or sys.exit(0))
+    argv = ["--from_zero", "1", *FEW]
+    for more in ([], ["--seed", "7"]):  # the same settings go on, another seed has its own place
+        with pytest.raises(SystemExit):
+            demo.main([*argv, *more])
+    assert len(started) == 2
+    assert demo.main([*argv, "--tower_steps", "9", "--num_heldout", "25"]) == 1
+    err = capfd.readouterr().err
+    assert "was made with another num_heldout, tower_steps; remove it" in err
+    (chains_in / "zero" / "chain.json").unlink()
+    (chains_in / "zero" / "data").mkdir()
+    assert demo.main(argv) == 1 and "no chain.json" in capfd.readouterr().err
+    assert len(started) == 2
+
+
+def test_demo_notices_another_language_model(tmp_path):
+    llm = tmp_path / "llm.pth"
+    chain = demo.Chain(folder=tmp_path / "demo", llm=llm)
+    for content in (b"one", b"two"):
+        llm.write_bytes(content)
+        settings = demo.describe(chain, is_from_zero=False)
+        if content == b"one":
+            demo.check_settings(chain, settings)
+            demo.check_settings(chain, settings)
+    with pytest.raises(ValueError, match="another llm_sha256;"):
+        demo.check_settings(chain, settings)
+
+
+def test_chain_from_zero_takes_the_committed_tokenizer(chains_in, monkeypatch):
+    commands = []
+    monkeypatch.setattr(demo, "run_script", lambda *words: commands.append([*map(str, words)]))
+    chain, _ = demo.parse_args(["--from_zero", "1"])
+    demo.train_tower(chain)
+    demo.train_llm(chain)
+    trained = [c for c in commands if c[0] != "-m"]
+    assert len(trained) == 3
+    for command in trained:
+        assert command[command.index("--tokenizer_path") + 1] == str(ROOT / "model")
+
+
 def test_another_seed_writes_beside_the_usual_one():
     usual, other = demo.Chain(), demo.Chain(seed=7)
     assert usual.out == usual.folder and other.out == usual.folder / "seed_7"

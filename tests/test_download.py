@@ -223,6 +223,16 @@ def test_module_explains_itself_in_both_languages():
     assert all(f"  {name}" in text for name in (*manifest.ASSETS, manifest.CORPUS))
 
 
+def test_end_of_input_at_the_question_fetches_nothing(hub, tmp_path, monkeypatch, capfd):
+    def end(_question):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert download.main(["vision", "--to", str(tmp_path)]) == 1
+    assert "nothing fetched" in capfd.readouterr().out and not files_below(tmp_path)
+
+
 def test_interrupt_says_that_it_can_go_on(hub, tmp_path, capfd, monkeypatch):
     def interrupted(remote, path):
         raise KeyboardInterrupt

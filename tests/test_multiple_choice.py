@@ -116,7 +116,9 @@ def test_options_inside_a_question():
         "Which?", ["On it.", "A. b. c.", "1.5"])  # fmt: skip
     assert split_options("Q\nChoices:\n(A) 2\n(B) 3") == ("Q", ["2", "3"])
     assert split_options("什么？\n选项：A. 红色 B. 蓝色") == ("什么？", ["红色", "蓝色"])
-    assert split_options("Is A: or B: right?") == ("Is A: or B: right?", [])
+    for text in ("Is A: or B: right?", "Which of these options: red or blue?"):
+        assert split_options(text) == (text, [])
+    assert split_options("Which? Options: A: two choices: x, B: three")[1] == []
 
 
 def test_rows_that_cannot_be_used_are_counted(assets, painted, tmp_path, capfd):
@@ -143,12 +145,14 @@ def test_rows_that_cannot_be_used_are_counted(assets, painted, tmp_path, capfd):
         ("a.tsv", "index\tquestion\tA\tB\n", "no column answer, image"),
         ("a.tsv", "question\tanswer\timage\n", "no usable question"),
         ("a.tsv", "question\tanswer\timage\nWhat?\tA\tx\n", "no options: neither columns A, B"),
+        ("a.tsv", "question\tanswer\timage\t问题\n", "a.tsv: not a readable TSV file in UTF-8"),
+        ("a.tsv", "", "no column question, answer, image"),
         ("a.parquet", "no parquet", "not a readable Parquet file"),
     ],
 )
 def test_wrong_file_is_one_clear_line(name, content, message, assets, painted, tmp_path, capfd):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="gbk")
     assert eval_vlm.main(eval_flags(assets, painted, choices=tmp_path / name)) == 1
     err = capfd.readouterr().err
     assert message in err and "Traceback" not in err and err.startswith("error: ")

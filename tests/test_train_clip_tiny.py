@@ -1,11 +1,17 @@
 """The tiny tower's training: its scenes, its pixels, and the folder it writes."""
 
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from random import Random
 
 import pytest
 import torch
+from conftest import ROOT, script_environment
 from PIL import Image
 
 from dataset.synthetic_world import COLOURS, GROUNDS, SHAPES, recolour, sample_scene
@@ -125,12 +131,15 @@ def test_pixels_are_those_of_the_image_processor():
     assert (ours - expected).abs().mean() < 0.003
 
 
+TIMEOUT_S = 120
+TINY = ["--steps", "12", "--batch_size", "8", "--hidden_size", "64", "--num_hidden_layers", "1",
+        "--text_hidden_size", "64", "--num_workers", "0", "--log_interval", "6",
+        "--warmup_steps", "2", "--device", "cpu"]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_training_writes_a_clip_folder_that_the_model_takes(tmp_path, capfd):
-    argv = ["--save_dir", str(tmp_path), "--steps", "12", "--batch_size", "8", "--hidden_size",
-            "64", "--num_hidden_layers", "1", "--text_hidden_size", "64", "--num_workers", "0",
-            "--log_interval", "6", "--warmup_steps", "2", "--device", "cpu"]  # fmt: skip
-    assert train_clip_tiny.main(argv) == 0
+    assert train_clip_tiny.main([*TINY, "--save_dir", str(tmp_path)]) == 0
     out = capfd.readouterr().out
     assert "step 12/12 loss:" in out and "in-batch:" in out
     assert re.search(r"on pairs never shown: colour:[\d.]+% shape:[\d.]+%", out)
@@ -141,16 +150,56 @@ def test_training_writes_a_clip_folder_that_the_model_takes(tmp_path, capfd):
     assert features.shape == (1, 196, 64) and features.isfinite().all()
 
 
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_never_written(tmp_path, capfd):
+    argv = [*TINY, "--save_dir", str(tmp_path / "tower"), "--learning_rate", "1e30"]
+    assert train_clip_tiny.main(argv) == 1
+    err = capfd.readouterr().err
+    assert re.match(r"error: step 6: \S+ is not finite; nothing was written", err)
+    assert not any((tmp_path / "tower").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tower", "data"])
+def test_ctrl_c_ends_in_one_line(name, tmp_path):
+    script = {
+        "tower": ["trainer/train_clip_tiny.py", "--log_interval", "1", "--num_workers", "1",
+                  "--save_dir", tmp_path / "tower"],
+        "data": ["-m", "dataset.synthetic", "--num_images", "100000", "--out", tmp_path / "data"],
+    }[name]  # fmt: skip
+    with open(tmp_path / "said", "w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-u", *map(str, script)], cwd=ROOT, stdout=said,
+            stderr=subprocess.STDOUT, env=script_environment(), start_new_session=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + TIMEOUT_S
+        while not ("step 1/" in (tmp_path / "said").read_text() or any(tmp_path.rglob("*9.png"))):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(TIMEOUT_S) == 130
+    *_, last = (tmp_path / "said").read_text().splitlines()
+    assert last.startswith("stopped") and "Traceback" not in (tmp_path / "said").read_text()
+    assert not any(path.is_file() for path in (tmp_path / "tower").rglob("*"))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--hidden_size", "50"], "--hidden_size and --text_hidden_size must be multiples of 64"),
-        (["--steps", "0"], "at least 1"),
+        (["--hidden_size", "50"], "--hidden_size must be a multiple of 64, got 50"),
+        (["--text_hidden_size", "0"], "--text_hidden_size must be a multiple of 64, got 0"),
+        (["--steps", "0"], "--steps must be 1 or more, got 0"),
+        (["--batch_size", "0"], "--batch_size must be 1 or more, got 0"),
+        (["--num_workers", "-1"], "--num_workers must be 0 or more, got -1"),
+        (["--learning_rate", "nan"], "--learning_rate must be above 0, got nan"),
+        (["--save_dir", "file"], "--save_dir file cannot be written"),
         (["--tokenizer_path", "gone"], "no tokenizer: gone"),
         (["--device", "abacus"], "is not a device"),
     ],
 )
-def test_bad_flag_is_one_line(flags, message, capfd):
-    assert train_clip_tiny.main(flags) == 1
+def test_bad_flag_is_one_line(flags, message, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert train_clip_tiny.main(["--save_dir", "tower", *flags]) == 1
     err = capfd.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1

@@ -233,9 +233,15 @@ def test_common_hanzi_are_those_of_the_standard():
         (["--vocab_size", 100], "--vocab_size must be 259 or more, got 100"),
         (["--vocab_size", 64000], "of 64000 tokens; give more text"),
         (["--reference_path", "absent"], "--reference_path"),
+        (["--reference_path", "text.txt"], "not a readable tokenizer"),
+        (["--eval_path", "absent.txt"], "name it by --eval_path"),
+        (["--eval_path", "silent.jsonl"], "no text in it"),
     ],
 )
-def test_what_a_user_gets_wrong_is_said_in_one_line(tmp_path, capsys, flags, says):
+def test_what_a_user_gets_wrong_is_said_in_one_line(tmp_path, monkeypatch, capsys, flags, says):
+    monkeypatch.chdir(tmp_path)
+    silent = {"conversations": [{"role": "assistant", "content": ""}]}
+    (tmp_path / "silent.jsonl").write_text(json.dumps(silent))
     assert make_small(tmp_path, *flags) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and says in error and "\n" not in error

@@ -6,6 +6,8 @@
 The first (`make demo`) starts from the tiny tower and language model of the repository; the second
 (`make from-zero`) makes those too, from generated data alone. Both end with a table, the picture
 `report.png` and the commands to go on with. What a run finds done, it does not do again.
+
+What was made lies beside the settings it was made with (`chain.json`); others need another start.
 """
 
 import argparse
@@ -16,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,95 +27,24 @@ import torch
 from dataset.synthetic_text import CHANCE
 from model.inference import parse_bool
 from model.model_vlm import VISION_DIR
+from model.vlm_processor import MODEL_DIR
 from model.weights import OUT_DIR, ROOT
+from trainer.chain import (
+    FROM_ZERO,
+    LLM,
+    SIZES,
+    TEXT_STAGES,
+    TOWER,
+    VLM,
+    Chain,
+    check_settings,
+    describe,
+)
 from trainer.plot import draw_curve, read_metrics
 
-TOWER, LLM, VLM = "clip-tiny-patch16", "llm_demo_128", "sft_vlm_demo_128"  # as the repository has
-SIZES = ("--hidden_size", 128, "--num_hidden_layers", 4, "--num_attention_heads", 4)
-SEED = 42
 MATRIX_SIDE, MATRIX_ROUNDS = 1024, 10
 EXAMPLES = 8  # pictures in the report
 TEXTS_PER_HELDOUT = 50  # texts to train on for each to validate with
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a stage with images trains."""
-
-    batch_size: int
-    learning_rate: float
-    warmup_steps: int
-    optimizer: str
-
-    def flags(self) -> tuple:
-        return ("--batch_size", self.batch_size, "--learning_rate", self.learning_rate,
-                "--warmup_steps", self.warmup_steps, "--optimizer", self.optimizer)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Where a chain works and how long it trains; the defaults are those of `make demo`."""
-
-    folder: Path = OUT_DIR / "demo"
-    tower: Path = VISION_DIR / TOWER
-    llm: Path = OUT_DIR / f"{LLM}.pth"
-    seed: int = SEED  # of order and new weights
-    num_pretrain: int = 1000  # pictures of the first stage
-    num_train: int = 6000  # of the second, and a twentieth as many questions without one
-    num_turns: int = 5  # questions a picture at most
-    num_listed: int = 16  # pieces of the list at the end
-    caption_share: float = 0.1  # of the pictures are described too
-    pretrain: Recipe = Recipe(4, 6e-3, 0, "muon")
-    sft: Recipe = Recipe(4, 1e-3, 100, "muon")
-    num_heldout: int = 400
-    tower_steps: int = 0
-    text_share: float = 1.0  # of `TEXT_STAGES`
-
-    @property
-    def data(self) -> Path:
-        return self.folder / "data"
-
-    @property
-    def pretrain_data(self) -> Path:
-        return self.data / "pretrain"
-
-    @property
-    def out(self) -> Path:
-        """Where the stages with images write; another seed than the usual has its own folder."""
-        return self.folder if self.seed == SEED else self.folder / f"seed_{self.seed}"
-
-
-@dataclass(frozen=True)
-class TextStage:
-    """One run of the language model from zero."""
-
-    name: str  # of its weight
-    flag: str  # of dataset.synthetic: which texts
-    count: int
-    seed: int
-    batch_size: int
-    learning_rate: float
-    character_share: float = 0.0  # of the scenes with room: enough that reading them is learnt
-
-
-TEXT_STAGES = (
-    TextStage("llm_told", "--num_retold", 16000, 11, 32, 3e-3),
-    TextStage("llm_demo", "--num_text", 40000, 11, 16, 2e-3, 0.6),
-)
-FROM_ZERO = {  # what differs in `make from-zero`
-    "folder": OUT_DIR / "from_zero",
-    "tower": OUT_DIR / "from_zero" / TOWER,
-    "llm": OUT_DIR / "from_zero" / f"{LLM}.pth",
-    "num_pretrain": 4000,
-    "num_train": 32000,
-    "num_turns": 8,
-    "num_listed": 10,
-    "caption_share": 0.2,
-    "pretrain": Recipe(16, 3e-3, 0, "adamw"),
-    "sft": Recipe(8, 1.5e-3, 100, "muon"),
-    "num_heldout": 1100,
-    "tower_steps": 3500,
-}
 
 
 def run_script(*words: object) -> None:
@@ -171,7 +101,7 @@ def train_tower(chain: Chain) -> None:
     """The tower, on pictures, captions and words."""
     if not (chain.tower / "preprocessor_config.json").is_file():  # written last
         run_script("trainer/train_clip_tiny.py", "--save_dir", chain.tower, "--steps",
-                   chain.tower_steps)  # fmt: skip
+                   chain.tower_steps, "--tokenizer_path", MODEL_DIR)  # fmt: skip
 
 
 def train_llm(chain: Chain) -> None:
@@ -191,7 +121,7 @@ def train_llm(chain: Chain) -> None:
                    "--val_data_path", text / "heldout_text.jsonl",
                    "--batch_size", stage.batch_size, "--learning_rate", stage.learning_rate,
                    "--warmup_steps", 50, "--log_interval", 50, "--dtype", "float32",
-                   "--num_workers", 0,
+                   "--num_workers", 0, "--tokenizer_path", MODEL_DIR,
                    "--save_dir", chain.folder, "--checkpoint_dir", chain.folder,
                    "--from_weight", start, "--save_weight", stage.name,
                    "--from_resume", 1)  # fmt: skip
@@ -343,6 +273,11 @@ def main(argv: list[str] | None = None) -> int:
               "--publish 1`", file=sys.stderr)  # fmt: skip
         return 1
     started_s = time.perf_counter()
+    try:
+        check_settings(chain, describe(chain, is_from_zero=args.from_zero))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"matrix products: {matrix_rate():.0f} GFLOP/s in float32")
     try:
         make_data(chain)
@@ -355,7 +290,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: the step above ended with status {error.returncode}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nleft; the same command goes on from here")
+        print("\nleft; the same command goes on from here (a data set or a tower in the making "
+              "begins anew) / 重新运行即可继续")  # fmt: skip
         return 130
     write_report(chain)
     print_table(scores)

@@ -44,6 +44,7 @@ from model.inference import choose_device
 from model.vlm_processor import load_tokenizer
 from model.weights import ROOT
 from trainer.optim import get_lr, make_optimizer
+from trainer.preflight import check_writable
 from trainer.trainer_utils import autocast, setup_seed
 
 IMAGE_SIDE, PATCH_SIDE, DRAWN_SIDE = 224, 16, 96
@@ -237,6 +238,9 @@ def word_loss(
 def train(model: CLIPModel, args: argparse.Namespace, tokenizer, device: torch.device) -> dict:
     """Train; returns the last window's in-batch accuracy and share of patches by word list.
 
+    Raises:
+        ValueError: the weights are no longer finite, seen at the next line of the log.
+
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language
     Supervision" (2021).
     """
@@ -271,12 +275,24 @@ def train(model: CLIPModel, args: argparse.Namespace, tokenizer, device: torch.d
             hits = (guessed == torch.arange(len(guessed), device=device)).float().mean()
             window.append(torch.cat((hits[None], shares)))
         if step % args.log_interval == 0 or step == args.steps:
+            check_finite(model, step)
             figures = dict(zip(("in-batch", *WORDS), torch.stack(window).mean(0).tolist(),
                                strict=True))  # fmt: skip
             elapsed_s, window = time.perf_counter() - started_s, []
             print(f"step {step}/{args.steps} loss:{output.loss.item():.4f} {as_text(figures)} "
                   f"images/s:{step * args.batch_size / elapsed_s:.0f}", flush=True)  # fmt: skip
     return figures
+
+
+def check_finite(model: CLIPModel, step: int) -> None:
+    """Raise ValueError unless all weights are finite in float16, as they are saved: a loss or
+    gradient that is not stays in the weights."""
+    for name, weight in model.named_parameters():
+        if not weight.detach().half().isfinite().all():
+            raise ValueError(
+                f"step {step}: {name} is not finite; nothing was written; "
+                "try a lower --learning_rate or --dtype float32"
+            )
 
 
 @torch.no_grad()
@@ -325,23 +341,43 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--num_workers", type=int, default=1, help="processes that draw / 绘图进程数")
     add("--log_interval", type=int, default=50, help="steps between lines / 日志间隔")
     add("--seed", type=int, default=42, help="of scenes and weights / 随机种子")
-    args = parser.parse_args(argv)
-    if args.hidden_size % HEAD_DIM or args.text_hidden_size % HEAD_DIM:
-        raise ValueError(f"--hidden_size and --text_hidden_size must be multiples of {HEAD_DIM}")
-    if min(args.steps, args.warmup_steps, args.num_hidden_layers, args.log_interval) < 1:
-        raise ValueError("--steps, --warmup_steps, --num_hidden_layers, --log_interval: at least 1")
-    return args
+    return parser.parse_args(argv)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise ValueError naming the flag whose value cannot be."""
+    for name in ("hidden_size", "text_hidden_size"):
+        size = getattr(args, name)
+        if size < HEAD_DIM or size % HEAD_DIM:
+            raise ValueError(f"--{name} must be a multiple of {HEAD_DIM}, got {size}")
+    lowest = {"steps": 1, "batch_size": 1, "warmup_steps": 1, "num_hidden_layers": 1,
+              "projection_dim": 1, "log_interval": 1, "num_workers": 0}  # fmt: skip
+    for name, low in lowest.items():
+        if getattr(args, name) < low:
+            raise ValueError(f"--{name} must be {low} or more, got {getattr(args, name)}")
+    if not 0 < args.learning_rate < np.inf:
+        raise ValueError(f"--learning_rate must be above 0, got {args.learning_rate}")
+    check_writable(args.save_dir, flag="--save_dir")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train and write the folder; returns the exit status."""
+    args = parse_args(argv)
     try:
-        args = parse_args(argv)
-        device = choose_device(args.device)
-        tokenizer = load_tokenizer(args.tokenizer_path)
+        check_args(args)
+        return run(args)
+    except KeyboardInterrupt:
+        print("stopped before the end; nothing was written / 已中断, 未写入", file=sys.stderr)
+        return 130  # 128 plus the signal's number
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def run(args: argparse.Namespace) -> int:
+    """What `main` does with its flags."""
+    device = choose_device(args.device)
+    tokenizer = load_tokenizer(args.tokenizer_path)
     setup_seed(args.seed)
     model = make_model(args, tokenizer).to(device)
     size = sum(p.numel() for p in model.vision_model.parameters())

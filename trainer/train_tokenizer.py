@@ -59,17 +59,20 @@ TOKENIZER_CONFIG = {
 }
 
 
-def read_texts(path: Path, *, answers_only: bool = False) -> Iterator[str]:
+def read_texts(
+    path: Path, *, answers_only: bool = False, flag: str = "--data_path"
+) -> Iterator[str]:
     """The lines of a text file, or the messages (or "text") of each record of a `.jsonl`.
 
     Args:
         answers_only: of a conversation, what the assistant says.
+        flag: the one that named the path, for the message.
     Raises:
         FileNotFoundError: no such file.
         ValueError: not UTF-8, or a line that is no record.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no text file {path}; name it by --data_path")
+        raise FileNotFoundError(f"no text file {path}; name it by {flag}")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -207,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         reference = _open_reference(args.reference_path)
-        held_out = [t for path in args.eval_path for t in read_texts(path, answers_only=True)]
+        held_out = [text for path in args.eval_path for text in _read_answers(path)]
         tokenizer = train_tokenizer(_training_texts(args), vocab_size=args.vocab_size)
         save_tokenizer(tokenizer, args.save_dir)
     except (ValueError, OSError) as error:
@@ -217,6 +220,13 @@ def main(argv: list[str] | None = None) -> int:
         print(line)
     print(f"{tokenizer.get_vocab_size()} tokens in {args.save_dir}")
     return 0
+
+
+def _read_answers(path: Path) -> list[str]:
+    texts = [*filter(None, read_texts(path, answers_only=True, flag="--eval_path"))]
+    if not texts:
+        raise ValueError(f"--eval_path {path}: no text in it to count the tokens of")
+    return texts
 
 
 def _training_texts(args: argparse.Namespace) -> list[str]:
@@ -243,7 +253,10 @@ def _open_reference(path: Path | None) -> Tokenizer | None:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"no tokenizer {file}; name its folder by --reference_path")
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no other type
+        raise ValueError(f"{file}: not a readable tokenizer ({error})") from None
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -1,0 +1,128 @@
+"""Owns the settings of the chain on the sample world, and that a folder holds one chain's work."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from model.model_vlm import VISION_DIR
+from model.weights import OUT_DIR, atomic_write
+
+TOWER, LLM, VLM = "clip-tiny-patch16", "llm_demo_128", "sft_vlm_demo_128"  # as the repository has
+SIZES = ("--hidden_size", 128, "--num_hidden_layers", 4, "--num_attention_heads", 4)
+SEED = 42
+CHAIN_FILE = "chain.json"  # in a chain's folder: the settings of what is there
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage with images trains."""
+
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    optimizer: str
+
+    def flags(self) -> tuple:
+        return ("--batch_size", self.batch_size, "--learning_rate", self.learning_rate,
+                "--warmup_steps", self.warmup_steps, "--optimizer", self.optimizer)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Where a chain works and how long it trains; the defaults are those of `make demo`."""
+
+    folder: Path = OUT_DIR / "demo"
+    tower: Path = VISION_DIR / TOWER
+    llm: Path = OUT_DIR / f"{LLM}.pth"
+    seed: int = SEED  # of order and new weights
+    num_pretrain: int = 1000  # pictures of the first stage
+    num_train: int = 6000  # of the second, and a twentieth as many questions without one
+    num_turns: int = 5  # questions a picture at most
+    num_listed: int = 16  # pieces of the list at the end
+    caption_share: float = 0.1  # of the pictures are described too
+    pretrain: Recipe = Recipe(4, 6e-3, 0, "muon")
+    sft: Recipe = Recipe(4, 1e-3, 100, "muon")
+    num_heldout: int = 400
+    tower_steps: int = 0
+    text_share: float = 1.0  # of `TEXT_STAGES`
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def pretrain_data(self) -> Path:
+        return self.data / "pretrain"
+
+    @property
+    def out(self) -> Path:
+        """Where the stages with images write; another seed than the usual has its own folder."""
+        return self.folder if self.seed == SEED else self.folder / f"seed_{self.seed}"
+
+
+@dataclass(frozen=True)
+class TextStage:
+    """One run of the language model from zero."""
+
+    name: str  # of its weight
+    flag: str  # of dataset.synthetic: which texts
+    count: int
+    seed: int
+    batch_size: int
+    learning_rate: float
+    character_share: float = 0.0  # of the scenes with room: enough that reading them is learnt
+
+
+TEXT_STAGES = (
+    TextStage("llm_told", "--num_retold", 16000, 11, 32, 3e-3),
+    TextStage("llm_demo", "--num_text", 40000, 11, 16, 2e-3, 0.6),
+)
+FROM_ZERO = {  # what differs in `make from-zero`
+    "folder": OUT_DIR / "from_zero",
+    "tower": OUT_DIR / "from_zero" / TOWER,
+    "llm": OUT_DIR / "from_zero" / f"{LLM}.pth",
+    "num_pretrain": 4000,
+    "num_train": 32000,
+    "num_turns": 8,
+    "num_listed": 10,
+    "caption_share": 0.2,
+    "pretrain": Recipe(16, 3e-3, 0, "adamw"),
+    "sft": Recipe(8, 1.5e-3, 100, "muon"),
+    "num_heldout": 1100,
+    "tower_steps": 3500,
+}
+
+
+def describe(chain: Chain, *, is_from_zero: bool) -> dict:
+    """What the work in a chain's folder depends on: all settings but the seed, which has its own
+    folder, and the tower and language model unless the chain makes them."""
+    settings = asdict(chain)
+    for name in ("seed", "folder", "tower", "llm"):
+        del settings[name]
+    if is_from_zero:
+        settings["texts"] = [asdict(stage) for stage in TEXT_STAGES]
+    else:
+        for name, file in (("tower", chain.tower / "model.safetensors"), ("llm", chain.llm)):
+            settings[f"{name}_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return settings
+
+
+def check_settings(chain: Chain, settings: dict) -> None:
+    """Write down the settings in a new folder; in one with work in it they must be the same.
+
+    Raises:
+        ValueError: they differ, or are not known; OSError: the folder cannot be written.
+    """
+    path, settings = chain.folder / CHAIN_FILE, json.loads(json.dumps(settings))
+    if chain.folder.is_dir() and any(chain.folder.iterdir()):
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        differing = [name for name in settings if before.get(name) != settings[name]]
+        if differing:
+            others = f"another {', '.join(differing)}" if before else f"no {CHAIN_FILE} beside it"
+            raise ValueError(
+                f"{chain.folder} was made with {others}; remove it to start anew, or give the "
+                "flags of that run / 设置与已有结果不同，请删除该目录或沿用原参数"
+            )
+    chain.folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
