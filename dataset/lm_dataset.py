@@ -110,6 +110,11 @@ class VLMDataset(Dataset):
         return len(self.records)
 
     @property
+    def num_records(self) -> int:
+        """How many records the file holds, good or bad: each is a sample."""
+        return len(self.records)
+
+    @property
     def fingerprint(self) -> str:
         """Identifies the records' content, wherever the file lies."""
         return self.records.fingerprint

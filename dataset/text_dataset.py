@@ -45,7 +45,7 @@ class TextDataset(Dataset):
         if not self.data_path.is_file():
             raise FileNotFoundError(f"no text {self.data_path}; name it by --data_path")
         self.max_length = max_length
-        self.num_blank = 0
+        self.num_blank = self.num_records = 0
         self._bad: list[BadSample] = []
         documents = self._documents(tokenizer)
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -68,11 +68,13 @@ class TextDataset(Dataset):
     def _documents(self, tokenizer) -> list[str]:
         is_json = self.data_path.suffix == ".jsonl"
         documents = []
-        with open(self.data_path, encoding="utf-8") as lines:
+        with open(self.data_path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 where = f"{self.data_path.name}:{number}"
                 try:
-                    text = self._text(line, tokenizer, where=where) if is_json else line.strip()
+                    text = _decode(line, where=where)
+                    text = self._text(text, tokenizer, where=where) if is_json else text.strip()
+                    _check_characters(text, where=where)
                 except BadRecordError as error:
                     self._bad.append(BadSample(number - 1, str(error)))
                     continue
@@ -80,6 +82,7 @@ class TextDataset(Dataset):
                     documents.append(text)
                 else:
                     self.num_blank += 1
+        self.num_records = len(documents) + len(self._bad)
         return documents
 
     @staticmethod
@@ -128,9 +131,24 @@ class TextDataset(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the text and its targets, wherever the file lies."""
-        return file_fingerprint(self.data_path, int(self.is_target.sum()))
+        """Identifies the text, its targets and its blocks, wherever the file lies."""
+        blocks = () if self.ends is not None else (self.max_length,)
+        return file_fingerprint(self.data_path, int(self.is_target.sum()), *blocks)
 
     def find_bad_records(self) -> list[BadSample]:
         """Lines that hold no usable record; they are not among the blocks."""
         return self._bad
+
+
+def _decode(line: bytes, *, where: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from None
+
+
+def _check_characters(text: str, *, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecordError(f"{where}: half a character ({error}); mend or delete it") from None

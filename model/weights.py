@@ -275,16 +275,23 @@ def read_metadata(path: Path) -> dict:
         raise ValueError(f"{beside} is not weight metadata ({error!r}); mend it") from None
     if metadata["format"] != METADATA_FORMAT:
         raise ValueError(f"{beside} has format {metadata.get('format')}, not {METADATA_FORMAT}")
-    former = metadata.pop("former", None)
-    if former and former["weight_id"] == weight_id(path):
+    former, described = metadata.pop("former", None), metadata.get("weight_id")
+    found = weight_id(path) if former or described else None
+    if former and former["weight_id"] == found:
         return former if "format" in former else {}  # a save was cut off before the weight
+    if described and described != found:
+        raise ValueError(
+            f"{beside} describes another weight than the {path.name} beside it; if that came from "
+            f"elsewhere, delete {beside.name}, else put the weight back that belongs to it"
+        )
     return metadata
 
 
-def sizes_from_tensors(state: dict[str, Tensor], *, path: Path) -> dict:
+def sizes_from_tensors(state: dict[str, Tensor], *, path: Path, num_heads: int = 8) -> dict:
     """The sizes of a model, read off its tensors' shapes.
 
-    The number of query heads shows in no shape: it is 8 unless metadata says otherwise.
+    Args:
+        num_heads: query heads, which show in no shape.
     """
     try:
         vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
@@ -305,7 +312,7 @@ def sizes_from_tensors(state: dict[str, Tensor], *, path: Path) -> dict:
         "hidden_size": hidden_size,
         "vocab_size": vocab_size,
         "num_hidden_layers": num_layers,
-        "num_key_value_heads": kv_dim // (hidden_size // 8),
+        "num_key_value_heads": kv_dim * num_heads // hidden_size,
         "intermediate_size": intermediate,
         "use_moe": bool(experts),
     }
@@ -325,10 +332,9 @@ def weight_config(state: dict[str, Tensor], *, path: Path, flags: dict) -> dict:
     Raises:
         ValueError: a flag, or the metadata, contradicts the tensors.
     """
-    sizes = sizes_from_tensors(state, path=path)
     config = read_metadata(path).get("config", {})
-    heads = config.get("num_attention_heads", 8)
-    sizes["num_key_value_heads"] = sizes["num_key_value_heads"] * heads // 8
+    num_heads = config.get("num_attention_heads") or flags.get("num_attention_heads") or 8
+    sizes = sizes_from_tensors(state, path=path, num_heads=num_heads)
     for name, size in sizes.items():
         if name in config and config[name] != size:
             raise ValueError(

@@ -87,6 +87,67 @@ def test_mended_sample_is_not_lost_by_a_resumed_run(assets, tmp_path, capfd):
     assert all(torch.equal(whole["model"][k], mended["model"][k]) for k in whole["model"])
 
 
+def test_longer_sequences_let_a_stopped_run_go_on(assets, tmp_path, capfd):
+    data, images = make_records(tmp_path / "data", num_records=117)
+    long = conversation("word " * 100 + "<image>", "Late.", image="0_0.png")
+    with data.open("a") as file:
+        file.write((json.dumps(long) + "\n") * 3)
+    flags = {"save_interval": 1, "batch_size": 2}
+    argv = train_flags(assets, tmp_path, data, images, **flags, max_seq_len=100)
+    assert train_pretrain_vlm.main(argv) == 1
+    err = capfd.readouterr().err
+    assert "2 of 120 records cannot be used" in err and "another --max_seq_len" in err
+    argv = train_flags(assets, tmp_path, data, images, **flags, max_seq_len=640)
+    assert train_pretrain_vlm.main([*argv, "--from_resume", "1"]) == 0
+    assert "--max_seq_len was 100, now 640" in capfd.readouterr().out
+    progress = state_of(tmp_path)["progress"]
+    assert progress["samples"] == 120 and progress["bad_samples"] == 1
+
+
+def test_validation_without_a_usable_sample_costs_nothing(assets, tmp_path, data, capfd):
+    val, pictures = make_records(tmp_path / "val", num_records=3)
+    content = {path: path.read_bytes() for path in pictures.iterdir()}
+    for path in content:
+        path.write_bytes(content[path][:60])
+    argv = train_flags(assets, tmp_path, *data, val_data_path=val, val_images_path=pictures)
+    assert train_pretrain_vlm.main(argv) == 1
+    assert "the validation data holds no usable sample" in capfd.readouterr().err
+    assert (tmp_path / "out" / "pretrain_vlm_32.pth").is_file()
+    for path in content:
+        path.write_bytes(content[path])
+    assert train_pretrain_vlm.main([*argv, "--from_resume", "1"]) == 0
+    out = capfd.readouterr().out
+    assert "Epoch:[1/1] val_loss:" in out and "loss:" not in out.partition("val_loss:")[0]
+    assert state_of(tmp_path)["progress"]["epoch"] == 1
+
+
+@pytest.mark.parametrize("stopped_at", [6, 12], ids=["first epoch", "last epoch"])
+def test_validation_that_a_stop_prevented_comes_when_resumed(
+    stopped_at, assets, tmp_path, data, monkeypatch, capfd
+):
+    class StoppedAtStep(StopSignal):
+        asked = -1  # once before the first step
+
+        def votes(self):
+            self.asked += 1
+            self.signum = signal.SIGTERM if self.asked == stopped_at else None
+            return super().votes()
+
+    argv = train_flags(assets, tmp_path, *data, val_data_path=data[0], val_images_path=data[1],
+                       epochs=2)  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.setup.StopSignal", StoppedAtStep)
+        assert train_pretrain_vlm.main(argv) == 128 + signal.SIGTERM
+    assert train_pretrain_vlm.main([*argv, "--from_resume", "1"]) == 0
+    capfd.readouterr()
+    assert train_pretrain_vlm.main([*argv, "--from_resume", "1"]) == 0
+    assert "val_loss" not in capfd.readouterr().out  # complete: nothing is done again
+    lines = next((tmp_path / "out").glob("*_metrics.jsonl")).read_text().splitlines()
+    figures = [json.loads(line) for line in lines]
+    assert [f["epoch"] for f in figures if "val_loss" in f] == [1, 2]
+    assert [f["step"] for f in figures if "loss" in f] == list(range(1, 13))
+
+
 @pytest.mark.parametrize(("before", "after"), [("float32", "float16"), ("float16", "bfloat16")])
 def test_resume_with_another_dtype(before, after, assets, tmp_path, data, capfd):
     argv = train_flags(assets, tmp_path, *data, dtype=before)

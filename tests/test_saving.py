@@ -16,7 +16,7 @@ from rank_group import CONTEXT, RankGroup, record_steps, recorded_steps
 
 from model.weights import read_metadata, save_weights, weight_id
 from trainer import benchmark_saving, state_file, train_pretrain_vlm
-from trainer.state_file import Snapshot, fault_of, previous_path, vlm_checkpoint
+from trainer.state_file import Snapshot, fault_of, old_path, previous_path, vlm_checkpoint
 
 IDENTITY = {"stage": "test"}
 
@@ -164,6 +164,18 @@ def test_single_flipped_bit_is_noticed(tmp_path):
     assert path.read_bytes() == bytes(content)  # nothing to go on from: nothing is moved
 
 
+def test_new_run_keeps_what_an_earlier_one_has_left_whole(tmp_path):
+    path = tmp_path / "x_resume.pth"
+    for step in (1, 2):
+        save_number(tmp_path, step)
+    path.write_bytes(b"torn")
+    assert vlm_checkpoint(path, identity=IDENTITY)["progress"]["step"] == 1  # sets it aside
+    save_number(tmp_path, 7, is_first=True)
+    assert vlm_checkpoint(old_path(path), identity=IDENTITY)["progress"]["step"] == 1
+    assert vlm_checkpoint(path, identity=IDENTITY)["progress"]["step"] == 7
+    assert not previous_path(path).exists()
+
+
 def test_damaged_state_never_takes_the_place_of_a_whole_one(tmp_path):
     path = tmp_path / "x_resume.pth"
     for step in (1, 2):
@@ -279,7 +291,8 @@ def test_disk_that_fills_or_turns_read_only(fault, assets, tmp_path, small_disk)
     make_tower(tmp_path / "tower", image_size=32, patch_size=8)
     data, images = make_records(tmp_path / "data", num_records=60)
     argv = train_flags(assets, tmp_path, data, images, epochs=1000, batch_size=2, save_interval=2,
-                       checkpoint_dir=small_disk, num_hidden_layers=1)  # fmt: skip
+                       checkpoint_dir=small_disk, num_hidden_layers=1,
+                       **({"save_dir": small_disk} if fault == "full" else {}))  # fmt: skip
     path = small_disk / "pretrain_vlm_32_resume.pth"
     filler = small_disk / "filler"
     with RankGroup(argv, tmp_path, world_size=2, hook=(record_steps, tmp_path, "a")) as group:
@@ -291,6 +304,8 @@ def test_disk_that_fills_or_turns_read_only(fault, assets, tmp_path, small_disk)
         group.wait_for(lambda: "warning: saving failed" in group.output(), "warning")
         words = "No space left" if fault == "full" else "Read-only file system"
         assert words in group.output() or "PytorchStreamWriter failed" in group.output()
+        if fault == "full":  # a line of the metrics file fits into what its last block has left
+            group.wait_for(lambda: "_metrics.jsonl cannot be written" in group.output(), "warning")
         steps = len(recorded_steps(tmp_path, "a")) // 2
         wait_for_step(group, tmp_path, "a", steps + 3)  # it goes on
         assert fault_of(path) is None
@@ -300,6 +315,10 @@ def test_disk_that_fills_or_turns_read_only(fault, assets, tmp_path, small_disk)
             remount(group, small_disk, "rw")
         before = path.stat().st_ino
         group.wait_for(lambda: path.stat().st_ino != before, "a save after it is mended")
+        if fault == "full":  # the lines of the metrics file came late, but all of them came
+            lines = (small_disk / "pretrain_vlm_32_metrics.jsonl").read_text().splitlines()
+            assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
+            assert len(lines) >= steps
         if fault == "full":
             fill(filler)
         else:

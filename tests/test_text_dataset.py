@@ -24,6 +24,15 @@ def stream_of(dataset: TextDataset) -> list[int]:
     return tokens
 
 
+def llm_flags(assets, folder, path, **more) -> list[str]:
+    flags = {"tokenizer_path": assets / "tokenizer", "data_path": path,
+             "save_dir": folder / "out", "checkpoint_dir": folder / "checkpoints",
+             "max_seq_len": 32, "batch_size": 4, "epochs": 1, "learning_rate": 0.005,
+             "device": "cpu", "dtype": "float32", "num_workers": 0, "log_interval": 5,
+             **TINY_MODEL} | more  # fmt: skip
+    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+
+
 @pytest.mark.parametrize("max_length", [1, 7, 16, 1000])
 def test_every_token_is_a_target_exactly_once(max_length, tokenizer, tmp_path):
     path = tmp_path / "text.txt"
@@ -71,6 +80,45 @@ def test_answers_alone_are_targets_and_a_document_is_a_sample(tokenizer, tmp_pat
         TextDataset(path, tokenizer, loss_on="questions")
 
 
+def test_share_of_bad_lines_is_that_of_lines(assets, tmp_path, capfd):
+    path = tmp_path / "text.jsonl"
+    argv = llm_flags(assets, tmp_path, path, max_seq_len=512)
+    for num_bad, num_good, is_usable in ((2, 300, True), (2, 100, False)):
+        lines = [json.dumps({"text": "A red circle. " * 3})] * num_good + ["{broken"] * num_bad
+        path.write_text("\n".join(lines))
+        assert train_llm.main(argv) == (0 if is_usable else 1)
+        said = "2 record(s) will be left out" if is_usable else "2 of 102 records cannot be used"
+        assert said in capfd.readouterr().err
+
+
+def test_odd_characters_are_bad_lines(tokenizer, tmp_path):
+    for name, content, says in (
+        ("a.jsonl", b'{"text": "a\\ud83d"}\n{"text": "b"}\n', "a.jsonl:1: half a character"),
+        ("b.jsonl", json.dumps(conversation("?", "a\ud83d")).encode() + b'\n{"text": "b"}',
+         "b.jsonl:1: half a character"),
+        ("c.txt", "b\n狗\n".encode("gbk"), "c.txt:2: not UTF-8"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        dataset = TextDataset(tmp_path / name, tokenizer)
+        assert [bad.reason[: len(says)] for bad in dataset.find_bad_records()] == [says]
+        assert dataset.num_records == 2 and "b" in tokenizer.decode(dataset[0].input_ids)
+
+
+def test_frozen_language_model_has_nothing_to_train(assets, tmp_path, capfd):
+    path = tmp_path / "text.txt"
+    path.write_text("A red circle.\n" * 9)
+    assert train_llm.main([*llm_flags(assets, tmp_path, path), "--freeze_llm", "1"]) == 1
+    assert "error: --freeze_llm 1 leaves nothing to train" in capfd.readouterr().err
+
+
+def test_blocks_of_another_length_are_other_data(tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("A red circle.\n" * 9)
+    for loss_on, is_same in (("all", False), ("answers", True)):
+        made = [TextDataset(path, tokenizer, max_length=n, loss_on=loss_on) for n in (8, 16)]
+        assert (made[0].fingerprint == made[1].fingerprint) == is_same
+
+
 def test_missing_or_empty_text_is_named(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.txt.*--data_path"):
         TextDataset(tmp_path / "gone.txt", tokenizer)
@@ -82,12 +130,7 @@ def test_missing_or_empty_text_is_named(tokenizer, tmp_path):
 def test_language_model_stage_leads_to_pretraining(assets, tmp_path, capfd):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(TOKENIZER_TEXT * 20), encoding="utf-8")
-    flags = {"tokenizer_path": assets / "tokenizer", "data_path": path, "val_data_path": path,
-             "save_dir": tmp_path / "out", "checkpoint_dir": tmp_path / "checkpoints",
-             "max_seq_len": 32, "batch_size": 4, "epochs": 2, "learning_rate": 0.005,
-             "device": "cpu", "dtype": "float32", "num_workers": 0, "log_interval": 5,
-             **TINY_MODEL}  # fmt: skip
-    argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    argv = llm_flags(assets, tmp_path, path, val_data_path=path, epochs=2)
     assert train_llm.main(argv) == 0
     figures = [json.loads(x) for x in (tmp_path / "out" / "llm_32_metrics.jsonl").open()]
     assert [f["val_loss"] for f in figures if "val_loss" in f][-1] < 4

@@ -2,12 +2,16 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 from conftest import conversation, make_records, make_tower, run_script, train_flags
+from rank_group import run_ranks
 
+from model.weights import read_metadata, save_weights
 from trainer import train_pretrain_vlm, train_sft_vlm
+from trainer.trainer_utils import Ranks, epoch_order, rank_batches
 
 
 @pytest.fixture
@@ -171,13 +175,7 @@ def test_first_release_layout_trains_and_evaluates(assets, tmp_path, capfd):
 def test_non_finite_loss_never_reaches_the_weights(assets, tmp_path, capfd):
     """A weight that makes some samples overflow float16 stands in for a diverged model."""
     data = make_records(tmp_path / "data", num_records=12)
-    argv = train_flags(assets, tmp_path, *data)
-    assert train_pretrain_vlm.main([*argv, "--save_weight", "llm"]) == 0
-    weight = tmp_path / "out" / "llm_32.pth"
-    state = torch.load(weight, weights_only=True)
-    state["vision_proj.vision_proj.0.weight"].fill_(6e4)  # images overflow, text does not
-    state["model.norm.weight"].fill_(6e4)
-    torch.save(state, weight)
+    blinding_weight(assets, tmp_path, data)
     argv = train_flags(assets, tmp_path, *data, from_weight="llm", batch_size=1, epochs=1,
                        learning_rate=1e-12, dtype="float16")  # fmt: skip
     capfd.readouterr()
@@ -187,6 +185,40 @@ def test_non_finite_loss_never_reaches_the_weights(assets, tmp_path, capfd):
     saved = torch.load(next((tmp_path / "checkpoints").glob("pretrain*")), weights_only=True)
     assert all(v.isfinite().all() for v in saved["model"].values())
     assert saved["progress"]["skipped_steps"] > 0
+
+
+def blinding_weight(assets, folder, data) -> None:
+    """A weight that makes samples with a picture overflow float16, and no others."""
+    argv = train_flags(assets, folder, *data)
+    assert train_pretrain_vlm.main([*argv, "--save_weight", "llm"]) == 0
+    weight = folder / "out" / "llm_32.pth"
+    state, described = torch.load(weight, weights_only=True), read_metadata(weight)
+    state["vision_proj.vision_proj.0.weight"].fill_(6e4)
+    save_weights(state, weight, described)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_sample_of_a_loss_that_is_not_finite_is_named(assets, tmp_path, world_size):
+    """One record has a picture: of the second step, where on two ranks it is rank 1's."""
+    ranks = Ranks(1, 2, torch.device("cpu"))
+    batches = list(
+        rank_batches(epoch_order(24, seed=42, epoch=0), start=0, batch_size=3, ranks=ranks)
+    )
+    pictured = batches[2][0]
+    data, images = make_records(tmp_path / "data")
+    lines = [json.dumps(conversation("What is a circle?", "A circle.")) for _ in range(24)]
+    lines[pictured] = json.dumps(conversation("<image>", "A circle.", image="0_0.png"))
+    data.write_text("\n".join(lines) + "\n")
+    blinding_weight(assets, tmp_path, (data, images))
+    argv = train_flags(assets, tmp_path, data, images, from_weight="llm", dtype="float16",
+                       batch_size=6 // world_size, accumulation_steps=2,
+                       learning_rate=1e-12)  # fmt: skip
+    said = run_ranks(argv, tmp_path, world_size=world_size, status=1)  # no step was applied:
+    left_out = [line for line in said.splitlines() if line.startswith("step ")]
+    assert left_out[0].endswith(", ...")  # in the other one the first loss scale is too high
+    line = left_out[1]
+    named = re.findall(r"data_0.jsonl:(\d+)", line)
+    assert len(named) == 6 // world_size and str(pictured + 1) in named
 
 
 def test_disk_that_fills_while_saving_keeps_the_old_files(assets, tmp_path, data, monkeypatch):

@@ -1,5 +1,6 @@
 """Weight files: names, metadata, strict loading, atomic saving."""
 
+import json
 import random
 
 import pytest
@@ -72,6 +73,28 @@ def test_metadata_and_tensors_give_the_config(assets, tmp_path, use_moe):
     config = VLMConfig(**weight_config(read_weights(path), path=path, flags={}))
     names = [n for n in VLMConfig().to_dict() if n not in ("architectures", "dtype")]
     assert {n: getattr(config, n) for n in names} == {n: getattr(model.config, n) for n in names}
+
+
+@pytest.mark.parametrize("num_heads", [2, 6, 12, 32])
+def test_any_number_of_heads_is_read_back(tmp_path, num_heads):
+    model = make_vlm(hidden_size=192, num_attention_heads=num_heads, num_key_value_heads=2)
+    path = save(model, tmp_path / "x.pth")
+    flags = {"num_attention_heads": num_heads}
+    for _ in ("described", "plain"):
+        config = weight_config(read_weights(path), path=path, flags=flags)
+        assert config["num_attention_heads"] == num_heads and config["num_key_value_heads"] == 2
+        path.with_suffix(".json").unlink(missing_ok=True)
+
+
+def test_description_of_another_weight_is_refused(tmp_path):
+    path = save(make_vlm(), tmp_path / "x.pth")
+    described = path.with_suffix(".json").read_bytes()
+    save(make_vlm(seed=1), path)
+    path.with_suffix(".json").write_bytes(described)
+    with pytest.raises(ValueError, match="x.json describes another weight than the x.pth"):
+        read_metadata(path)
+    save(make_vlm(), path)  # an own save mends it
+    assert read_metadata(path)["stage"] == "sft"
 
 
 @KINDS
@@ -174,7 +197,9 @@ def test_load_weights_takes_a_language_model_without_projection(tmp_path):
 def test_metadata_of_another_size_is_refused(assets, tmp_path):
     path = save(make_vlm(assets), tmp_path / "x.pth")
     save(make_vlm(assets, num_hidden_layers=3), tmp_path / "y.pth")
-    (tmp_path / "y.json").replace(tmp_path / "x.json")
+    described = json.loads((tmp_path / "y.json").read_text())
+    del described["weight_id"]  # as written by hand
+    (tmp_path / "x.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match="num_hidden_layers 3 but the tensors of x.pth say 2"):
         weight_config(read_weights(path), path=path, flags={})
 

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from model.weights import atomic_write
+from trainer.trainer_utils import warn
 
 GIB = 2**30
 
@@ -84,13 +85,14 @@ class JsonLog:
     def __init__(self, path: Path, *, resume_step: int | None = None):
         self._path, self._resume_step = path, resume_step
         self._file = None  # opened by the first line: a run that never starts changes nothing
+        self._waiting = b""  # lines that could not be written yet
 
     def _open(self) -> None:
         kept = b""
         if self._resume_step is not None and self._path.is_file():
             kept = b"".join(self._until(self._path, self._resume_step))
         atomic_write(self._path, lambda file: file.write(kept))
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115, closed by close()
 
     @staticmethod
     def _until(path: Path, step: int) -> list[bytes]:
@@ -105,13 +107,28 @@ class JsonLog:
         return lines
 
     def write(self, figures: dict) -> None:
-        if self._file is None:
-            self._open()
+        """Write a line; one that cannot be written is told once, kept, and tried again."""
         finite = {k: None if _is_not_finite(v) else v for k, v in figures.items()}
-        self._file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
+        had_trouble, self._waiting = bool(self._waiting), self._waiting + line.encode()
+        failure = self._drain()
+        if failure and not had_trouble:
+            warn(f"{self._path} cannot be written ({failure}); training goes on and tries again")
+
+    def _drain(self) -> OSError | None:
+        """Write what waits; what a full disk did not take goes on waiting."""
+        try:
+            if self._file is None:
+                self._open()
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            return error
+        return None
 
     def close(self, outcome: str = "success") -> None:
+        if self._waiting and self._drain():
+            warn(f"{self._path} lacks its last {self._waiting.count(10)} line(s): no room for them")
         if self._file is not None:
             self._file.close()
 

@@ -53,6 +53,8 @@ def set_trainable(model: nn.Module, *, freeze_llm: bool, trainable: str | None =
         parameter.requires_grad_(wanted)
         if wanted:
             names.append(name)
+    if not names and trainable is None:
+        raise ValueError("--freeze_llm 1 leaves nothing to train: this model has no projection")
     if not names:
         raise ValueError(
             f"--trainable {trainable!r} matches no parameter, such as model.norm.weight"

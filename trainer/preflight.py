@@ -155,6 +155,6 @@ def check_records(dataset, *, on_bad_sample: str) -> None:
         return
     if on_bad_sample == "error":
         raise ValueError(f"{bad[0].reason} (--on_bad_sample skip goes on without it)")
-    if len(bad) > MAX_BAD_SHARE * len(dataset):
-        raise ValueError(too_many_bad(len(bad), len(dataset), bad[-1].reason))
+    if len(bad) > MAX_BAD_SHARE * dataset.num_records:
+        raise ValueError(too_many_bad(len(bad), dataset.num_records, bad[-1].reason))
     warn(f"{len(bad)} record(s) will be left out; the first: {bad[0].reason}")

@@ -284,6 +284,5 @@ def describe_run(
         "trained parameters": trained,
         "optimizer": args.optimizer,
         "seed": args.seed,
-        "max_seq_len": args.max_seq_len,
     }
     return metadata, identity

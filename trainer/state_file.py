@@ -53,6 +53,8 @@ def vlm_checkpoint(
     with staged_write(path, lambda file: torch.save(full, file)):
         if path.is_file():
             _keep(path, old_path(path) if is_first else previous_path(path))
+        elif is_first and previous_path(path).is_file():  # the newest was lost
+            _keep(previous_path(path), old_path(path))
         if is_first:
             previous_path(path).unlink(missing_ok=True)
     return None

@@ -23,6 +23,10 @@ MAX_OVERFLOWS = 40  # the same in float16, where the loss scale first has to fin
 MAX_BAD_SHARE = 0.01  # of an epoch's samples
 ESTIMATE_STEPS = 5  # steps before the first word on how long it will take
 NAMES_SHOWN = 8
+RESUMABLE = (
+    "; --from_resume 1 goes on with mended pictures or another --max_seq_len, edited records need "
+    "a new run from the weight (--from_weight)"
+)
 
 
 @dataclass
@@ -40,6 +44,22 @@ class Progress:
 
     def as_dict(self) -> dict:
         return asdict(self)
+
+
+@dataclass
+class StepResult:
+    """Counts of one step over all ranks, and its figures as tensors on the device."""
+
+    samples: int
+    tokens: int
+    supervised: int
+    sequences: int
+    loss_sum: Tensor
+    aux_sum: Tensor
+    grad_norm: Tensor
+    is_bad: Tensor
+    is_finite: Tensor  # (micro-steps,) the losses of this rank
+    sample_names: list[list[str]]  # of each micro-step
 
 
 @dataclass
@@ -61,7 +81,7 @@ class Run:
     args: object  # TrainArgs
     progress: Progress = field(default_factory=Progress)
     window: Window = field(default_factory=Window)
-    pending: list = field(default_factory=list)  # steps whose flag was not read yet
+    pending: list[StepResult] = field(default_factory=list)  # whose flags were not read yet
     bad_in_a_row: int = 0
     started_s: float = field(default_factory=time.perf_counter)
     started_samples: int = 0
@@ -77,28 +97,14 @@ class Run:
         return self.ranks.device
 
 
-@dataclass
-class StepResult:
-    """Counts of one step over all ranks, and its figures as tensors on the device."""
-
-    samples: int
-    tokens: int
-    supervised: int
-    sequences: int
-    loss_sum: Tensor
-    aux_sum: Tensor
-    grad_norm: Tensor
-    is_bad: Tensor
-    sample_names: list[str]
-
-
 def train(run: Run) -> bool:
     """Train to the end of the last epoch, or to a stop signal.
 
     Returns:
         Whether the run is complete; what it did is saved in any case.
     Raises:
-        ValueError: too many non-finite steps or bad samples. State and weights are saved first.
+        ValueError: too many non-finite steps or bad samples, or validation data without a usable
+            one. State and weights are saved first.
     """
     run.started_samples = run.progress.samples
     if run.stop.adopt(run.ranks.host_sum(run.stop.votes())):
@@ -107,10 +113,13 @@ def train(run: Run) -> bool:
         if not train_epoch(run, run.progress.epoch):
             run.save()
             return False
+        if run.val_batches is not None:
+            run.save()  # as an epoch still to be validated, which a resumed run does first
+            if run.is_stopping:
+                return False
+            report_validation(run)
         run.progress.epoch += 1
         run.progress.samples_in_epoch = run.progress.bad_samples_in_epoch = 0
-        if run.val_batches is not None and not run.is_stopping:
-            report_validation(run)
         run.save()
         if run.is_stopping and run.progress.epoch < run.args.epochs:
             return False
@@ -133,7 +142,7 @@ def train_epoch(run: Run, epoch: int) -> bool:
         run.steps_done += 1
         run.is_stopping = counts["stop"]
         run.window.add(result)
-        run.pending.append((result.is_bad, result.sample_names))
+        run.pending.append(result)
         run.metrics.advance(result.samples)
         is_last = progress.samples_in_epoch >= run.num_samples
         if progress.step % run.args.log_interval == 0 or is_last:
@@ -189,6 +198,7 @@ def optimizer_step(run: Run, micro_batches: list, counts: dict[str, int]) -> Ste
     for group in run.engine.optimizer.param_groups:
         group["lr"] = lr
     sums = torch.zeros(2, device=run.device)
+    is_finite = []
     world_size = run.ranks.world_size  # engines average over ranks: undo that
     for i, batch in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
@@ -199,7 +209,9 @@ def optimizer_step(run: Run, micro_batches: list, counts: dict[str, int]) -> Ste
             aux_sum = output.aux_loss * batch.num_sequences
             loss = loss_sum / max(counts["supervised"], 1) + aux_sum / max(counts["sequences"], 1)
             run.engine.backward(loss * world_size)
-        sums += torch.stack((loss_sum, aux_sum)).detach()
+        own = torch.stack((loss_sum, aux_sum)).detach()
+        is_finite.append(own.isfinite().all())
+        sums += own
     sums = run.ranks.device_sum(sums)
     grad_norm, is_bad = run.engine.step(sums, is_empty=not counts["supervised"])
     return StepResult(
@@ -211,7 +223,8 @@ def optimizer_step(run: Run, micro_batches: list, counts: dict[str, int]) -> Ste
         aux_sum=sums[1],
         grad_norm=grad_norm,
         is_bad=is_bad,
-        sample_names=[name for b in micro_batches for name in b.sample_names],
+        is_finite=torch.stack(is_finite),
+        sample_names=[b.sample_names for b in micro_batches],
     )
 
 
@@ -219,16 +232,16 @@ def check_finite(run: Run) -> None:
     """Read the flags of the steps since the last look; report and count those left out."""
     if not run.pending:
         return
-    flags = torch.stack([flag for flag, _ in run.pending]).tolist()
+    flags = torch.stack([result.is_bad for result in run.pending]).tolist()
     pending, run.pending = run.pending, []
     limit = MAX_OVERFLOWS if run.args.dtype == "float16" else MAX_BAD_STEPS
     first_step = run.progress.step - len(pending) + 1
-    for step, (flag, (_, names)) in enumerate(zip(flags, pending, strict=True), first_step):
+    for step, (flag, result) in enumerate(zip(flags, pending, strict=True), first_step):
         run.bad_in_a_row = run.bad_in_a_row + 1 if flag else 0
         if not flag:
             continue
         run.progress.skipped_steps += 1
-        shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+        shown = suspects(run, result)
         run.metrics.line(f"step {step} left out: loss or gradient not finite; samples: {shown}")
         if run.bad_in_a_row >= limit:
             message = (
@@ -243,11 +256,23 @@ def check_finite(run: Run) -> None:
             raise ValueError(message)
 
 
+def suspects(run: Run, result: StepResult) -> str:
+    """The samples of all ranks' micro-steps whose loss was not finite, every one; or, where only
+    the gradient was not, some of those that it came from."""
+    is_finite = result.is_finite.tolist()
+    names = [(name, ok) for group, ok in zip(result.sample_names, is_finite, strict=True)
+             for name in group]  # fmt: skip
+    names = [pair for of_rank in run.ranks.gather(names) for pair in of_rank]
+    guilty = [name for name, ok in names if not ok]
+    more = ", ..." if not guilty and len(names) > NAMES_SHOWN else ""
+    return ", ".join(guilty or [name for name, _ in names[:NAMES_SHOWN]]) + more
+
+
 def check_bad_samples(run: Run, micro_batches: list, counts: dict[str, int]) -> None:
     """Show and count the samples that cannot be used; stop where the policy says so.
 
-    It stops before the step, so that a resumed run takes the same samples again: once they are
-    mended, none of them is lost.
+    It stops before the step, so that a resumed run takes the same samples again: once their
+    pictures are mended, or --max_seq_len is raised, none of them is lost.
     """
     progress = run.progress
     if not counts["bad"]:
@@ -259,7 +284,7 @@ def check_bad_samples(run: Run, micro_batches: list, counts: dict[str, int]) -> 
     if run.args.on_bad_sample == "error":
         message = f"{reasons[0]} (--on_bad_sample skip goes on without it)"
     elif num_bad > MAX_BAD_SHARE * run.num_samples:
-        message = too_many_bad(num_bad, run.num_samples, reasons[-1])
+        message = too_many_bad(num_bad, run.num_samples, reasons[-1]) + RESUMABLE
     if message:
         if run.steps_done:
             run.save()
@@ -270,10 +295,10 @@ def check_bad_samples(run: Run, micro_batches: list, counts: dict[str, int]) -> 
     progress.bad_samples_in_epoch = num_bad
 
 
-def too_many_bad(num_bad: int, num_samples: int, last_reason: str) -> str:
+def too_many_bad(num_bad: int, num_records: int, last_reason: str) -> str:
     """The message for more bad samples than a run may leave out."""
     return (
-        f"{num_bad} of {num_samples} samples cannot be used, more than {MAX_BAD_SHARE:.0%}; "
+        f"{num_bad} of {num_records} records cannot be used, more than {MAX_BAD_SHARE:.0%}; "
         f"the last: {last_reason}; mend the data or the paths"
     )
 
@@ -321,11 +346,11 @@ def report_validation(run: Run) -> None:
     progress = run.progress
     left_out = f", {num_bad} sample(s) left out" if num_bad else ""
     run.metrics.line(
-        f"Epoch:[{progress.epoch}/{run.args.epochs}] val_loss:{loss:.4f} "
+        f"Epoch:[{progress.epoch + 1}/{run.args.epochs}] val_loss:{loss:.4f} "
         f"({num_tokens} supervised tokens{left_out})"
     )
     run.metrics.write(
-        {"step": progress.step, "epoch": progress.epoch, "val_loss": loss,
+        {"step": progress.step, "epoch": progress.epoch + 1, "val_loss": loss,
          "val_tokens": num_tokens, "val_s": time.perf_counter() - started_s}
     )  # fmt: skip
 
