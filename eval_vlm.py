@@ -21,7 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -131,14 +130,10 @@ def check_args(args: argparse.Namespace) -> None:
 
 def load(args: argparse.Namespace, **changes) -> VLMEngine:
     """The engine of the flags; says what it is."""
-    torch.manual_seed(args.seed)  # a projection that the weight lacks is random
     engine = VLMEngine.from_args(argparse.Namespace(**(vars(args) | changes)))
     Logger(f"weights: {engine.path}")
-    if not engine.can_see:
-        warn(
-            f"{engine.path.name} has no projection, so this model cannot see: what it "
-            "says about images is made up; train it by trainer/train_pretrain_vlm.py"
-        )
+    if engine.warning:
+        warn(engine.warning)
     return engine
 
 
@@ -263,7 +258,7 @@ def run_scores(args: argparse.Namespace, ranks: Ranks) -> int:
     sources = {"weight": str(engine.path), "data": str(args.data_path or args.choices)}
     find = score_data if args.data_path else choose
     first = find(engine, args, ranks)
-    report = sources | show(first, ranks)
+    report = sources | show(first, ranks, circular=args.circular)
     if args.compare:
         name, known = engine.path.name, tokenizer_sha256(engine.processor.tokenizer)
         del engine
@@ -276,7 +271,7 @@ def run_scores(args: argparse.Namespace, ranks: Ranks) -> int:
                 f"{name}, so losses per token cannot be compared"
             )
         second = find(engine, args, ranks)
-        other = {"weight": str(engine.path)} | show(second, ranks)
+        other = {"weight": str(engine.path)} | show(second, ranks, circular=args.circular)
         difference = (compare if args.data_path else compare_choices)(*pair(first, second))
         report |= {"compare": other | {"difference": difference}}
         if ranks.rank == 0:
@@ -291,10 +286,10 @@ def pair(first, second) -> tuple:
     return (first, second) if isinstance(first, Results) else (first[0], second[0])
 
 
-def show(found: Results | tuple, ranks: Ranks) -> dict:
+def show(found: Results | tuple, ranks: Ranks, *, circular: bool) -> dict:
     """The report of one weight; the first rank prints it."""
     is_data = isinstance(found, Results)
-    report = build_report(found) if is_data else choice_report(*found)
+    report = build_report(found) if is_data else choice_report(*found, circular=circular)
     if ranks.rank == 0:
         (print_report if is_data else print_choices)(report)
     return report
@@ -320,6 +315,8 @@ def main(argv: list[str] | None = None) -> int:
         is_scored = args.data_path or args.choices
         return (run_scores if is_scored else describe_folder)(args, ranks)
     except (ValueError, OSError) as error:
+        if os.environ.get("MINIMIND_TRACEBACK"):
+            raise
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return 1

@@ -52,6 +52,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def warn_of(engine: VLMEngine) -> None:
+    if engine.warning:
+        print(f"warning: {engine.warning}", file=sys.stderr, flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
     args = parse_args(argv)
@@ -67,12 +72,16 @@ def main(argv: list[str] | None = None) -> int:
         defaults = sampling_from(args)
         if args.api:
             engine = VLMEngine.from_args(args)
+            warn_of(engine)
             return serve_api(engine, defaults, **where, **limits, api_key=args.api_key)
         weights = Weights(args)
+        warn_of(weights.get(weights.default))
         return serve_page(
             weights, defaults, **where, **limits, password=args.password, examples=args.examples
         )
     except (ValueError, OSError) as error:
+        if os.environ.get("MINIMIND_TRACEBACK"):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

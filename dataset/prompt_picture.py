@@ -8,6 +8,7 @@ the picture that stands there, cut into its patches, and in green the tokens tha
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -246,6 +247,8 @@ def main(argv: list[str] | None = None) -> int:
         picture, missing = picture_of_record(dataset, args.index)
         atomic_write(args.out, lambda file: picture.save(file, "PNG"))
     except (ValueError, OSError) as error:
+        if os.environ.get("MINIMIND_TRACEBACK"):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     if missing:

@@ -59,6 +59,7 @@ class Completion:
     stream: Stream
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
+    _is_cut: bool = field(default=False, init=False)  # at a stop string
 
     async def pieces(self) -> AsyncIterator[str]:
         """Text as it comes, up to a stop string; the tokens are computed in a thread."""
@@ -67,6 +68,7 @@ class Completion:
             if text := stop.push(piece):
                 yield text
             if stop.is_found:
+                self._is_cut = True
                 self.stream.close()
                 return
         if text := stop.rest():
@@ -78,7 +80,9 @@ class Completion:
 
     @property
     def finish_reason(self) -> str:
-        return "length" if self.answer.finish_reason == "length" else "stop"
+        """A stop string is the reason also where it ends with the last token allowed."""
+        is_too_long = self.answer.finish_reason == "length" and not self._is_cut
+        return "length" if is_too_long else "stop"
 
     @property
     def usage(self) -> dict:

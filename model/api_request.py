@@ -27,12 +27,14 @@ USED = {
 # that asks for nothing. Anything else is refused, as the protocol has it.
 HARMLESS = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
-    "prompt_cache_key", "prompt_cache_retention", "verbosity",
+    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "prediction",
+    "reasoning_effort", "verbosity",
 }  # fmt: skip
 NOT_OFFERED = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "logprobs": (False,),
     "top_logprobs": (0,), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
-    "response_format": ({"type": "text"},), "modalities": (["text"],),
+    "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
+    "modalities": (["text"],), "audio": (), "moderation": (), "web_search_options": (),
 }  # fmt: skip
 
 

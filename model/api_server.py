@@ -249,8 +249,6 @@ def serve_api(engine: VLMEngine, defaults: Sampling, *, host: str, port: int, **
         OSError: the address is taken or not this machine's.
     """
     app = create_app(engine, defaults, **limits)
-    if not engine.can_see:
-        logger.warning("%s has no projection, so this model cannot see", engine.path.name)
     try:
         listener = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET

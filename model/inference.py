@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.attention_map import image_attention
-from model.decoding import Decoder, Row, Sampling, TextPieces
+from model.decoding import MAX_SEED, Decoder, Row, Sampling, TextPieces
 from model.loading import (
     LoadedModel,
     add_model_arguments,
@@ -28,11 +28,12 @@ from model.loading import (
 from model.vlm_processor import IMAGE_TAG
 
 __all__ = [
-    "Answer", "LoadedModel", "Sampling", "Stream", "VLMEngine", "add_model_arguments",
+    "MAX_SEED", "Answer", "LoadedModel", "Sampling", "Stream", "VLMEngine", "add_model_arguments",
     "add_sampling_arguments", "ask", "attach_tower", "choose_device", "load_model", "parse_bool",
     "parse_path", "placeholder_config", "sampling_from",
 ]  # fmt: skip
 DEFAULT_SEED = 2026
+RESERVED_SHARE = 4  # of the context, 1 / this: what earlier turns give way to at most
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,16 @@ class VLMEngine:
         return cls(load_model(args))
 
     @property
+    def warning(self) -> str | None:
+        """What to tell whoever starts this model; None where there is nothing to tell."""
+        if self.can_see:
+            return None
+        return (
+            f"{self.path.name} has no projection, so this model cannot see: what it says about "
+            "images is made up; train it by trainer/train_pretrain_vlm.py"
+        )
+
+    @property
     def max_tokens(self) -> int:
         """Length of the context: prompt and answer together."""
         return self.model.config.max_position_embeddings
@@ -232,8 +243,10 @@ class VLMEngine:
     ) -> tuple[list[dict], list, int]:
         """Drop the oldest turns, a question with its answer, until prompt and answer fit.
 
-        A turn that shows an image stays, and so do the system message and the last question. Where
-        even that leaves less room than `max_new_tokens`, the answer is the shorter.
+        For an answer of up to a quarter of the context turns are dropped; a longer one takes what
+        room there is, so that asking for the longest does not erase the conversation. A turn that
+        shows an image stays, and so do the system message and the last question. Where even that
+        leaves less room, the answer is the shorter.
 
         Returns:
             messages, images, and the number of dropped turns.
@@ -242,15 +255,14 @@ class VLMEngine:
         """
         turns = _turns(messages)
         droppable = [i for i, turn in enumerate(turns[:-1]) if _is_droppable(turn)]
+        reserved = min(sampling.max_new_tokens, max(1, self.max_tokens // RESERVED_SHARE))
 
         def without(num_dropped: int) -> list[dict]:
             gone = set(droppable[:num_dropped])
             return [m for i, turn in enumerate(turns) if i not in gone for m in turn]
 
         def fits(num_dropped: int) -> bool:
-            return (
-                self._num_tokens(without(num_dropped)) + sampling.max_new_tokens <= self.max_tokens
-            )
+            return self._num_tokens(without(num_dropped)) + reserved <= self.max_tokens
 
         num_dropped = bisect_left(range(len(droppable)), True, key=fits)
         kept = without(num_dropped)

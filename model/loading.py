@@ -25,6 +25,7 @@ from model.weights import (
 )
 
 NATIVE = "model"  # --load_from: our own weight files
+BLIND_SEED = 0  # of the projection that a language model lacks
 
 
 def parse_bool(text: str) -> bool:
@@ -139,9 +140,22 @@ def _load_native(args: argparse.Namespace, flags: dict) -> LoadedModel:
     tower = find_vision_dir(args.vision_model_path, named=metadata.get("vision_tower"))
     model = MiniMindVLM(placeholder_config(fields, tokenizer, tower))
     can_see = load_weights(model, state, path=path, may_lack_projection=True)
+    if not can_see:
+        _seed_projection(model)
     attach_tower(model, tower, metadata=metadata, path=path)
     processor = VLMProcessor(tokenizer, model.image_processor, config=model.config)
     return LoadedModel(model, processor, path, can_see)
+
+
+def _seed_projection(model: MiniMindVLM) -> None:
+    """Make the random projection of a model that lacks one the same at every start.
+
+    As wide as `nn.Linear` begins, without touching the global random numbers.
+    """
+    generator = torch.Generator().manual_seed(BLIND_SEED)
+    bound = model.config.vision_hidden_size**-0.5
+    for parameter in model.vision_proj.parameters():
+        torch.nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
 
 def placeholder_config(fields: dict, tokenizer, vision_model_path: Path | None) -> VLMConfig:
@@ -193,9 +207,7 @@ def _load_folder(args: argparse.Namespace, flags: dict) -> LoadedModel:
             raise ValueError(f"{folder} has {name} {getattr(config, name)}, not {wanted}")
     if flags["inference_rope_scaling"]:
         config = VLMConfig(**(config.to_dict() | {"inference_rope_scaling": True}))
-    model, report = MiniMindVLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, output_loading_info=True
-    )
+    model, report = _read_folder(folder, config)
     lost = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
     if lost or report["unexpected_keys"]:
         raise ValueError(
@@ -206,3 +218,16 @@ def _load_folder(args: argparse.Namespace, flags: dict) -> LoadedModel:
     attach_tower(model, args.vision_model_path, metadata={}, path=folder)
     processor = VLMProcessor(tokenizer, model.image_processor, config=model.config)
     return LoadedModel(model, processor, folder, can_see=True)
+
+
+def _read_folder(folder: Path, config: VLMConfig) -> tuple[MiniMindVLM, dict]:
+    """The model, and what transformers says of its tensors."""
+    try:
+        return MiniMindVLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # safetensors and the unpickler raise almost anything
+        raise ValueError(
+            f"--load_from {folder} holds no readable weights for its config.json "
+            f"({type(error).__name__}); copy or fetch it again (in a git clone: git lfs pull)"
+        ) from error

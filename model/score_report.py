@@ -153,11 +153,13 @@ def totals_by_type(results: Results) -> dict[str, dict[str, dict]]:
 
 
 def vqa_by_type(results: Results) -> dict[str, dict]:
-    """VQA accuracy of generated short answers by question type."""
+    """VQA accuracy of generated short answers by question type, and over all."""
     scores = defaultdict(list)
     for text in results.texts:
         if not text.is_caption:
-            scores[text.type or "all"].append(vqa_accuracy(text.answer, text.references))
+            accuracy = vqa_accuracy(text.answer, text.references)
+            for name in ["all", *([text.type] if text.type else [])]:
+                scores[name].append(accuracy)
     return {name: {"accuracy": float(np.mean(s)), "total": len(s)} for name, s in scores.items()}
 
 
@@ -244,8 +246,16 @@ def print_report(report: dict) -> None:
                                else f"{gap:.4f} nats per supervised token"))  # fmt: skip
 
 
-def choice_report(rows: list[ChoiceRow], left_out: Counter) -> dict:
-    """Accuracy of multiple-choice answers by category, with chance."""
+def choice_report(rows: list[ChoiceRow], left_out: Counter, *, circular: bool = False) -> dict:
+    """Accuracy of multiple-choice answers by category, with chance.
+
+    Chance is that of guessing among n options: 1 / n; in circular scoring n**-n, as each of the n
+    orders is guessed on its own and all must be right.
+    """
+
+    def chance(num_options: int) -> float:
+        return (1 / num_options) ** (num_options if circular else 1)
+
     groups = defaultdict(list)
     for row in rows:
         groups[row.category].append(row)
@@ -257,7 +267,7 @@ def choice_report(rows: list[ChoiceRow], left_out: Counter) -> dict:
         cells[name] = {
             "right": sum(r.is_right for r in members),
             "total": len(members),
-            "chance": float(np.mean([1 / r.num_options for r in members])),
+            "chance": float(np.mean([chance(r.num_options) for r in members])),
         }
     return {
         "categories": cells,
@@ -267,9 +277,15 @@ def choice_report(rows: list[ChoiceRow], left_out: Counter) -> dict:
 
 
 def compare_choices(first: list[ChoiceRow], second: list[ChoiceRow]) -> dict[str, float]:
-    """What share more of the questions the second answers, with its interval."""
+    """What share more of the questions the second answers, with its interval.
+
+    Raises:
+        ValueError: there is no question that both could be asked.
+    """
     before, after = ({r.index: r.is_right for r in rows} for rows in (first, second))
     gains = np.array([[float(after[i]) - before[i], 1.0] for i in before if i in after])
+    if not len(gains):
+        raise ValueError("no question could be answered with both weights; see what was left out")
     drawn = resample(gains, seed=BOOTSTRAP_SEED)
     return interval(float(gains[:, 0].mean()), drawn[:, 0] / drawn[:, 1])
 

@@ -251,14 +251,19 @@ class VLMProcessor:
         }
 
     def pixel_values(self, images: list | Tensor) -> Tensor:
-        """Preprocess pictures: (I, 3, S, S) float32; (0, 3, S, S) for none."""
+        """Preprocess pictures: (I, 3, S, S) float32; (0, 3, S, S) for none.
+
+        One after another: decoded in full size, the pictures of a request could fill the memory.
+        """
         if isinstance(images, Tensor):
             return images
         if not images:
             side = self.image_processor.crop_size
             return torch.zeros(0, 3, side["height"], side["width"])
-        pictures = [open_image(image) for image in images]
-        return self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return torch.cat([
+            self.image_processor(images=open_image(image), return_tensors="pt")["pixel_values"]
+            for image in images
+        ])  # fmt: skip
 
     def pictures(self, pixel_values: Tensor) -> list[Image.Image]:
         """The pictures that the tower sees: (I, 3, S, S) with the colours put back."""

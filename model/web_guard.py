@@ -11,6 +11,7 @@ from starlette.responses import PlainTextResponse
 
 REFUSED_PATH = re.compile(r"/(file[=/]|proxy=)\s*\w+:", re.IGNORECASE)
 ADDRESS = re.compile(r"\s*\w+:(//|\\\\)")
+FORMS = {b"multipart/form-data", b"application/x-www-form-urlencoded"}
 MAX_BODY_BYTES = 4 << 20  # of a question: pictures are uploaded before, on their own
 
 
@@ -43,7 +44,9 @@ class NoRemoteFiles:
 
 
 def _is_json(scope) -> bool:
-    return b"application/json" in dict(scope["headers"]).get(b"content-type", b"")
+    """Whether the body might be read as JSON: any spelling will do for FastAPI, forms are none."""
+    kinds = [value for name, value in scope["headers"] if name.lower() == b"content-type"]
+    return not kinds or any(kind.partition(b";")[0].strip().lower() not in FORMS for kind in kinds)
 
 
 async def _read(receive) -> tuple[bytes, bool]:

@@ -8,7 +8,7 @@ from model.inference import Sampling
 from model.web_chat import MAX_QUESTION_CHARACTERS
 from model.web_text import LANGUAGES, text
 
-LIMITS = {  # slider: from, to, step
+LIMITS = {  # slider: from, to (a default of the flags outside them widens it), step
     "temperature": (0, 2, 0.05),
     "top_p": (0.05, 1, 0.05),
     "top_k": (0, 200, 1),
@@ -128,11 +128,14 @@ class Layout:
     def _add_sampling(self, defaults: Sampling) -> None:
         with self._named(gr.Accordion(open=False, elem_id="sampling"), label="sampling"):
             self.sliders = [
-                self._named(
-                    gr.Slider(low, high, getattr(defaults, key), step=step, elem_id=key), label=key
-                )
-                for key, (low, high, step) in LIMITS.items()
+                self._named(_slider(key, getattr(defaults, key)), label=key) for key in LIMITS
             ]
             seed = "" if defaults.seed is None else str(defaults.seed)
             self.seed = gr.Textbox(seed, max_lines=1, elem_id="seed")
         self._named(self.seed, label="seed")
+
+
+def _slider(key: str, default: float) -> gr.Slider:
+    """One that holds its default: Gradio refuses every question while a slider is out of range."""
+    low, high, step = LIMITS[key]
+    return gr.Slider(min(low, default), max(high, default), default, step=step, elem_id=key)

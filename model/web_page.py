@@ -17,7 +17,7 @@ from tempfile import mkdtemp
 import gradio as gr
 
 from model import web_chat
-from model.inference import Sampling
+from model.inference import MAX_SEED, Sampling
 from model.web_chat import Turn, chat_messages, new_turn, prompt_of
 from model.web_layout import LIMITS, Layout
 from model.web_look import draw_look
@@ -25,7 +25,7 @@ from model.web_text import LANGUAGES, language_of, text
 from model.web_weights import Weights
 
 log = logging.getLogger(__name__)
-MAX_SEED = 2**31 - 1
+NUM_DRAWN_SEEDS = 2**31 - 1  # short enough to be copied by hand
 SHOW_EVERY_S = 0.05  # a streamed answer is sent to the browser this often
 CLEAN_EVERY_S, KEEP_S = 600, 6 * 3600  # of visitors' files
 PRIVATE = {"api_visibility": "private"}
@@ -52,7 +52,7 @@ class Wish:
         wanted = wanted.strip()
         if wanted and not (wanted.isdecimal() and int(wanted) <= MAX_SEED):
             raise ValueError(f"the seed {wanted[:20]!r} is no whole number from 0 to {MAX_SEED}")
-        seed = int(wanted) if wanted else random.randrange(MAX_SEED)
+        seed = int(wanted) if wanted else random.randrange(NUM_DRAWN_SEEDS)
         whole = (step == 1 for _, _, step in LIMITS.values())
         values = [int(v) if is_whole else v for v, is_whole in zip(values, whole, strict=True)]
         return Sampling(**dict(zip(LIMITS, values, strict=True)), seed=seed)
@@ -79,6 +79,7 @@ class Page:
     ):
         self.weights, self.folder, self.examples = weights, folder, examples
         self._cancels: dict[str, threading.Event] = {}  # of the sessions being answered
+        self._begins_blind = not weights.get(weights.default).can_see
         with gr.Blocks(
             title="MiniMind-V", analytics_enabled=False, delete_cache=(CLEAN_EVERY_S, KEEP_S)
         ) as self.blocks:
@@ -126,7 +127,8 @@ class Page:
         at.gallery.select(self._add_example, at.box, at.box, **AT_ONCE)
         at.camera.input(self._add_photo, [at.camera, at.box], [at.camera, at.box], **AT_ONCE)
         at.language.input(self._speak, at.language, at.named_parts(), **AT_ONCE)
-        self.blocks.load(self._arrive, None, [at.language, *at.named_parts()], **AT_ONCE)
+        arrived = [at.language, at.status, *at.named_parts()]
+        self.blocks.load(self._arrive, None, arrived, **AT_ONCE)
         self.blocks.unload(self._stop)  # a visitor who leaves does not keep others waiting
 
     def _speak(self, language: str) -> dict:
@@ -134,12 +136,13 @@ class Page:
         return self.parts.texts(LANGUAGES[language])
 
     def _arrive(self, request: gr.Request) -> dict:
-        """A visitor's page: today's weights, the browser's language."""
+        """A visitor's page: today's weights, the browser's language, what is amiss."""
         code = language_of(request.headers.get("accept-language"))
         language = next(name for name, own in LANGUAGES.items() if own == code)
         texts = self.parts.texts(code)
         texts[self.parts.weight] |= {"choices": self._choices()}
-        return texts | {self.parts.language: language}
+        blind = text("blind", code, weight=self.weights.default) if self._begins_blind else ""
+        return texts | {self.parts.language: language, self.parts.status: blind}
 
     def _stop(self, request: gr.Request) -> None:
         cancel = self._cancels.get(request.session_hash)

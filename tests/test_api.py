@@ -6,6 +6,7 @@ import json
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import openai
 import pytest
@@ -22,6 +23,7 @@ from api_site import (
     served_thread,
 )
 from conftest import run_script
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from PIL import Image
 from tiny_vlm import make_loaded, picture, round_weights, save_tiny
 
@@ -124,6 +126,37 @@ def test_stop_strings_cut_the_answer(client, engine):
     streamed = client.chat.completions.create(**body, stream=True)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
     assert text == full[: full.index(stop)]
+
+
+def test_stop_string_of_the_last_token_allowed_is_the_reason(engine):
+    messages = ask("What?", num_images=0)
+    texts = [engine.generate([(messages, [])], replace(SAMPLING, max_new_tokens=n))[0].text
+             for n in range(17)[1:]]  # fmt: skip
+    # The last token is the one that makes the text hold the stop string.
+    limit = next(n for n in range(2, 17) if texts[n - 1][-1:] not in texts[n - 2])
+    text, stop = texts[limit - 1], texts[limit - 1][-1]
+    with served_thread(engine) as address:
+        client = make_client(address)
+        body = question("What?", **SETTINGS | {"max_completion_tokens": limit}, stop=stop)
+        (choice,) = client.chat.completions.create(**body).choices
+        assert choice.finish_reason == "stop" and choice.message.content + stop == text
+        chunks = list(client.chat.completions.create(**body, stream=True))
+        assert chunks[-1].choices[0].finish_reason == "stop"
+        body["stop"] = "no such text"
+        assert client.chat.completions.create(**body).choices[0].finish_reason == "length"
+
+
+def test_known_arguments_may_be_null_or_ask_for_nothing(engine):
+    names = set(CompletionCreateParamsBase.__annotations__) - {"model", "messages"}
+    empty = {"function_call": "none", "reasoning_effort": "none", "tool_choice": "none"}
+    with served_thread(engine) as address:
+        for fields in (dict.fromkeys([*names, "stream"]), empty, {"reasoning_effort": "low"}):
+            body = question("What?") | fields | {"max_tokens": 2}
+            assert post(address, json.dumps(body).encode())[0] == 200, fields
+        for name, value in (("function_call", {"name": "f"}), ("audio", {"voice": "a"}),
+                            ("web_search_options", {})):  # fmt: skip
+            status, reply = post(address, json.dumps(question("What?") | {name: value}).encode())
+            assert status == 400 and reply["error"]["param"] == name
 
 
 def test_stop_text_is_found_across_pieces():

@@ -1,12 +1,16 @@
 """`eval_vlm.py` as a user runs it."""
 
 import argparse
+import socket
 
 import pytest
 import torch
+from api_site import model_flags
 from conftest import make_records, run_script, train_flags
 
 import eval_vlm
+import web_demo
+from dataset import prompt_picture
 from model.inference import add_model_arguments, load_model
 from trainer import train_pretrain_vlm
 
@@ -66,6 +70,16 @@ def test_language_model_without_projection_runs_and_warns(assets, trained, capfd
     assert len(answers(captured.out)) == 8
 
 
+def test_server_of_a_language_model_warns(assets, trained, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # so that it ends when it has begun
+        argv = [*model_flags(assets, trained / "out"), "--weight", "llm", "--api",
+                "--port", taken.getsockname()[1]]  # fmt: skip
+        assert web_demo.main(list(map(str, argv))) == 1
+    err = capfd.readouterr().err
+    assert "warning: llm_32.pth has no projection, so this model cannot see" in err
+    assert "error: cannot listen at" in err and err.count("\n") == 2
+
+
 def test_broken_picture_is_named_and_the_others_described(assets, trained, tmp_path, capfd):
     (tmp_path / "a.png").write_bytes(next((trained / "data" / "images").iterdir()).read_bytes())
     (tmp_path / "b.jpg").write_text("no picture")
@@ -97,6 +111,8 @@ def test_transformers_folder_gives_the_native_answers(assets, trained, tmp_path,
         ({"temperature": -1}, "--temperature must be at least 0"),
         ({"max_new_tokens": 0}, "--max_new_tokens must be at least 1"),
         ({"top_p": 0}, "--top_p must be above 0"),
+        ({"seed": -1}, "--seed must be from 0"),
+        ({"seed": 2**63}, "--seed must be from 0"),
         ({"prompt": "<image> <image>"}, "2 <image> tag(s) but 1 image(s)"),
         ({"prompt": "<|im_end|>"}, "special token <|im_end|>"),
     ],
@@ -105,6 +121,29 @@ def test_bad_value_is_one_clear_line(extra, message, assets, trained, capfd):
     assert eval_vlm.main(flags(assets, trained, **extra)) == 1
     err = capfd.readouterr().err
     assert message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_page_and_server_refuse_a_seed_out_of_range(seed, assets, trained, capfd):
+    for more in ([], ["--api"]):
+        argv = [*model_flags(assets, trained / "out"), "--port", 0, "--seed", seed, *more]
+        assert web_demo.main(list(map(str, argv))) == 1
+        err = capfd.readouterr().err
+        assert "--seed must be from 0" in err and err.count("\n") == 1
+
+
+def test_traceback_behind_a_line_is_shown_on_request(assets, tmp_path, monkeypatch):
+    """As CONTRIBUTING.md has it, by every script that ends in one line."""
+    monkeypatch.setenv("MINIMIND_TRACEBACK", "1")
+    missing = ["--weight", "gone", *model_flags(assets, tmp_path)]
+    tower = model_flags(assets, tmp_path)[4:]
+    for main, argv in (
+        (eval_vlm.main, missing),
+        (web_demo.main, missing),
+        (prompt_picture.main, ["--data_path", tmp_path / "gone.jsonl", *tower]),
+    ):
+        with pytest.raises(FileNotFoundError, match="gone"):
+            main(list(map(str, argv)))
 
 
 def test_runs_from_another_directory(assets, trained, tmp_path):

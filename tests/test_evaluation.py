@@ -14,8 +14,9 @@ from PIL import Image
 import eval_vlm
 from dataset.eval_data import EvalData, language_of
 from dataset.lm_dataset import VLMDataset
-from model.evaluation import CONDITIONS
+from model.evaluation import CONDITIONS, ChoiceRow
 from model.inference import VLMEngine
+from model.score_report import compare_choices
 from model.scoring import Row, interval, resample, score_candidates, score_rows
 
 
@@ -81,11 +82,14 @@ def test_short_answers_by_type(assets, painted, tmp_path, capfd):
     assert report["right"]["all"].keys() == {"right", "total", "loss_sum", "num_tokens"}
     assert report["right"]["all"]["total"] == 20 and report["right"]["known"]["right"] == 10
     all_right = {"accuracy": 1.0, "total": 10}
-    assert report["vqa_by_type"] == {"colour": all_right, "known": all_right}
+    everything = {"accuracy": 1.0, "total": 20}
+    assert report["vqa_by_type"] == {"all": everything, "colour": all_right, "known": all_right}
     gap = report["languages"]["all"]["gap_shuffled"]
     assert report["grounding_gap"] == gap["value"] > 0.3 and is_inside(gap)
     out = capfd.readouterr().out
     assert "colour" in out and "grounding gap" in out and "VQA accuracy" in out
+    (row,) = (line.split() for line in out.splitlines() if line.startswith("all "))
+    assert row[-1] == "100.0%" and len(row) == 8, "VQA accuracy over all stands in the table"
     assert "BLEU" not in out and "caption" not in out
 
 
@@ -164,6 +168,22 @@ def test_multiple_choice_of_two_weights(assets, painted, tmp_path, capfd):
     gain = report["compare"]["difference"]
     right = [r["categories"]["all"]["right"] for r in (report["compare"], report)]
     assert gain["value"] == pytest.approx((right[0] - right[1]) / 10) and is_inside(gain)
+
+
+def test_chance_of_being_right_in_every_order_of_the_options(assets, painted, tmp_path):
+    from test_multiple_choice import write_tsv
+
+    write_tsv(tmp_path / "bench.tsv", painted, count=4)
+    for circular, chance in ((0, 1 / 3), (1, 3**-3)):
+        report = score(assets, painted, tmp_path, data_path=None, images_path=None,
+                       choices=tmp_path / "bench.tsv", circular=circular)  # fmt: skip
+        assert report["categories"]["all"]["chance"] == pytest.approx(chance)
+
+
+def test_choices_without_a_common_question_cannot_be_compared():
+    rows = [ChoiceRow(i, "x", "", 3, 0, 0, True) for i in range(2)]
+    with pytest.raises(ValueError, match="no question could be answered with both weights"):
+        compare_choices(rows[:1], rows[1:])
 
 
 def test_records_of_one_picture_have_no_control(assets, painted, tmp_path, capfd):

@@ -299,6 +299,19 @@ def test_fit_drops_the_oldest_text_turns_and_no_image(assets):
     assert full[0]["role"] == "system" and len(full) == 10  # the caller's list is as it was
 
 
+def test_fit_keeps_a_quarter_of_the_context_for_the_answer_however_long_it_may_be(assets):
+    turns = [("What is a circle?", "A red circle."), ("What is red?", "A circle.")]
+    full = dialogue(*turns, last="And now?")
+    size = num_tokens(VLMEngine(make_loaded(assets)), full)
+    for context, num_dropped in ((2 * size, 0), (size + 2, 1)):
+        engine = VLMEngine(make_loaded(assets, max_position_embeddings=context))
+        (answer,) = engine.generate([(full, [])], Sampling(context, temperature=0))
+        assert answer.num_dropped_turns == num_dropped
+        kept = dialogue(*turns[num_dropped:], last="And now?")
+        assert answer.num_prompt_tokens == num_tokens(engine, kept)
+        assert 1 <= answer.num_new_tokens <= context - answer.num_prompt_tokens
+
+
 def test_answer_gets_the_room_there_is_and_never_less_than_a_token(assets):
     sample = conversations()[1]
     size = VLMEngine(make_loaded(assets)).generate([sample], Sampling(1))[0].num_prompt_tokens

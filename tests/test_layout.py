@@ -90,7 +90,7 @@ ALLOWED = {
     },
     "trainer.optim": set(),
     "trainer.rank_meeting": set(),
-    "trainer.metrics": {"model.weights"},
+    "trainer.metrics": {"model.weights", "trainer.trainer_utils"},
     "trainer.engine": {"model.weights"},
     "trainer.zero": {
         "model.weights",
@@ -111,6 +111,7 @@ ALLOWED = {
         "trainer.trainer_utils",
     },
     "trainer.rank_watch": set(),
+    "trainer.chain": {"model.model_vlm", "model.weights"},
     "trainer.state_file": {"model.weights", "trainer.trainer_utils"},
     "trainer.preflight": {"trainer.metrics", "trainer.train_loop", "trainer.trainer_utils"},
     "trainer.build": {

@@ -59,7 +59,28 @@ def test_load_model_of_a_language_model_cannot_see(assets, tmp_path):
     torch.save(llm.half().state_dict(), tmp_path / "llm_32.pth")
     loaded = load_model(arguments(assets, tmp_path, "--weight", "llm"))
     assert not loaded.can_see
-    assert len(texts(loaded)) == 3
+    said = texts(loaded)
+    assert len(said) == 3
+    torch.manual_seed(1)  # the projection that the weight lacks is the same at every start
+    again = load_model(arguments(assets, tmp_path, "--weight", "llm"))
+    for first, second in zip(loaded.model.vision_proj.parameters(),
+                             again.model.vision_proj.parameters(), strict=True):  # fmt: skip
+        assert torch.equal(first, second) and first.std() > 0
+    assert texts(again) == said
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_load_model_says_that_a_folder_is_damaged(assets, tmp_path, name):
+    """As a clone without git-LFS leaves it, and as a copy that was cut off."""
+    make_loaded(assets).model.save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").unlink()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for content in (pointer, whole[:1000], b""):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="holds no readable weights") as caught:
+            load_model(arguments(assets, tmp_path, "--load_from", tmp_path))
+        assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 def test_load_model_first_release_placeholder(assets, tmp_path):

@@ -78,7 +78,7 @@ def test_readme_command_is_valid(readme, command):
         words = words[1:]
         if words[0] == "-m":
             words = [words[1].replace(".", "/") + ".py", *words[2:]]
-    elif words[0] in ("git", "cd", "pip", "swanlab", "export"):
+    elif words[0] in ("git", "cd", "pip", "source", "swanlab", "export"):
         return
     else:
         raise AssertionError(f"unknown kind of command: {command}")

@@ -1,6 +1,7 @@
 """Chat and pictures to ids, image mask and pixels; pictures of every kind."""
 
 import io
+import weakref
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import make_tokenizer
 from PIL import Image
 
+from model import vlm_processor
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_processor import VLMProcessor, load_tokenizer, open_image, tokenizer_sha256
 
@@ -81,6 +83,25 @@ def test_processor_keeps_a_literal_at_sign_off_the_placeholder(processor, conten
 def test_processor_refuses_a_literal_placeholder(processor, content):
     with pytest.raises(ValueError, match="write <image>"):
         processor(user(content), [picture()] * content.count("<image>"))
+
+
+def test_pictures_are_decoded_one_after_another(processor, tmp_path, monkeypatch):
+    """So many large pictures take the memory of one; what comes out is that of all at once."""
+    opened_ones, most = [], []
+
+    def opened(source):
+        image = open_image(source)
+        opened_ones.append(weakref.ref(image))
+        most.append(sum(one() is not None for one in opened_ones))
+        return image
+
+    paths = [tmp_path / f"{i}.png" for i in range(6)]
+    for i, path in enumerate(paths):
+        picture((40 * i, 9, 255 - 40 * i), size=(40 + i, 32)).save(path)
+    together = processor.image_processor(images=list(map(open_image, paths)), return_tensors="pt")
+    monkeypatch.setattr(vlm_processor, "open_image", opened)
+    assert torch.equal(processor.pixel_values(paths), together["pixel_values"])
+    assert most == [1] * len(paths)
 
 
 def test_processor_refuses_a_special_token_in_text(processor):

@@ -155,8 +155,10 @@ def test_weights_are_found_and_loaded_on_demand(weights_args):
             weights.get(name)
 
 
-async def respond(app, *, path="/", body=b"", kind="application/json", method="POST") -> int:
-    """The status of a request through the middleware."""
+async def respond(
+    app, *, path="/", body=b"", kind="application/json", kinds=None, method="POST"
+) -> int:
+    """The status of a request through the middleware; `kinds` for several content types."""
     sent, pieces = [], [body[i : i + 1000] for i in range(0, len(body), 1000)] or [b""]
     messages = [
         {"type": "http.request", "body": piece, "more_body": i < len(pieces) - 1}
@@ -169,7 +171,7 @@ async def respond(app, *, path="/", body=b"", kind="application/json", method="P
     async def send(message):
         sent.append(message)
 
-    headers = [(b"content-type", kind.encode())]
+    headers = [(b"content-type", k) for k in ([kind.encode()] if kinds is None else kinds)]
     scope = {"type": "http", "path": path, "method": method, "headers": headers}
     await web_guard.NoRemoteFiles(app)(scope, receive, send)
     return sent[0]["status"]
@@ -202,5 +204,13 @@ def test_guard_lets_nothing_be_fetched():
     for path in ("/gradio_api/file=http://x/a", "/gradio_api/file/https://x", "/proxy=http://x"):
         assert status(path=path, method="GET") == 403
     assert status(path="/gradio_api/file=uploads/a.png", method="GET") == 200
-    assert status(body=b"no json", kind="multipart/form-data") == 200
-    assert len(seen) == 3
+    for kind in ("Application/JSON", "application/x+json", "APPLICATION/json; charset=utf-8", ""):
+        assert status(body=files("http://example.com/a.png"), kind=kind) == 403, kind
+    for kind in ("multipart/form-data; boundary=x", "Multipart/Form-Data",
+                 "application/x-www-form-urlencoded"):  # fmt: skip
+        assert status(body=b"no json", kind=kind) == 200, kind
+    # Of two headers the application takes one, and not the guard chooses which.
+    both = [b"multipart/form-data", b"application/json"]
+    for kinds in (both, both[::-1], []):
+        assert status(body=files("http://example.com/a.png"), kinds=kinds) == 403, kinds
+    assert len(seen) == 5

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, write_png
 from PIL import Image
 from tiny_vlm import never_end
@@ -297,6 +298,34 @@ def test_a_visitor_who_leaves_frees_the_slot(browser, site):
     assert len(whole) == 1  # mine; the long stories ended when nobody listened any more
 
 
+def test_sliders_begin_with_whatever_the_flags_say(browser, tmp_path):
+    make_weights(tmp_path)
+    flags = {"max_new_tokens": 4096, "temperature": 3, "top_k": 500, "repetition_penalty": 0.9,
+             "top_p": 0.01, "seed": 2**62}  # fmt: skip
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    with serving(tmp_path, *words) as site, visiting(browser, site) as me:
+        me.send("What is a circle?")
+        me.page.wait_for_function("document.querySelector('#chat .bot .message-content')")
+        me.page.locator("#stop").click()
+        assert f"seed {2**62}" in me.wait_for_end()
+
+
+def test_page_of_a_weight_that_cannot_see_says_so_from_the_start(browser, tmp_path):
+    make_weights(tmp_path)
+    state = torch.load(tmp_path / "sft_vlm_32.pth", weights_only=True)
+    language = {k: v for k, v in state.items() if not k.startswith("vision_proj")}
+    torch.save(language, tmp_path / "llm_32.pth")
+    with serving(tmp_path, "--weight", "llm") as site:
+        log = (tmp_path / "log.txt").read_text()
+        assert "llm_32.pth has no projection, so this model cannot see" in log
+        for locale, words in (("en-US", "llm_32 has no projection: it cannot see"),
+                              ("zh-CN", "llm_32 没有投影层")):  # fmt: skip
+            with visiting(browser, site, locale=locale) as me:
+                me.page.locator("#status", has_text=words).wait_for()
+    with serving(tmp_path) as site, visiting(browser, site) as me:
+        assert "projection" not in me.page.locator("#status").inner_text()
+
+
 def test_without_the_password_nothing_is_served(site):
     stranger = Client(site, password="guess")
     assert stranger.login == 400
@@ -330,7 +359,10 @@ def test_no_file_of_the_server_is_served_or_taken(site, folder):
         data = [{"text": "What is it?", "files": [file]}, None, "sft_vlm_32", "English", "",
                 0.6, 0.8, 0, 1, 5]  # fmt: skip
         event = {"data": data, "fn_index": submit["id"], "session_hash": "stranger"}
-        if client.status("/gradio_api/queue/join", json.dumps(event).encode()) != 403:
-            answer = client.get("/gradio_api/queue/data?session_hash=stranger").decode()
-            assert '"success":false' in answer.replace(" ", "")
+        for kind in ("application/json", "Application/JSON", "application/x+json"):
+            status = client.status("/gradio_api/queue/join", json.dumps(event).encode(), kind)
+            assert status == 403 or not path.startswith("http"), kind
+            if status != 403:
+                answer = client.get("/gradio_api/queue/data?session_hash=stranger").decode()
+                assert '"success":false' in answer.replace(" ", "")
     assert len(site.events("question")) == num_before
