@@ -96,7 +96,7 @@ def test_longer_sequences_let_a_stopped_run_go_on(assets, tmp_path, capfd):
     argv = train_flags(assets, tmp_path, data, images, **flags, max_seq_len=100)
     assert train_pretrain_vlm.main(argv) == 1
     err = capfd.readouterr().err
-    assert "2 of 120 records cannot be used" in err and "another --max_seq_len" in err
+    assert "2 of 120 samples cannot be used" in err and "another --max_seq_len" in err
     argv = train_flags(assets, tmp_path, data, images, **flags, max_seq_len=640)
     assert train_pretrain_vlm.main([*argv, "--from_resume", "1"]) == 0
     assert "--max_seq_len was 100, now 640" in capfd.readouterr().out

@@ -87,7 +87,7 @@ def test_share_of_bad_lines_is_that_of_lines(assets, tmp_path, capfd):
         lines = [json.dumps({"text": "A red circle. " * 3})] * num_good + ["{broken"] * num_bad
         path.write_text("\n".join(lines))
         assert train_llm.main(argv) == (0 if is_usable else 1)
-        said = "2 record(s) will be left out" if is_usable else "2 of 102 records cannot be used"
+        said = "2 record(s) will be left out" if is_usable else "2 of 102 samples cannot be used"
         assert said in capfd.readouterr().err
 
 

@@ -298,7 +298,7 @@ def check_bad_samples(run: Run, micro_batches: list, counts: dict[str, int]) -> 
 def too_many_bad(num_bad: int, num_records: int, last_reason: str) -> str:
     """The message for more bad samples than a run may leave out."""
     return (
-        f"{num_bad} of {num_records} records cannot be used, more than {MAX_BAD_SHARE:.0%}; "
+        f"{num_bad} of {num_records} samples cannot be used, more than {MAX_BAD_SHARE:.0%}; "
         f"the last: {last_reason}; mend the data or the paths"
     )
 
