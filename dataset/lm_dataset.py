@@ -109,6 +109,8 @@ class VLMDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
+    is_packed = False  # a sample is a record, whatever the greatest length
+
     @property
     def num_records(self) -> int:
         """How many records the file holds, good or bad: each is a sample."""

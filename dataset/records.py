@@ -343,10 +343,10 @@ class ParquetRecords:
         return file_fingerprint(self.data_path, len(self))
 
 
-def file_fingerprint(path: Path, *counts: int) -> str:
-    """SHA-256 of a file's size, beginning and end, and of numbers such as that of its records."""
+def file_fingerprint(path: Path, num_records: int) -> str:
+    """SHA-256 of a file's size, number of records, beginning and end."""
     size = path.stat().st_size
-    digest = hashlib.sha256(f"{size} {' '.join(map(str, counts))} ".encode())
+    digest = hashlib.sha256(f"{size} {num_records} ".encode())
     with open(path, "rb") as file:
         digest.update(file.read(FINGERPRINT_BYTES))
         file.seek(max(0, size - FINGERPRINT_BYTES))

@@ -60,7 +60,8 @@ class TextDataset(Dataset):
                 mask = supervised_mask(whole, tokenizer) if only_answers else [1] * len(whole)
                 masks.append(np.array(mask, dtype=bool))
         if not pieces:
-            raise ValueError(f"{self.data_path}: no text in it")
+            why = f" that can be used; the first fault: {self._bad[0].reason}" if self._bad else ""
+            raise ValueError(f"{self.data_path}: no text in it{why}")
         self.tokens = torch.from_numpy(np.concatenate(pieces))
         self.is_target = torch.from_numpy(np.concatenate(masks))
         self.ends = np.cumsum([len(piece) for piece in pieces]) if loss_on == "answers" else None
@@ -130,10 +131,14 @@ class TextDataset(Dataset):
         )
 
     @property
+    def is_packed(self) -> bool:
+        """Whether samples are blocks, which are others with another `max_length`."""
+        return self.ends is None
+
+    @property
     def fingerprint(self) -> str:
-        """Identifies the text, its targets and its blocks, wherever the file lies."""
-        blocks = () if self.ends is not None else (self.max_length,)
-        return file_fingerprint(self.data_path, int(self.is_target.sum()), *blocks)
+        """Identifies the text and its targets, wherever the file lies."""
+        return file_fingerprint(self.data_path, int(self.is_target.sum()))
 
     def find_bad_records(self) -> list[BadSample]:
         """Lines that hold no usable record; they are not among the blocks."""

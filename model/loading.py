@@ -226,8 +226,11 @@ def _read_folder(folder: Path, config: VLMConfig) -> tuple[MiniMindVLM, dict]:
         return MiniMindVLM.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True
         )
+    except (ImportError, MemoryError):
+        raise
     except Exception as error:  # safetensors and the unpickler raise almost anything
+        first, *_ = [*str(error).splitlines(), ""]
         raise ValueError(
-            f"--load_from {folder} holds no readable weights for its config.json "
-            f"({type(error).__name__}); copy or fetch it again (in a git clone: git lfs pull)"
+            f"--load_from {folder} cannot be read ({type(error).__name__}: {first}); mend its "
+            "config.json, or copy or fetch it again (in a git clone: git lfs pull)"
         ) from error

@@ -25,8 +25,15 @@ def test_json_log_drops_what_a_resumed_run_does_again(tmp_path):
         file.write('{"step": 6, "los')  # torn by a kill
     log = JsonLog(path, resume_step=3)
     log.write({"step": 4, "loss": 1.0})
+    for epoch in (1, 2):
+        log.write({"step": 4, "epoch": epoch, "val_loss": 2.0})
     log.close()
-    assert [json.loads(line)["step"] for line in path.open()] == [1, 2, 3, 4]
+    assert [json.loads(line)["step"] for line in path.open()] == [1, 2, 3, 4, 4, 4]
+    log = JsonLog(path, resume_step=4, num_validated=1)  # it ended before the state said so
+    log.write({"step": 4, "epoch": 2, "val_loss": 2.0})
+    log.close()
+    validated = [f["epoch"] for f in map(json.loads, path.open()) if "val_loss" in f]
+    assert validated == [1, 2]
     JsonLog(path).close()
     assert path.read_text(), "a run that logs nothing leaves the file of an earlier one"
     fresh = JsonLog(path)

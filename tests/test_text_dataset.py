@@ -111,20 +111,29 @@ def test_frozen_language_model_has_nothing_to_train(assets, tmp_path, capfd):
     assert "error: --freeze_llm 1 leaves nothing to train" in capfd.readouterr().err
 
 
-def test_blocks_of_another_length_are_other_data(tokenizer, tmp_path):
+@pytest.mark.parametrize("loss_on", ["all", "answers"])
+def test_blocks_of_another_length_are_not_resumed(loss_on, assets, tmp_path, capfd):
     path = tmp_path / "text.txt"
     path.write_text("A red circle.\n" * 9)
-    for loss_on, is_same in (("all", False), ("answers", True)):
-        made = [TextDataset(path, tokenizer, max_length=n, loss_on=loss_on) for n in (8, 16)]
-        assert (made[0].fingerprint == made[1].fingerprint) == is_same
+    statuses = [
+        train_llm.main(llm_flags(assets, tmp_path, path, max_seq_len=length, loss_on=loss_on,
+                                 epochs=epochs, from_resume=epochs - 1))
+        for epochs, length in ((1, 8), (2, 16))
+    ]  # fmt: skip
+    assert statuses == [0, 1 if loss_on == "all" else 0]
+    err = capfd.readouterr().err
+    assert ("its max_seq_len is 8, this run's is 16" in err) == (loss_on == "all")
 
 
 def test_missing_or_empty_text_is_named(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.txt.*--data_path"):
         TextDataset(tmp_path / "gone.txt", tokenizer)
     (tmp_path / "empty.txt").write_text("\n\n")
-    with pytest.raises(ValueError, match="no text in it"):
+    with pytest.raises(ValueError, match="no text in it$"):
         TextDataset(tmp_path / "empty.txt", tokenizer)
+    (tmp_path / "gbk.txt").write_text("狗\n狗\n", encoding="gbk")
+    with pytest.raises(ValueError, match="no text in it that can be used.*gbk.txt:1: not UTF-8"):
+        TextDataset(tmp_path / "gbk.txt", tokenizer)
 
 
 def test_language_model_stage_leads_to_pretraining(assets, tmp_path, capfd):

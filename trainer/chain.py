@@ -116,13 +116,17 @@ def check_settings(chain: Chain, settings: dict) -> None:
     """
     path, settings = chain.folder / CHAIN_FILE, json.loads(json.dumps(settings))
     if chain.folder.is_dir() and any(chain.folder.iterdir()):
-        before = json.loads(path.read_text()) if path.is_file() else {}
+        if not path.is_file():
+            raise ValueError(
+                f"{chain.folder} holds work of unknown settings (no {CHAIN_FILE}); move it away or "
+                "remove it / 该目录的设置未知，请移走或删除"
+            )
+        before = json.loads(path.read_text())
         differing = [name for name in settings if before.get(name) != settings[name]]
         if differing:
-            others = f"another {', '.join(differing)}" if before else f"no {CHAIN_FILE} beside it"
             raise ValueError(
-                f"{chain.folder} was made with {others}; remove it to start anew, or give the "
-                "flags of that run / 设置与已有结果不同，请删除该目录或沿用原参数"
+                f"{chain.folder} was made with another {', '.join(differing)}; remove it to start "
+                "anew, or give the flags of that run / 设置与已有结果不同，请删除该目录或沿用原参数"
             )
     chain.folder.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))

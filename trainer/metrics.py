@@ -80,30 +80,31 @@ class JsonLog:
 
     Args:
         resume_step: drop what an interrupted run wrote behind this step; None starts a new file.
+        num_validated: drop validations of epochs behind these, which come again.
     """
 
-    def __init__(self, path: Path, *, resume_step: int | None = None):
-        self._path, self._resume_step = path, resume_step
+    def __init__(self, path: Path, *, resume_step: int | None = None, num_validated: int = 0):
+        self._path, self._resume_step, self._num_validated = path, resume_step, num_validated
         self._file = None  # opened by the first line: a run that never starts changes nothing
         self._waiting = b""  # lines that could not be written yet
 
     def _open(self) -> None:
         kept = b""
         if self._resume_step is not None and self._path.is_file():
-            kept = b"".join(self._until(self._path, self._resume_step))
+            kept = b"".join(self._former_lines(self._resume_step))
         atomic_write(self._path, lambda file: file.write(kept))
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115, closed by close()
 
-    @staticmethod
-    def _until(path: Path, step: int) -> list[bytes]:
+    def _former_lines(self, step: int) -> list[bytes]:
         lines = []
-        for line in path.read_bytes().splitlines(keepends=True):
+        for line in self._path.read_bytes().splitlines(keepends=True):
             try:
-                if json.loads(line).get("step", 0) > step:
-                    continue
+                figures = json.loads(line)
             except ValueError:
                 continue  # torn by a kill
-            lines.append(line)
+            comes_again = "val_loss" in figures and figures["epoch"] > self._num_validated
+            if figures.get("step", 0) <= step and not comes_again:
+                lines.append(line)
         return lines
 
     def write(self, figures: dict) -> None:

@@ -285,4 +285,6 @@ def describe_run(
         "optimizer": args.optimizer,
         "seed": args.seed,
     }
+    if parts.dataset.is_packed:
+        identity["max_seq_len"] = args.max_seq_len
     return metadata, identity

@@ -216,7 +216,7 @@ def make_metrics(state: RunState, *, num_samples: int, is_resumed: bool) -> Metr
         return Metrics(active=False)
     args, progress = state.args, state.progress
     step = progress.step if is_resumed else None
-    sinks: list = [JsonLog(state.paths.metrics, resume_step=step)]
+    sinks: list = [JsonLog(state.paths.metrics, resume_step=step, num_validated=progress.epoch)]
     state.tracker = describe_tracker(args, state.tracker)
     if args.tracker_name() is not None:
         folder = args.save_dir / "tensorboard"
