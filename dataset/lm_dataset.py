@@ -90,6 +90,8 @@ class VLMDataset(Dataset):
         on_bad_sample: "error" raises `BadRecordError`; "return" gives a `BadSample` instead.
     """
 
+    is_packed = False  # a sample is a record, whatever the greatest length
+
     def __init__(
         self,
         data_path: str | Path,
@@ -108,8 +110,6 @@ class VLMDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.records)
-
-    is_packed = False  # a sample is a record, whatever the greatest length
 
     @property
     def num_records(self) -> int:

@@ -67,6 +67,8 @@ def test_other_settings_never_meet_the_work_of_a_former_run(chains_in, monkeypat
     (chains_in / "zero" / "chain.json").unlink()
     (chains_in / "zero" / "data").mkdir()
     assert demo.main(argv) == 1 and "no chain.json" in capfd.readouterr().err
+    (chains_in / "zero" / "chain.json").write_text("{")
+    assert demo.main(argv) == 1 and "no chain.json" in capfd.readouterr().err
     assert len(started) == 2
 
 

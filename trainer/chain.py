@@ -116,12 +116,13 @@ def check_settings(chain: Chain, settings: dict) -> None:
     """
     path, settings = chain.folder / CHAIN_FILE, json.loads(json.dumps(settings))
     if chain.folder.is_dir() and any(chain.folder.iterdir()):
-        if not path.is_file():
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
             raise ValueError(
-                f"{chain.folder} holds work of unknown settings (no {CHAIN_FILE}); move it away or "
-                "remove it / 该目录的设置未知，请移走或删除"
-            )
-        before = json.loads(path.read_text())
+                f"{chain.folder} holds work of unknown settings (no {CHAIN_FILE} to read); move "
+                "it away or remove it / 该目录的设置未知，请移走或删除"
+            ) from None
         differing = [name for name in settings if before.get(name) != settings[name]]
         if differing:
             raise ValueError(
