@@ -61,6 +61,7 @@ def test_every_batch_for_a_gpu_has_a_length_of_a_multiple_of_64(assets, tmp_path
 def test_longer_padding_trains_the_same(use_moe, assets, tmp_path, monkeypatch):
     data = make_records(tmp_path / "data", num_records=8, multi=True)
     val = {"val_data_path": data[0], "val_images_path": data[1]}
+    monkeypatch.setattr("trainer.report.draw_curves", lambda _paths: None)
     for name, multiple in (("plain", 1), ("padded", 64)):
         monkeypatch.setattr("trainer.build.pad_multiple", lambda _device, m=multiple: m)
         argv = train_flags(assets, tmp_path / name, *data, use_moe=use_moe, **val)

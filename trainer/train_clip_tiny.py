@@ -228,9 +228,8 @@ def word_loss(
     texts = F.normalize(texts.float(), dim=-1).split(lengths)
     losses, shares = [], []
     for index, text in enumerate(texts):
-        targets = names[:, index]
+        targets = names[:, index].flatten()
         logits = (model.logit_scale.exp() * patches @ text.T).flatten(0, 1)
-        targets = targets.flatten()
         num_named = (targets != UNNAMED).sum().clamp(min=1)
         total = F.cross_entropy(logits, targets, ignore_index=UNNAMED, reduction="sum")
         losses.append(total / num_named)
