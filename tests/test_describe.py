@@ -100,7 +100,7 @@ def test_sample_pictures_of_the_repository(assets, painted, tmp_path):
     ("values", "message"),
     [
         ({"image_dir": "gone"}, "--image_dir gone is not a folder"),
-        ({"json": "/proc/none/out.json"}, "could not write"),
+        ({"json": "/proc/none/out.json"}, "there is no folder /proc/none"),
     ],
 )
 def test_wrong_use_is_one_clear_line(values, message, assets, painted, photos, capfd):

@@ -8,9 +8,9 @@ import torch
 from conftest import TINY_MODEL, make_tower
 
 from model import weights
+from model.atomic_file import atomic_write
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.weights import (
-    atomic_write,
     describe_model,
     find_weight,
     load_weights,
