@@ -12,8 +12,9 @@ of another record, with grey ones and with none: what these lack is what the mod
 """
 
 import argparse
-import json
+import contextlib
 import os
+import signal
 import sys
 from collections import Counter
 from datetime import timedelta
@@ -28,7 +29,14 @@ from dataset.eval_data import EvalData, spread
 from dataset.lm_dataset import VLMDataset
 from dataset.multiple_choice import MODES, Choice, ChoiceFile
 from model.chat import chat
-from model.describe import Description, describe, find_samples, gallery, to_json
+from model.describe import (
+    Description,
+    describe,
+    find_samples,
+    gallery,
+    print_descriptions,
+    to_json,
+)
 from model.device import memory_guard
 from model.evaluation import ChoiceRow, Evaluator
 from model.inference import (
@@ -40,6 +48,7 @@ from model.inference import (
     sampling_from,
 )
 from model.loading import NATIVE
+from model.result_files import check_result_files, write_html, write_json
 from model.score_report import (
     Results,
     build_report,
@@ -47,11 +56,18 @@ from model.score_report import (
     compare,
     compare_choices,
     print_choices,
-    print_figures,
+    print_difference,
     print_report,
 )
+from model.terminal import (
+    Terminated,
+    one_line,
+    printing,
+    sigterm_as_ctrl_c,
+    silence_stdout,
+)
 from model.vlm_processor import tokenizer_sha256
-from model.weights import ROOT, atomic_write
+from model.weights import ROOT
 from trainer.trainer_utils import Logger, Ranks, init_distributed_mode, warn
 
 DEFAULT_PROMPT = "仔细看一下这张图：\n\n<image>\n\n描述一下这个图像的内容。"
@@ -114,6 +130,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--compare needs something to score: --data_path or --choices")
     if args.html and tasks:
         raise ValueError(f"--html is a gallery of --image_dir; leave out {tasks[0]} or it")
+    if args.chat and args.json:
+        raise ValueError("--json holds results, and --chat has none; leave out one of both")
     if args.chat and "RANK" in os.environ:
         raise ValueError("--chat is for one process: run it without torchrun")
     if args.circular and args.choice_by == "text":
@@ -129,54 +147,75 @@ def check_args(args: argparse.Namespace) -> None:
     sampling_from(args)
 
 
-def load(args: argparse.Namespace, **changes) -> VLMEngine:
+def check_outputs(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Refuse places that results cannot be written to, before anything is scored."""
+    results = {"--json": args.json, "--html": args.html}
+    inputs = {"--data_path": args.data_path, "--choices": args.choices}
+
+    def check() -> list:
+        if ranks.rank == 0:
+            check_result_files(results, inputs)
+        return []
+
+    ranks.collect(check)
+
+
+def has_files(args: argparse.Namespace) -> bool:
+    """Do the results go anywhere but to the terminal?"""
+    return bool(args.json or args.html)
+
+
+def load(args: argparse.Namespace) -> VLMEngine:
     """The engine of the flags; says what it is."""
-    engine = VLMEngine.from_args(argparse.Namespace(**(vars(args) | changes)))
-    Logger(f"weights: {engine.path}")
+    engine = VLMEngine.from_args(args)
+    with printing(is_extra=has_files(args)):
+        Logger(f"weights: {engine.path}")
     if engine.warning:
         warn(engine.warning)
     return engine
-
-
-def write_json(path: Path | None, content: dict, ranks: Ranks) -> None:
-    if path and ranks.rank == 0:
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def describe_folder(args: argparse.Namespace, ranks: Ranks) -> int:
     """Describe every sample, naming those that cannot be; returns the exit status."""
     samples = find_samples(args.image_dir)
     engine, sampling = load(args), sampling_from(args)
+    so_far: list[Description] = []  # of this rank
 
-    def work() -> list[tuple[str, Description]]:
-        found = []
+    def work() -> list[Description]:
         for batch in ranks.batches(samples, args.batch_size):
             described = describe(engine, batch, args.prompt, sampling,
                                  with_thumbnails=bool(args.html))  # fmt: skip
+            so_far.extend(described)
             if ranks.world_size == 1:
-                print_descriptions(described)
-            found += described
-        return found
+                with printing(is_extra=has_files(args)):
+                    print_descriptions(described)
+        return so_far
 
-    found = sorted(ranks.collect(work), key=lambda d: d.name)
+    try:
+        found = sorted(ranks.collect(work), key=lambda d: d.name)
+    except BaseException:  # whatever ends it, what is described already is not lost
+        if so_far and ranks.rank == 0:
+            write_descriptions(so_far, len(samples), engine, args)
+        raise
     if ranks.rank == 0:
+        write_descriptions(found, len(samples), engine, args)
         if ranks.world_size > 1:
-            print_descriptions(found)
-        if args.html:
-            page = gallery(found, weight=engine.path.name, prompt=args.prompt)
-            atomic_write(args.html, lambda file: file.write(page.encode()))
-    head = {"weight": str(engine.path), "prompt": args.prompt, "seed": args.seed}
-    write_json(args.json, head | {"samples": to_json(found)}, ranks)
+            with printing(is_extra=has_files(args)):
+                print_descriptions(found)
     return int(any(d.error for d in found))
 
 
-def print_descriptions(descriptions: list[Description]) -> None:
-    for d in descriptions:
-        if d.error is None:
-            print(f"[{d.name}] {d.answer}\n", flush=True)
-        else:
-            print(f"error: {d.name}: {d.error}", file=sys.stderr, flush=True)
+def write_descriptions(
+    found: list[Description], num_samples: int, engine: VLMEngine, args: argparse.Namespace
+) -> None:
+    """Into the files of the flags; the JSON says how many samples are missing, if any."""
+    if args.html:
+        write_html(args.html, gallery(found, weight=engine.path.name, prompt=args.prompt))
+    if args.json:
+        report = {"weight": str(engine.path), "prompt": args.prompt, "seed": args.seed}
+        if len(found) < num_samples:
+            report["not_described"] = num_samples - len(found)
+        write_json(args.json, report | {"samples": to_json(found)})
 
 
 def score_data(engine: VLMEngine, args: argparse.Namespace, ranks: Ranks) -> Results:
@@ -255,31 +294,48 @@ def choose(engine: VLMEngine, args: argparse.Namespace, ranks: Ranks
 
 def run_scores(args: argparse.Namespace, ranks: Ranks) -> int:
     """Score one weight or two, print the tables and write the JSON; returns the exit status."""
+    known = check_second(args) if args.compare else None
     engine = load(args)
-    sources = {"weight": str(engine.path), "data": str(args.data_path or args.choices)}
+    name = engine.path.name
+    if known not in (None, tokenizer_sha256(engine.processor.tokenizer)):
+        raise ValueError(
+            f"--compare {args.compare} has another tokenizer than {name}, so losses per token "
+            "cannot be compared"
+        )
+    report = {"weight": str(engine.path), "data": str(args.data_path or args.choices)}
     find = score_data if args.data_path else choose
     first = find(engine, args, ranks)
-    report = sources | show(first, ranks, circular=args.circular)
-    if args.compare:
-        name, known = engine.path.name, tokenizer_sha256(engine.processor.tokenizer)
-        del engine
-        is_folder = (Path(args.compare) / "config.json").is_file()
-        engine = load(args, **({"load_from": args.compare} if is_folder
-                               else {"load_from": NATIVE, "weight": args.compare}))  # fmt: skip
-        if tokenizer_sha256(engine.processor.tokenizer) != known:
-            raise ValueError(
-                f"--compare {args.compare}: {engine.path} has another tokenizer than "
-                f"{name}, so losses per token cannot be compared"
-            )
-        second = find(engine, args, ranks)
-        other = {"weight": str(engine.path)} | show(second, ranks, circular=args.circular)
-        difference = (compare if args.data_path else compare_choices)(*pair(first, second))
-        report |= {"compare": other | {"difference": difference}}
-        if ranks.rank == 0:
-            print(f"\n{engine.path.name} minus {name}, paired:")
-            print_difference(difference)
-    write_json(args.json, report, ranks)
+    try:
+        report |= show(first, args, ranks)
+        if args.compare:
+            del engine
+            engine = load(second_args(args))
+            second = find(engine, args, ranks)
+            report["compare"] = {"weight": str(engine.path)} | show(second, args, ranks)
+            difference = (compare if args.data_path else compare_choices)(*pair(first, second))
+            report["compare"]["difference"] = difference
+            if ranks.rank == 0:
+                with printing(is_extra=has_files(args)):
+                    print(f"\n{engine.path.name} minus {name}, paired:")
+                    print_difference(difference)
+    finally:  # the first weight's scores are not lost to what befalls the second
+        if args.json and ranks.rank == 0:
+            write_json(args.json, report)
     return 0
+
+
+def second_args(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags of the weight to compare with."""
+    is_folder = (Path(args.compare) / "config.json").is_file()
+    changes = ({"load_from": args.compare} if is_folder
+               else {"load_from": NATIVE, "weight": args.compare})  # fmt: skip
+    return argparse.Namespace(**(vars(args) | changes))
+
+
+def check_second(args: argparse.Namespace) -> str:
+    """Load the weight to compare with as it is loaded later, and let go of it, so that what is
+    wrong with it is said before the first one is scored; returns its tokenizer's digest."""
+    return tokenizer_sha256(VLMEngine.from_args(second_args(args)).processor.tokenizer)
 
 
 def pair(first, second) -> tuple:
@@ -287,49 +343,51 @@ def pair(first, second) -> tuple:
     return (first, second) if isinstance(first, Results) else (first[0], second[0])
 
 
-def show(found: Results | tuple, ranks: Ranks, *, circular: bool) -> dict:
+def show(found: Results | tuple, args: argparse.Namespace, ranks: Ranks) -> dict:
     """The report of one weight; the first rank prints it."""
     is_data = isinstance(found, Results)
-    report = build_report(found) if is_data else choice_report(*found, circular=circular)
+    report = build_report(found) if is_data else choice_report(*found, circular=args.circular)
     if ranks.rank == 0:
-        (print_report if is_data else print_choices)(report)
+        with printing(is_extra=has_files(args)):
+            (print_report if is_data else print_choices)(report)
     return report
-
-
-def print_difference(difference: dict) -> None:
-    if "all" in difference:
-        print_figures(difference)
-    else:
-        print(f"right: {difference['value']:+.1%} [{difference['low']:+.1%}, "
-              f"{difference['high']:+.1%}]")  # fmt: skip
 
 
 def run_task(args: argparse.Namespace, ranks: Ranks) -> int:
     """What the flags ask for; returns the exit status."""
     if args.chat:
         return chat(load(args), sampling_from(args))
+    check_outputs(args, ranks)
     is_scored = args.data_path or args.choices
-    return (run_scores if is_scored else describe_folder)(args, ranks)
+    # Ranks that wait for each other would not notice; torchrun ends them when one is gone.
+    is_alone = ranks.world_size == 1
+    with sigterm_as_ctrl_c() if is_alone else contextlib.nullcontext():
+        return (run_scores if is_scored else describe_folder)(args, ranks)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if something could not be loaded, or an image described."""
     args = parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a character that the terminal lacks ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         check_args(args)
         ranks = init_distributed_mode(args.device, timeout=SLOWEST_RANK)
         args.device = str(ranks.device)
         with memory_guard("lower --batch_size"):
             return run_task(args, ranks)
+    except BrokenPipeError:
+        silence_stdout()
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         if os.environ.get("MINIMIND_TRACEBACK"):
             raise
         if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print()
-        return 130
+    except KeyboardInterrupt as stop:
+        print("\nstopped before the end / 未完成即停止", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

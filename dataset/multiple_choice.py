@@ -9,10 +9,11 @@ import base64
 import binascii
 import csv
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
+from typing import IO
 
 from torch import Tensor
 
@@ -128,17 +129,62 @@ class ChoiceFile:
         rows = self._tsv_cells()
         columns = next(rows)
         for cells in filter(None, rows):
-            yield dict(zip_longest(columns, cells[: len(columns)]))
+            row = dict(zip_longest(columns, cells[: len(columns)]))
+            yield row | {None: cells[len(columns) :]}  # as `csv.DictReader` has it
 
     def _tsv_cells(self) -> Iterator[list[str]]:
+        """The cells of each row, the heads first; quoted as `pandas.DataFrame.to_csv` does, so
+        that a cell may hold tabs and line breaks.
+
+        Raises:
+            ValueError: naming the line of what is no TSV, or of a quote that swallows rows.
+        """
         csv.field_size_limit(MAX_CELL)
-        with open(self.path, encoding="utf-8-sig", newline="") as file:
+        with self._open_tsv() as file:
+            reader = csv.reader(self._whole_lines(file), delimiter="\t", strict=True)
+            num_columns, line = None, 1
             try:
-                yield from csv.reader(file, delimiter="\t")
-            except (csv.Error, UnicodeDecodeError) as error:
+                for cells in reader:
+                    num_columns = num_columns or len(cells)
+                    self._check_quotes(cells, num_columns, line=line)
+                    yield cells
+                    line = reader.line_num + 1
+            except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{self.path}: not a readable TSV file in UTF-8 ({error})"
                 ) from None
+            except csv.Error as error:
+                raise ValueError(self._wrong_quote(line, error)) from None
+
+    def _open_tsv(self) -> IO[str]:
+        return open(self.path, encoding="utf-8-sig", newline="")
+
+    def _whole_lines(self, file: Iterable[str]) -> Iterator[str]:
+        for number, line in enumerate(file, 1):
+            if "\0" in line:
+                raise ValueError(
+                    f"{self.path}:{number}: holds a NUL character, so it is damaged or UTF-16; "
+                    "save it in UTF-8"
+                )
+            yield line
+
+    def _check_quotes(self, cells: list[str], num_columns: int, *, line: int) -> None:
+        """A cell that holds as many tabs as a row, over several lines, has swallowed rows; where
+        it ends in another column, the row has another number of cells."""
+        for cell in cells:
+            num_tabs = cell.count("\t")
+            has_rows = "\n" in cell and num_tabs >= num_columns - 1
+            if has_rows or (num_tabs and len(cells) != num_columns):
+                raise ValueError(self._wrong_quote(line, "it swallows what follows"))
+
+    def _wrong_quote(self, line: int, reason) -> str:
+        with self._open_tsv() as file:
+            text = next(islice(file, line - 1, None))
+        return (
+            f"{self.path}:{line}: a cell of this row begins with a quote but does not end with one "
+            f"({reason}): {text[:80]!r}; double the quotes inside a cell, and put one at both of "
+            "its ends, as pandas writes them"
+        )
 
     def _parquet_rows(self) -> Iterator[dict]:
         import pyarrow.parquet
@@ -165,6 +211,8 @@ class ChoiceFile:
 
     def _choice(self, number: int, row: dict) -> Choice:
         where = f"{self.path.name}:row {number}"
+        if any(row.get(None, ())):
+            raise BadRecordError(f"{where}: has more cells than the file has columns")
         question = _text(row.get("question"))
         options = [_text(row.get(letter)) for letter in LETTERS]
         options = options[: options.index("")] if "" in options else options

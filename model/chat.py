@@ -9,6 +9,7 @@ from dataclasses import replace
 from PIL import Image
 
 from model.inference import Sampling, VLMEngine, ask, parse_path
+from model.terminal import shown
 from model.vlm_processor import IMAGE_TAG, open_image
 
 try:
@@ -23,8 +24,6 @@ HELP = """\
 /help        this text / 帮助
 /quit        leave; so does Ctrl-D / 退出
 Ctrl-C stops an answer / 停止回答"""
-# What a terminal would obey instead of show; a model can say any byte.
-CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
 
 
 class Chat:
@@ -94,7 +93,7 @@ class Chat:
         with _stopped_by_ctrl_c() as cancel:
             stream = self.engine.stream(messages, images, self.sampling, cancel=cancel)
             for piece in stream:
-                print(piece.translate(CONTROLS), end="", flush=True)
+                print(shown(piece), end="", flush=True)
         answer = stream.answer
         print(" [stopped / 已停止]" if answer.finish_reason == "cancelled" else "", flush=True)
         if answer.num_dropped_turns:

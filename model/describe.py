@@ -3,13 +3,17 @@
 import base64
 import html
 import io
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from model.inference import Sampling, VLMEngine, ask
-from model.vlm_processor import IMAGE_TAG, open_image
+from model.terminal import one_line, shown
+from model.vlm_processor import IMAGE_TAG, VLMProcessor, open_image
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 THUMBNAIL_SIDE = 224
@@ -66,7 +70,7 @@ def _images_of(path: Path) -> tuple[Path, ...]:
 
 
 def _images_in(folder: Path) -> tuple[Path, ...]:
-    return tuple(p for p in sorted(folder.iterdir()) if p.is_file() and _images_of(p))
+    return tuple(p for p in sorted(folder.iterdir()) if not p.is_dir() and _images_of(p))
 
 
 def describe(
@@ -82,15 +86,16 @@ def describe(
     for place, sample in enumerate(samples):
         names = tuple(path.name for path in sample.images)
         try:
-            images = [open_image(path) for path in sample.images]
-            messages = ask(_repeat_tag(prompt, len(images)), num_images=len(images))
-            engine.fit(messages, images, sampling)
-            _check_tags(messages, images)
+            messages = ask(_repeat_tag(prompt, len(names)), num_images=len(names))
+            _check_tags(messages, num_images=len(names))
+            engine.fit(messages, sample.images, sampling)  # too many are not even decoded
+            pixels, thumbnails = _read_images(
+                engine.processor, sample.images, with_thumbnails=with_thumbnails
+            )
         except (ValueError, OSError) as error:
             found[place] = Description(sample.name, names, error=str(error))
             continue
-        thumbnails = tuple(map(_thumbnail, images)) if with_thumbnails else ()
-        asked.append((place, names, (messages, images), thumbnails))
+        asked.append((place, names, (messages, pixels), thumbnails))
     answers = engine.generate([a[2] for a in asked], sampling) if asked else []
     for (place, names, _, thumbnails), answer in zip(asked, answers, strict=True):
         found[place] = Description(samples[place].name, names, answer.text, answer.finish_reason,
@@ -104,17 +109,49 @@ def _repeat_tag(prompt: str, num_images: int) -> str:
     return prompt.replace(IMAGE_TAG, "\n".join([IMAGE_TAG] * num_images)) if is_for_one else prompt
 
 
-def _check_tags(messages: list[dict], images: list) -> None:
+def _check_tags(messages: list[dict], *, num_images: int) -> None:
     num_tags = messages[0]["content"].count(IMAGE_TAG)
-    if num_tags != len(images):
-        raise ValueError(f"--prompt has {num_tags} {IMAGE_TAG} tag(s) but {len(images)} image(s)")
+    if num_tags != num_images:
+        raise ValueError(f"--prompt has {num_tags} {IMAGE_TAG} tag(s) but {num_images} image(s)")
+
+
+def _read_images(
+    processor: VLMProcessor, paths: tuple[Path, ...], *, with_thumbnails: bool
+) -> tuple[Tensor, tuple[str, ...]]:
+    """The (I, 3, S, S) pixel values of pictures, and their thumbnails.
+
+    One after another: decoded in full size, the photos of a folder could fill the memory.
+    """
+    pixels, thumbnails = [], []
+    for path in paths:
+        try:
+            if not path.is_file():  # opening a pipe of this name would wait for ever
+                raise FileNotFoundError("not a file, or a link to none")
+            image = open_image(path)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path.name}: {error}" if len(paths) > 1 else str(error)) from error
+        pixels.append(processor.pixel_values([image]))
+        if with_thumbnails:
+            thumbnails.append(_thumbnail(image))
+    return torch.cat(pixels), tuple(thumbnails)
 
 
 def _thumbnail(image: Image.Image) -> str:
-    small, file = image.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    small.save(file, "JPEG", quality=85)
+    """A small JPEG of a picture, in base64; the picture is used up."""
+    file = io.BytesIO()
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    image.save(file, "JPEG", quality=85)
     return base64.b64encode(file.getvalue()).decode()
+
+
+def print_descriptions(descriptions: list[Description]) -> None:
+    """Answers to the standard output, errors to the other one, a line each."""
+    for d in descriptions:
+        if d.error is None:
+            print(f"[{one_line(d.name)}] {shown(d.answer)}\n", flush=True)
+        else:
+            line = one_line(f"{d.name}: {d.error}")
+            print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 def to_json(descriptions: list[Description]) -> list[dict]:

@@ -7,7 +7,7 @@ and seed give the same answer everywhere.
 import argparse
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -245,14 +245,15 @@ class VLMEngine:
         return decoder, [num_dropped for *_, num_dropped in fitted]
 
     def fit(
-        self, messages: list[dict], images: list, sampling: Sampling
-    ) -> tuple[list[dict], list, int]:
+        self, messages: list[dict], images: Sequence, sampling: Sampling
+    ) -> tuple[list[dict], Sequence, int]:
         """Drop the oldest turns, a question with its answer, until prompt and answer fit.
 
         For an answer of up to a quarter of the context turns are dropped; a longer one takes what
         room there is, so that asking for the longest does not erase the conversation. A turn that
         shows an image stays, and so do the system message and the last question. Where even that
-        leaves less room, the answer is the shorter.
+        leaves less room, the answer is the shorter. The pictures
+        are not looked at.
 
         Returns:
             messages, images, and the number of dropped turns.
@@ -278,7 +279,7 @@ class VLMEngine:
                 f"the prompt has {num_tokens} tokens{what}, the model takes {self.max_tokens} with "
                 "the answer; shorten the question or use fewer images"
             )
-        return kept, list(images), num_dropped
+        return kept, images, num_dropped
 
     def _num_tokens(self, messages: list[dict]) -> int:
         text = self.processor.render(messages, add_generation_prompt=True)

@@ -20,7 +20,7 @@ from model.model_vlm import (
     find_vision_dir,
     load_vision_config,
 )
-from model.vlm_processor import VLMProcessor, load_tokenizer
+from model.vlm_processor import VLMProcessor, check_special_tokens, load_tokenizer
 from model.weights import (
     OUT_DIR,
     find_weight,
@@ -113,6 +113,11 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
         "inference_rope_scaling": args.inference_rope_scaling,
     }
     loaded = _load_native(args, flags) if args.load_from == NATIVE else _load_folder(args, flags)
+    check_special_tokens(
+        loaded.processor.tokenizer,
+        vocab_size=loaded.model.config.vocab_size,
+        model_name=str(loaded.path),
+    )
     loaded.model.eval().requires_grad_(False).to(device, getattr(torch, dtype))
     return loaded
 

@@ -301,3 +301,12 @@ def print_choices(report: dict) -> None:
         bound = wilson_lower_bound(cell["right"], cell["total"])
         print(f"{name:{width}}{cell['total']:>10}{cell['right'] / cell['total']:>8.1%}"
               f"{bound:>10.1%}{cell['chance']:>8.1%}")  # fmt: skip
+
+
+def print_difference(difference: dict) -> None:
+    """What `compare` or `compare_choices` found."""
+    if "all" in difference:
+        print_figures(difference)
+    else:
+        print(f"right: {difference['value']:+.1%} [{difference['low']:+.1%}, "
+              f"{difference['high']:+.1%}]")  # fmt: skip

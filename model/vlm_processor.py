@@ -29,6 +29,7 @@ EXIF_TURNS = {  # EXIF orientation -> what makes the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SPECIAL_TOKENS = {"pad": 0, "bos": 1, "eos": 2}
 TOKENIZER_DIRS = (MODEL_DIR / "minimind_tokenizer", MODEL_DIR)  # the downloaded one, then ours
 
 
@@ -75,6 +76,27 @@ def load_tokenizer(
         f"trained with (vocabulary {expected_sha256[:12]}...); "
         "name the right folder by --tokenizer_path"
     )
+
+
+def check_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, model_name: str = "the model"
+) -> None:
+    """The ids that model, loss mask and padding rely on.
+
+    Raises:
+        ValueError: they differ, or the vocabulary is larger than the model's.
+    """
+    way_out = "use the tokenizer that belongs to the weights (--tokenizer_path)"
+    for name, expected in SPECIAL_TOKENS.items():
+        found = getattr(tokenizer, f"{name}_token_id")
+        if found != expected:
+            raise ValueError(
+                f"the tokenizer's {name} token has id {found}, MiniMind's has {expected}; {way_out}"
+            )
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens but {model_name} {vocab_size}; {way_out}"
+        )
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,23 +1,20 @@
-"""Owns weight files: their names, the metadata beside them, strict loading, atomic saving.
+"""Owns weight files: their names, the metadata beside them, strict loading, saving.
 
 A weight is `NAME_{hidden}{_moe}.pth`, a plain fp16 state dict of the contract's names, and
 `NAME_{hidden}{_moe}.json`, which says what it is. The vision tower is never in it.
 """
 
-import contextlib
-import glob
 import hashlib
 import json
 import os
 import re
-import uuid
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor, nn
+
+from model.atomic_file import atomic_write, staged_write
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT_DIR = ROOT / "out"
@@ -38,65 +35,6 @@ SIZE_FIELDS = (
 def weight_stem(name: str, *, hidden_size: int, use_moe: bool) -> str:
     """`NAME_{hidden}{_moe}`, the stem that weight, metadata, state and metrics share."""
     return f"{name}_{hidden_size}{'_moe' if use_moe else ''}"
-
-
-def atomic_write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Write a file so that it is either the old one or the new one, whole and on disk.
-
-    Raises:
-        OSError: naming the file; the half-written one is removed.
-    """
-    with staged_write(path, write):
-        pass
-
-
-@contextlib.contextmanager
-def staged_write(path: Path, write: Callable[[IO[bytes]], None]) -> Iterator[Path]:
-    """Write a file beside its place, whole and on disk; it takes that place when the block ends.
-
-    Yields:
-        Where it stands until then.
-    Raises:
-        OSError: naming the file; the half-written one is removed.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        if temporary.is_file():
-            temporary.unlink()
-        if isinstance(error.__context__, KeyboardInterrupt):  # and Ctrl-C too
-            raise KeyboardInterrupt from error
-        raise OSError(
-            f"could not write {path} ({error}); what stood there before is untouched; free some "
-            "space or choose another folder"
-        ) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """See to it that the names in a folder are on disk too."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove what writes of this file that were killed have left beside it."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        leftover.unlink(missing_ok=True)
 
 
 def half_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -28,8 +28,8 @@ from PIL import Image
 from tiny_vlm import make_loaded, picture, round_weights, save_tiny
 
 from model.api_reply import StopText
-from model.chat import CONTROLS
 from model.inference import Sampling, VLMEngine, ask
+from model.terminal import CONTROLS
 
 SETTINGS = {"temperature": 0.9, "top_p": 0.9, "seed": 5, "max_completion_tokens": 16}
 SAMPLING = Sampling(16, 0.9, 0.9, seed=5)

@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT, script_environment
 from tiny_vlm import make_loaded, picture, round_weights, save_tiny
 
-from model.chat import CONTROLS
 from model.inference import Sampling, VLMEngine, ask
+from model.terminal import CONTROLS
 
 pytestmark = pytest.mark.slow  # every test starts a program
 QUESTION = "图像里有什么？ What is red?"

@@ -2,13 +2,16 @@
 
 import html.parser
 import json
+import os
 import shutil
+import weakref
 
 import pytest
 from conftest import ROOT
 from painted import eval_flags
 
 import eval_vlm
+from model import describe as describe_module
 
 EVIL = '<img src=x onerror=alert(1)>&".png'
 
@@ -87,6 +90,57 @@ def test_gallery_stands_alone_and_is_escaped(assets, painted, photos):
     assert "<b>What</b> & why?" in page.text and EVIL in page.text and "not a readable" in page.text
 
 
+def sub_folder(painted, tmp_path, *, count: int):
+    folder = tmp_path / "photos"
+    (folder / "many").mkdir(parents=True)
+    for i in range(count):
+        os.link(painted / "images" / f"test{i % 10:02}.png", folder / "many" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list:
+    """How many pictures were in memory when each was decoded, itself included."""
+    counts, pictures, real = [], [], describe_module.open_image
+
+    def open_image(source):
+        image = real(source)
+        pictures.append(weakref.ref(image))
+        counts.append(sum(picture() is not None for picture in pictures))
+        return image
+
+    monkeypatch.setattr(describe_module, "open_image", open_image)
+    return counts
+
+
+def test_pictures_of_a_sub_folder_are_decoded_one_after_another(assets, painted, tmp_path, decoded):
+    folder = sub_folder(painted, tmp_path, count=20)
+    report = describe(assets, painted, folder, html=folder / "gallery.html")
+    assert report["samples"][0]["answer"] and len(report["samples"][0]["images"]) == 20
+    assert len(decoded) == 20, "once each, the thumbnail included"
+    assert max(decoded) <= 2  # the one before is let go of when the next takes its name
+    page = Page((folder / "gallery.html").read_text(encoding="utf-8"))
+    assert len(page.images) == 20
+
+
+def test_too_many_pictures_are_refused_before_any_is_decoded(assets, painted, tmp_path, decoded):
+    folder = sub_folder(painted, tmp_path, count=2100)  # of 16 tokens each
+    (sample,) = describe(assets, painted, folder)["samples"]
+    assert "use fewer images" in sample["error"] and not decoded
+
+
+def test_pipe_and_dead_link_named_like_pictures_are_named(assets, painted, photos, tmp_path):
+    (photos / "broken.jpg").unlink()
+    (photos / "pair" / "lost.png").symlink_to("nowhere.png")
+    os.mkfifo(photos / "pipe.png")
+    report = describe(assets, painted, photos)
+    errors = {s["name"]: s["error"] for s in report["samples"] if "error" in s}
+    assert errors == {
+        "pair": "lost.png: not a file, or a link to none",
+        "pipe.png": "not a file, or a link to none",
+    }
+
+
 def test_sample_pictures_of_the_repository(assets, painted, tmp_path):
     folder = ROOT / "dataset" / "eval_multi_images"
     out = tmp_path / "out.json"
@@ -100,7 +154,7 @@ def test_sample_pictures_of_the_repository(assets, painted, tmp_path):
     ("values", "message"),
     [
         ({"image_dir": "gone"}, "--image_dir gone is not a folder"),
-        ({"json": "/proc/none/out.json"}, "could not write"),
+        ({"json": "/proc/none/out.json"}, "there is no folder /proc/none"),
     ],
 )
 def test_wrong_use_is_one_clear_line(values, message, assets, painted, photos, capfd):

@@ -117,6 +117,23 @@ def test_load_model_refuses_what_does_not_fit(assets, tmp_path):
         load_model(arguments(assets, tmp_path))
 
 
+def test_load_model_refuses_a_tokenizer_larger_than_the_vocabulary(assets, tmp_path):
+    num_tokens = len(load_tokenizer(assets / "tokenizer"))
+    state = make_loaded(assets, vocab_size=num_tokens - 9).model.half().state_dict()
+    state = {k: v for k, v in state.items() if not k.startswith("vision_encoder.")}
+    path = tmp_path / "sft_vlm_32.pth"
+    torch.save(state, path)
+    expected = rf"the tokenizer has {num_tokens} tokens but {path} {num_tokens - 9}"
+    with pytest.raises(ValueError, match=expected):
+        load_model(arguments(assets, tmp_path))
+
+
+def test_load_model_takes_a_vocabulary_larger_than_the_tokenizer(assets, tmp_path):
+    """Ids that the tokenizer does not know are nothing that is said."""
+    save(make_loaded(assets, vocab_size=5000), tmp_path / "sft_vlm_32.pth", with_metadata=False)
+    assert len(texts(load_model(arguments(assets, tmp_path)))) == 3
+
+
 def test_model_arguments_take_0_1_and_words(assets, tmp_path):
     for words, expected in ((["1"], True), (["FALSE"], False), (["true"], True), ([], True)):
         assert arguments(assets, tmp_path, "--use_moe", *words).use_moe is expected

@@ -137,6 +137,62 @@ def test_rows_that_cannot_be_used_are_counted(assets, painted, tmp_path, capfd):
     assert "answer 'C' is none of A, B" in reasons[1] and "not base64" in reasons[2]
 
 
+ROWS = [["index", "question", "A", "B", "answer", "image"]] + [
+    [str(i), f"What is {i}?", "red", "blue", "A", "none"] for i in range(10)
+]
+
+
+def write_rows(path, changes: dict[int, str], *, column: int = 1) -> None:
+    """A file without quotes, with other texts in some of its rows."""
+    rows = [list(row) for row in ROWS]
+    for row, text in changes.items():
+        rows[row + 1][column] = text
+    path.write_text("".join("\t".join(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {3: '"What is it?'},
+        {3: '"What is it?', 8: 'Is it 3"'},  # six questions would be one cell of the fourth row
+        {3: '"What is it?', 4: 'Is it 3"'},
+        {3: '"What is it?', 8: '"Is it" or not?'},
+        {3: '"Yes", he said'},
+    ],
+)
+def test_unmatched_quote_is_named_with_its_line(changes, tmp_path):
+    write_rows(tmp_path / "a.tsv", changes)
+    with pytest.raises(ValueError, match=r"a\.tsv:5: a cell of this row begins with a quote") as e:
+        ChoiceFile(tmp_path / "a.tsv")
+    assert repr(changes[3])[1:12] in str(e.value) and "\n" not in str(e.value)
+
+
+def test_quotes_of_pandas_are_read_as_they_were(tmp_path):
+    """Published files come from `to_csv`: cells with quotes, tabs and line breaks are quoted."""
+    cells = ['He said "hi".', '"Yes" he said', "two\nlines", "a\ttab", 'a\nb\t"c"', '3"', '"']
+    with (tmp_path / "a.tsv").open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(ROWS[0])
+        writer.writerows([*ROWS[1][:1], cell, *ROWS[1][2:5], "aGVsbG8="] for cell in cells)
+    choices = list(ChoiceFile(tmp_path / "a.tsv"))
+    assert [c.question for c in choices] == [cell.strip() for cell in cells]
+
+
+def test_nul_and_surplus_cells_are_named(tmp_path):
+    write_rows(tmp_path / "a.tsv", {3: "What\0?"})
+    with pytest.raises(ValueError, match=r"a\.tsv:5: holds a NUL character"):
+        ChoiceFile(tmp_path / "a.tsv")
+    write_rows(tmp_path / "a.tsv", {3: "What\tis it?"})
+    rows = list(ChoiceFile(tmp_path / "a.tsv"))
+    assert "row 3: has more cells than the file has columns" in str(rows[3]) and len(rows) == 10
+
+
+def test_large_picture_is_one_cell(tmp_path):
+    """Python's own limit is 128 KiB."""
+    write_rows(tmp_path / "a.tsv", {2: "A" * 400_000}, column=5)
+    assert len(list(ChoiceFile(tmp_path / "a.tsv"))[2].image) == 300_000
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -52,16 +52,6 @@ def test_probe_tells_the_right_tokenizer_from_a_wrong_one(literate, capfd, tmp_p
     assert warning.count("\n") == 1
 
 
-def test_special_tokens_must_have_the_contracts_ids(assets):
-    tokenizer = load_tokenizer(assets / "tokenizer")
-    preflight.check_special_tokens(tokenizer, vocab_size=len(tokenizer))
-    with pytest.raises(ValueError, match=f"has {len(tokenizer)} tokens but the model 200"):
-        preflight.check_special_tokens(tokenizer, vocab_size=200)
-    tokenizer.eos_token = "<|endoftext|>"
-    with pytest.raises(ValueError, match="eos token has id 0, MiniMind's has 2"):
-        preflight.check_special_tokens(tokenizer, vocab_size=len(tokenizer))
-
-
 def test_full_disk_is_seen_before_training(assets, tmp_path, capfd, monkeypatch):
     data = make_records(tmp_path / "data", num_records=4)
     usage = type("Usage", (), {"free": 1000})

@@ -11,7 +11,13 @@ from PIL import Image
 
 from model import vlm_processor
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vlm_processor import VLMProcessor, load_tokenizer, open_image, tokenizer_sha256
+from model.vlm_processor import (
+    VLMProcessor,
+    check_special_tokens,
+    load_tokenizer,
+    open_image,
+    tokenizer_sha256,
+)
 
 AT, NUM_TOKENS, SIDE = 34, 16, 32
 PLACEHOLDER = "@" * NUM_TOKENS
@@ -264,3 +270,13 @@ def test_load_tokenizer_checks_the_expected_hash(assets, tmp_path):
         load_tokenizer(tmp_path / "other", expected_sha256=tokenizer_sha256(own))
     with pytest.raises(FileNotFoundError, match="--tokenizer_path"):
         load_tokenizer(tmp_path / "nowhere")
+
+
+def test_special_tokens_must_have_the_contracts_ids(assets):
+    tokenizer = load_tokenizer(assets / "tokenizer")
+    check_special_tokens(tokenizer, vocab_size=len(tokenizer))
+    with pytest.raises(ValueError, match=f"has {len(tokenizer)} tokens but the model 200"):
+        check_special_tokens(tokenizer, vocab_size=200)
+    tokenizer.eos_token = "<|endoftext|>"
+    with pytest.raises(ValueError, match="eos token has id 0, MiniMind's has 2"):
+        check_special_tokens(tokenizer, vocab_size=len(tokenizer))

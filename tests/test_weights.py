@@ -1,4 +1,4 @@
-"""Weight files: names, metadata, strict loading, atomic saving."""
+"""Weight files: names, metadata, strict loading, saving."""
 
 import json
 import random
@@ -10,7 +10,6 @@ from conftest import TINY_MODEL, make_tower
 from model import weights
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.weights import (
-    atomic_write,
     describe_model,
     find_weight,
     load_weights,
@@ -241,26 +240,6 @@ def test_save_weights_refuses_what_fp16_cannot_hold(assets, tmp_path, value):
         save(model, path)
     assert before == (path.read_bytes(), path.with_suffix(".json").read_bytes())
     assert len(list(tmp_path.iterdir())) == 2
-
-
-@pytest.mark.parametrize("failure", [OSError(28, "No space left"), RuntimeError("torch: disk")])
-def test_atomic_write_failing_leaves_the_old_file(tmp_path, failure):
-    def write(file):
-        file.write(b"half")
-        raise failure
-
-    (tmp_path / "x.pth").write_bytes(b"old")
-    with pytest.raises(OSError, match=r"could not write .*x\.pth.*untouched"):
-        atomic_write(tmp_path / "x.pth", write)
-    with pytest.raises(KeyboardInterrupt):
-        atomic_write(tmp_path / "x.pth", lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
-
-
-def test_atomic_write_names_a_folder_that_cannot_be(tmp_path):
-    (tmp_path / "out").write_text("a file, not a folder")
-    with pytest.raises(OSError, match=r"could not write .*x\.pth"):
-        atomic_write(tmp_path / "out" / "x.pth", lambda file: file.write(b"new"))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from model.device import pad_multiple
 from model.inference import attach_tower, placeholder_config
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, find_vision_dir
-from model.vlm_processor import VLMProcessor, load_tokenizer
+from model.vlm_processor import VLMProcessor, check_special_tokens, load_tokenizer
 from model.weights import (
     find_weight,
     load_weights,
@@ -77,7 +77,7 @@ def read_start(args: TrainArgs) -> Start:
 
 def check_language(model: MiniMindForCausalLM, tokenizer, start: Start) -> None:
     """Does this tokenizer belong to this model? Where metadata says so, that is certain."""
-    preflight.check_special_tokens(tokenizer, vocab_size=model.config.vocab_size)
+    check_special_tokens(tokenizer, vocab_size=model.config.vocab_size)
     if start.state is not None and "tokenizer_sha256" not in start.metadata:
         preflight.check_tokenizer_fits(model, tokenizer, weight=start.path)
 

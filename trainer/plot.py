@@ -13,7 +13,8 @@ import math
 import sys
 from pathlib import Path
 
-from model.weights import OUT_DIR, atomic_write
+from model.atomic_file import atomic_write
+from model.weights import OUT_DIR
 
 METRICS_SUFFIX = "_metrics.jsonl"
 PANELS = (  # field, title, axis, logarithmic

@@ -13,7 +13,6 @@ from trainer.metrics import GIB
 from trainer.train_loop import MAX_BAD_SHARE, too_many_bad
 from trainer.trainer_utils import Logger, Ranks, warn
 
-SPECIAL_TOKENS = {"pad": 0, "bos": 1, "eos": 2}
 # A language model that knows these ids' meaning is far below chance on such sentences.
 PROBE_TEXTS = (
     "The sun rises in the east and sets in the west.",
@@ -25,26 +24,6 @@ NEAR_CHANCE = 0.85  # share of ln(vocabulary) above which a loss counts as near 
 STATE_BYTES = {"weight": 2, "master": 4, "adam": 8}  # per parameter
 KEPT_STATES = 2  # the newest and the one before
 ACTIVATION_BYTES = 34  # per token, layer and hidden unit, with a SwiGLU block; a rough guide
-
-
-def check_special_tokens(tokenizer, *, vocab_size: int) -> None:
-    """The ids that model, loss mask and padding rely on.
-
-    Raises:
-        ValueError: they differ, or the vocabulary is larger than the model's.
-    """
-    for name, expected in SPECIAL_TOKENS.items():
-        found = getattr(tokenizer, f"{name}_token_id")
-        if found != expected:
-            raise ValueError(
-                f"the tokenizer's {name} token has id {found}, MiniMind's has {expected}; use the "
-                "tokenizer that belongs to the weights (--tokenizer_path)"
-            )
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model {vocab_size}; use the "
-            "tokenizer that belongs to the weights (--tokenizer_path)"
-        )
 
 
 @torch.no_grad()

@@ -14,7 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.weights import atomic_write, remove_leftovers, staged_write, sync_folder
+from model.atomic_file import (
+    atomic_write,
+    real_place,
+    remove_leftovers,
+    staged_write,
+    sync_folder,
+)
 from trainer.trainer_utils import Logger, warn
 
 STATE_FORMAT = 2
@@ -66,7 +72,7 @@ def _keep(path: Path, target: Path) -> None:
     remove_leftovers(target)
     link = target.with_name(f".{target.name}.link.tmp")
     try:
-        os.link(path, link)
+        os.link(real_place(path), link)  # of a link itself it would name what comes next
     except OSError:  # a file system without links: copy
         with open(path, "rb") as source:
             atomic_write(target, lambda file: shutil.copyfileobj(source, file))
