@@ -116,6 +116,10 @@ class VLMDataset(Dataset):
         """How many records the file holds, good or bad: each is a sample."""
         return len(self.records)
 
+    def where(self, index: int) -> str:
+        """What a sample is called in messages: file and line."""
+        return self.records.where(index)
+
     @property
     def fingerprint(self) -> str:
         """Identifies the records' content, wherever the file lies."""

@@ -122,13 +122,17 @@ class TextDataset(Dataset):
         input_ids = self.tokens[span].long()
         return Sample(
             index=index,
-            where=f"{self.data_path.name}:{'block' if self.ends is None else 'document'} {index}",
+            where=self.where(index),
             input_ids=input_ids,
             labels=input_ids.masked_fill(~self.is_target[span], IGNORE_INDEX),
             image_mask=torch.zeros_like(input_ids, dtype=torch.bool),
             pixel_values=torch.zeros(0, 3, 1, 1),
             is_truncated=self.ends is not None and span.stop < self.ends[index],
         )
+
+    def where(self, index: int) -> str:
+        """What a sample is called in messages: file and number."""
+        return f"{self.data_path.name}:{'block' if self.ends is None else 'document'} {index}"
 
     @property
     def is_packed(self) -> bool:

@@ -10,7 +10,8 @@ import torch
 from conftest import conversation, make_records, train_flags
 
 from trainer import train_pretrain_vlm
-from trainer.trainer_utils import Ranks, StopSignal, epoch_order, rank_batches
+from trainer.ranks.signals import StopSignal
+from trainer.trainer_utils import Ranks, epoch_order, rank_batches
 
 
 @pytest.fixture

@@ -13,12 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.weights import VISION_PREFIX
 from trainer import preflight, zero
-from trainer.build import Parts, build, train_loader, val_loader
+from trainer.build import Loaders, Parts, build
 from trainer.engine import Engine
+from trainer.loop.loading import DataFault
 from trainer.metrics import Console, JsonLog, Metrics
 from trainer.optim import make_optimizer, set_trainable
 from trainer.rank_watch import RankWatch, leave_at_once
+from trainer.ranks.signals import CLOSED_OUTPUT, StopSignal
 from trainer.report import INTERRUPTED, RunPaths, print_header, report_end, run_paths
+from trainer.run.output import surviving_output
 from trainer.run_state import RunState, describe_run
 from trainer.tracking import Tracker, check_tracker, describe_tracker
 from trainer.train_args import Stage, TrainArgs, parse_args
@@ -26,7 +29,6 @@ from trainer.train_loop import Progress, Run, train
 from trainer.trainer_utils import (
     Logger,
     Ranks,
-    StopSignal,
     init_distributed_mode,
     is_main_process,
     setup_seed,
@@ -38,11 +40,18 @@ def main(stage: Stage, argv: list[str] | None, *, description: str) -> int:
 
     What a user can mend ends in one line on stderr.
     """
+    stop = StopSignal()
+    with surviving_output(stop):
+        return run_and_say(stage, argv, stop, description=description)
+
+
+def run_and_say(stage: Stage, argv: list[str] | None, stop: StopSignal, *, description: str) -> int:
+    """As `main`, once all output is safe."""
     watch = None
     try:
         args = parse_args(stage, argv, description=description)
         watch = RankWatch(timeout_s=args.rank_timeout)
-        with StopSignal() as stop, watch:
+        with watch:
             status = run_stage(stage, args, stop)
     except BaseException as error:
         status = say_why(error, lost=watch and watch.lost)
@@ -67,14 +76,14 @@ def say_why(error: BaseException, *, lost: str | None) -> int | None:
     if isinstance(error, KeyboardInterrupt):
         print("left at once; what was saved before is whole", file=sys.stderr, flush=True)
         return INTERRUPTED + signal.SIGINT
+    if isinstance(error, BrokenPipeError):
+        say_error("nobody reads the output any more; no step was taken yet")
+        return INTERRUPTED + CLOSED_OUTPUT
     if isinstance(error, torch.OutOfMemoryError):
         say_error(f"out of memory ({str(error).split('. ')[0]}); lower --batch_size and raise "
                   "--accumulation_steps by as much")  # fmt: skip
     elif isinstance(error, RuntimeError) and lost:
         say_error(lost)
-    elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-        say_error(f"{str(error).splitlines()[0]}; memory or /dev/shm may be full: use fewer "
-                  "--num_workers, and go on with --from_resume 1")  # fmt: skip
     elif isinstance(error, (ValueError, OSError)) and not os.environ.get("MINIMIND_TRACEBACK"):
         say_error(error)
     else:
@@ -120,15 +129,25 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
     state.engine = make_engine(state, zero_config)
     metrics = make_metrics(state, num_samples=len(parts.dataset), is_resumed=is_resumed)
     run = make_run(state, parts, metrics, stop)
+    return report_end(run, paths, train_and_save(run, state))
+
+
+def train_and_save(run: Run, state: RunState) -> bool:
+    """Train until all is done or a signal came; whether it is complete. All that was to be saved
+    is on disk then, also where the run ends with an error."""
     outcome = "crashed"
-    try:
-        is_complete = train(run)
-        state.finish()
-        outcome = "success" if is_complete else "aborted"
-    finally:
-        state.writer.wait()  # also where the run ends with an error
-        metrics.close(outcome=outcome)
-    return report_end(run, paths, is_complete)
+    with run.stop:
+        try:
+            is_complete = train(run)
+            state.finish()
+            outcome = "success" if is_complete else "aborted"
+        except DataFault:
+            state.finish()  # a launcher ends all ranks as soon as one has left
+            raise
+        finally:
+            state.writer.wait()
+            run.metrics.close(outcome=outcome)
+    return is_complete
 
 
 def check_run(args: TrainArgs, ranks: Ranks, parts: Parts, paths: RunPaths) -> None:
@@ -152,16 +171,16 @@ def check_run(args: TrainArgs, ranks: Ranks, parts: Parts, paths: RunPaths) -> N
 def make_run(state: RunState, parts: Parts, metrics: Metrics, stop: StopSignal) -> Run:
     """Everything the loop takes."""
     args, ranks = state.args, state.ranks
-    pad = parts.tokenizer.pad_token_id
+    loaders = Loaders(args, ranks, stop, parts.tokenizer.pad_token_id)
     val_batches = None
     if parts.val_dataset is not None:
-        val_batches = partial(val_loader, parts.val_dataset, args, ranks, pad)
+        val_batches = partial(loaders.validation, parts.val_dataset)
     return Run(
         engine=state.engine,
         ranks=ranks,
         metrics=metrics,
         stop=stop,
-        batches=partial(train_loader, parts.dataset, args, ranks, pad),
+        batches=partial(loaders.train, parts.dataset),
         val_batches=val_batches,
         save=state.save,
         num_samples=len(parts.dataset),
