@@ -39,6 +39,7 @@ from model.inference import (
     sampling_from,
 )
 from model.loading import NATIVE
+from model.options import OnceParser
 from model.score_report import (
     Results,
     build_report,
@@ -61,9 +62,7 @@ SLOWEST_RANK = timedelta(hours=12)  # how long the others wait for it
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OnceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     add = parser.add_argument
     add("--image_dir", type=parse_path, default=ROOT / "dataset" / "eval_images",

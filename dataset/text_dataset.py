@@ -1,15 +1,17 @@
 """Owns `TextDataset`: text packed into blocks of equal length, for next-token pretraining."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from dataset.fingerprint import ends_fingerprint, file_fingerprint
 from dataset.lm_dataset import IGNORE_INDEX, BadSample, Sample
 from dataset.loss_mask import supervised_mask
-from dataset.records import BadRecordError, check_conversation, file_fingerprint
+from dataset.records import BadRecordError, check_conversation
 
 LOSS_ON = ("all", "answers")
 TOKENIZE_AT_ONCE = 1000  # documents handed to the tokenizer together
@@ -139,10 +141,15 @@ class TextDataset(Dataset):
         """Whether samples are blocks, which are others with another `max_length`."""
         return self.ends is None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Identifies the text and its targets, wherever the file lies."""
         return file_fingerprint(self.data_path, int(self.is_target.sum()))
+
+    @property
+    def former_fingerprint(self) -> str:
+        """What states of earlier versions hold in its place."""
+        return ends_fingerprint(self.data_path, int(self.is_target.sum()))
 
     def find_bad_records(self) -> list[BadSample]:
         """Lines that hold no usable record; they are not among the blocks."""

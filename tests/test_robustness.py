@@ -122,7 +122,9 @@ def test_validation_without_a_usable_sample_costs_nothing(assets, tmp_path, data
     assert state_of(tmp_path)["progress"]["epoch"] == 1
 
 
-@pytest.mark.parametrize("stopped_at", [6, 12], ids=["first epoch", "last epoch"])
+@pytest.mark.parametrize(
+    "stopped_at", [6, 9, 18], ids=["first epoch", "in validation", "last epoch"]
+)
 def test_validation_that_a_stop_prevented_comes_when_resumed(
     stopped_at, assets, tmp_path, data, monkeypatch, capfd
 ):

@@ -2,6 +2,7 @@
 processes, and what happens to them and to their data workers is real too."""
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from conftest import make_records, train_flags
 from rank_group import RankGroup, record_steps, recorded_steps
 
 from dataset.lm_dataset import VLMDataset
+from trainer import build
 
 STATE = "checkpoints/pretrain_vlm_32_resume.pth"
 BAD = 20  # the sample that some hooks wait for
@@ -30,20 +32,35 @@ def flags(assets, folder, data, **options) -> list[str]:
     return train_flags(assets, folder, *data, **options)
 
 
-def spoil(effect, folder: Path, rank: int = 0) -> None:
-    """One sample of a rank has an effect, in whatever process makes it; steps are recorded."""
+def prepare(folder: Path) -> None:
+    """Record the steps; data workers are forked, as they are by default in training on Linux."""
+    multiprocessing.set_start_method("fork", force=True)
     record_steps(folder, "run")
-    if int(os.environ["RANK"]) != rank:
-        return
-    make = VLMDataset.__getitem__
 
-    def spoilt(self, index):
-        if index == BAD:
-            (folder / "reached").touch()
-            effect()
-        return make(self, index)
 
-    VLMDataset.__getitem__ = spoilt
+class Spoilt(VLMDataset):
+    """One of its samples has an effect, in whatever process makes it."""
+
+    effect, folder = None, None
+
+    def __getitem__(self, index):
+        if index == BAD and self.effect is not None:
+            (self.folder / "reached").touch()
+            self.effect()
+        return super().__getitem__(index)
+
+
+def spoil(effect, folder: Path, rank: int = 0) -> None:
+    """Have `Spoilt` data on a rank; steps are recorded."""
+    prepare(folder)
+
+    def make(*arguments, **options):
+        dataset = Spoilt(*arguments, **options)
+        if int(os.environ["RANK"]) == rank:
+            dataset.effect, dataset.folder = effect, folder
+        return dataset
+
+    build.VLMDataset = make
 
 
 def run_out_of_memory() -> None:
@@ -126,7 +143,7 @@ def test_sigterm_ends_the_wait_for_a_sample(num_workers, assets, tmp_path, data)
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 def test_worker_that_is_killed_or_stopped(signum, assets, tmp_path, data):
     argv = flags(assets, tmp_path, data, rank_timeout=6)
-    with RankGroup(argv, tmp_path, world_size=1, hook=(record_steps, tmp_path, "run")) as group:
+    with RankGroup(argv, tmp_path, world_size=1, hook=(prepare, tmp_path)) as group:
         group.wait_for(lambda: steps_of(tmp_path) > 2, "steps")
         worker = None
         while worker is None:  # each epoch has its own
@@ -144,7 +161,7 @@ def test_worker_that_is_killed_or_stopped(signum, assets, tmp_path, data):
 def test_signals_of_terminals_and_schedulers_save(name, assets, tmp_path, data):
     signum = getattr(signal, name)
     with RankGroup(flags(assets, tmp_path, data), tmp_path, world_size=1,
-                   hook=(record_steps, tmp_path, "run")) as group:  # fmt: skip
+                   hook=(prepare, tmp_path)) as group:  # fmt: skip
         group.wait_for(lambda: steps_of(tmp_path) > 2, "steps")
         for pid in reversed(group.families()):  # a terminal signals the whole group
             os.kill(pid, signum)
@@ -155,7 +172,7 @@ def test_signals_of_terminals_and_schedulers_save(name, assets, tmp_path, data):
 
 def ignore_hangup(folder: Path) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    record_steps(folder, "run")
+    prepare(folder)
 
 
 @pytest.mark.slow
@@ -180,7 +197,7 @@ def read_some_lines(folder: Path, count: int) -> None:
                 (folder / "head.txt").open("a").write(next(lines))
 
     threading.Thread(target=read, daemon=True).start()
-    record_steps(folder, "run")
+    prepare(folder)
 
 
 @pytest.mark.slow
@@ -210,7 +227,7 @@ def test_full_disk_costs_lines_and_not_the_run(assets, tmp_path, data):
 
 def be_slow_in_validation(folder: Path) -> None:
     """From its third sample on, so that a signal comes in the middle."""
-    record_steps(folder, "run")
+    prepare(folder)
     make = VLMDataset.__getitem__
 
     def slow(self, index):

@@ -4,7 +4,9 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,7 @@ from trainer.ranks.signals import CLOSED_OUTPUT, StopSignal
 from trainer.report import INTERRUPTED, RunPaths, print_header, report_end, run_paths
 from trainer.run.output import surviving_output
 from trainer.run_state import RunState, describe_run
+from trainer.saving.lock import lock_path, run_lock
 from trainer.tracking import Tracker, check_tracker, describe_tracker
 from trainer.train_args import Stage, TrainArgs, parse_args
 from trainer.train_loop import Progress, Run, train
@@ -33,6 +36,12 @@ from trainer.trainer_utils import (
     is_main_process,
     setup_seed,
 )
+
+# What a rank may have of its own, or what only the main process reads.
+FLAGS_OF_A_RANK = {
+    "device", "num_workers", "local_rank", "rank_timeout", "from_weight",
+    "use_wandb", "tracker", "tracker_mode", "wandb_project", "wandb_run_name",
+}  # fmt: skip
 
 
 def main(stage: Stage, argv: list[str] | None, *, description: str) -> int:
@@ -110,10 +119,10 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
     trained = set_trainable(parts.model, freeze_llm=args.freeze_llm, trainable=args.trainable)
     paths = run_paths(args, parts.model)
     print_header(stage, args, ranks, parts.model, paths)
-    check_run(args, ranks, parts, paths)
-
-    parameters = [(n, p) for n, p in parts.model.named_parameters() if p.requires_grad]
     metadata, identity = describe_run(stage, args, parts, trained=trained)
+    preflight.check_ranks_agree(ranks, facts_to_share(args, parts, identity))
+    check_run(args, ranks, parts, paths)
+    parameters = [(n, p) for n, p in parts.model.named_parameters() if p.requires_grad]
     state = RunState(
         model=parts.model,
         optimizer=make_optimizer(parameters, lr=args.learning_rate, kind=args.optimizer),
@@ -124,12 +133,31 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
         paths=paths,
         metadata=metadata,
         identity=identity,
+        former_identity={"data": parts.dataset.former_fingerprint[:16]},
     )
+    with run_lock([lock_path(paths.weight), lock_path(paths.state)], ranks):
+        return run_state(state, parts, stop, zero_config)
+
+
+def run_state(state: RunState, parts: Parts, stop: StopSignal, zero_config: dict | None) -> int:
+    """Go on from what is saved, if that is asked for, and train; returns the exit status."""
     is_resumed = state.start()
     state.engine = make_engine(state, zero_config)
     metrics = make_metrics(state, num_samples=len(parts.dataset), is_resumed=is_resumed)
     run = make_run(state, parts, metrics, stop)
-    return report_end(run, paths, train_and_save(run, state))
+    return report_end(run, state.paths, train_and_save(run, state))
+
+
+def facts_to_share(args: TrainArgs, parts: Parts, identity: dict) -> dict:
+    """What must be the same on every rank: data, model and flags, but not where files lie."""
+    data = {
+        name: f"{len(dataset)} samples, fingerprint {dataset.fingerprint[:16]}"
+        for name, dataset in (("data", parts.dataset), ("validation data", parts.val_dataset))
+        if dataset is not None
+    }
+    flags = {f"--{f.name}": getattr(args, f.name) for f in fields(args)
+             if f.type is not Path and f.name not in FLAGS_OF_A_RANK}  # fmt: skip
+    return {k: str(v) for k, v in (identity | data | flags).items()}
 
 
 def train_and_save(run: Run, state: RunState) -> bool:

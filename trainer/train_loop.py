@@ -16,10 +16,11 @@ from torch import Tensor
 from trainer.engine import Engine
 from trainer.loop.loading import DataFault
 from trainer.loop.steps import Share, agree, shares_of
+from trainer.loop.validation import validation_loss
 from trainer.metrics import Metrics, Window, peak_gib
 from trainer.optim import get_lr
 from trainer.ranks.signals import StopSignal
-from trainer.trainer_utils import Ranks, autocast
+from trainer.trainer_utils import Ranks, autocast, warn
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run stops
 MAX_OVERFLOWS = 40  # the same in float16, where the loss scale first has to find its range
@@ -90,6 +91,7 @@ class Run:
     started_samples: int = 0
     steps_done: int = 0  # by this process
     is_stopping: bool = False  # all ranks agree to
+    is_warned: bool = False  # of steps without a gradient
 
     @property
     def samples_per_step(self) -> int:
@@ -319,6 +321,9 @@ def log_window(run: Run) -> None:
     check_finite(run)
     progress, args = run.progress, run.args
     figures = run.window.read(run.device)
+    if not run.window.has_gradient and not run.is_warned:
+        run.is_warned = True
+        warn_of_no_gradient(run)
     run.window = Window()
     lr = run.engine.optimizer.param_groups[0]["lr"]
     num_steps = -(-run.num_samples // run.samples_per_step)
@@ -332,6 +337,17 @@ def log_window(run: Run) -> None:
     head = {"step": progress.step, "epoch": progress.epoch + 1, "samples": progress.samples}
     tail = {"skipped_steps": progress.skipped_steps, "bad_samples": progress.bad_samples}
     run.metrics.write(head | {"lr": lr} | figures | tail)
+
+
+def warn_of_no_gradient(run: Run) -> None:
+    """Say, once a run, that the steps of a whole log window taught nothing."""
+    trained = [n for n, p in run.engine.model.named_parameters() if p.requires_grad]
+    names = ", ".join(trained[:NAMES_SHOWN]) + (", ..." if len(trained) > NAMES_SHOWN else "")
+    warn(
+        f"no gradient at all reached what trains ({names}) in the steps up to "
+        f"{run.progress.step}: their samples do not use it, as those without an image do not use "
+        "the projection; see --trainable, --freeze_llm and the data"
+    )
 
 
 def time_left(run: Run) -> str:
@@ -353,8 +369,16 @@ def report_estimate(run: Run) -> None:
 def report_validation(run: Run) -> bool:
     """Measure, print and write the validation loss; False if a stop signal came first."""
     started_s = time.perf_counter()
-    found = validation_loss(run)
+    found = validation_loss(
+        run.engine,
+        run.val_batches(),
+        ranks=run.ranks,
+        stop=run.stop,
+        dtype=run.args.dtype,
+        say=run.metrics.line,
+    )
     if found is None:
+        run.is_stopping = True
         return False
     loss, num_tokens, num_bad = found
     progress = run.progress
@@ -368,27 +392,3 @@ def report_validation(run: Run) -> bool:
          "val_tokens": num_tokens, "val_s": time.perf_counter() - started_s}
     )  # fmt: skip
     return True
-
-
-@torch.no_grad()
-def validation_loss(run: Run) -> tuple[float, int, int] | None:
-    """Mean loss per supervised token of the validation data, how many tokens those are, and how
-    many samples could not be used; None if a stop signal came first."""
-    total, num_tokens, num_bad = 0.0, 0, 0
-    with run.engine.evaluating() as model, closing(shares_of(run.val_batches(), 1)) as shares:
-        for share in shares:  # as many on every rank
-            if agree(share, run.ranks, run.stop, []).is_stopping:
-                run.is_stopping = True
-                return None
-            for batch in share.batches:
-                with autocast(run.device, run.args.dtype):
-                    output = model(**batch.inputs_on(run.device))
-                total += output.loss.double().item() * batch.num_supervised
-                num_tokens += batch.num_supervised
-                num_bad += len(batch.bad_samples)
-                for bad in batch.bad_samples:
-                    run.metrics.line(f"validation sample left out: {bad.reason}")
-    total, num_tokens, num_bad = run.ranks.host_sum([total, num_tokens, num_bad])
-    if not num_tokens:
-        raise ValueError("the validation data holds no usable sample; see --val_data_path")
-    return total / num_tokens, int(num_tokens), int(num_bad)

@@ -14,13 +14,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import wait
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from trainer.ranks.signals import StopSignal, leave_signals_to_parent
 
-POLL_S = 1.0  # between two looks at the workers while waiting for a batch
+POLL_S = 1.0  # between two looks at the workers
 PROCESS, SAMPLE, MOVES, FIELDS = 0, 1, 2, 3  # of a worker's place on the board
 
 
@@ -119,7 +120,6 @@ class Loader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             worker_init_fn=partial(start_worker, self._board),
-            timeout=POLL_S if num_workers else 0,
             # Its own generator: drawing from the global one would make a resumed run differ.
             generator=torch.Generator().manual_seed(seed),
         )
@@ -139,8 +139,10 @@ class Loader:
                 raise DataFault(f"data workers cannot be started ({first_line(error)})") from error
             finally:
                 workers += set(multiprocessing.active_children()) - before
-            for _ in range(len(self)):
-                yield self._next(source, workers)
+            guard = Guard(self._board, workers, self._dataset, patience_s=self._patience_s)
+            with guard:
+                for _ in range(len(self)):
+                    yield self._next(source, guard)
             is_done = True
         finally:
             if not is_done:
@@ -148,50 +150,94 @@ class Loader:
             del source  # tells its workers to end, and waits for them
             kill(workers)
 
-    def _next(self, source: Iterator, workers: list):
-        seen, since_s, looked_s = self._board.read(), time.monotonic(), time.monotonic()
-        while True:
-            try:
+    def _next(self, source: Iterator, guard: "Guard"):
+        try:
+            with guard.waiting():
                 batch = self._stop.wait_for(partial(next, source))
-            except Exception as error:
-                self._check_alive(workers)
-                if not (workers and str(error).startswith("DataLoader timed out")):
-                    raise DataFault(f"no batch could be made ({first_line(error)})") from error
-            else:
-                break
-            now_s, now = time.monotonic(), self._board.read()
-            was_away = now_s - looked_s > 5 * POLL_S  # stopped, or the machine slept
-            has_all = all(place[PROCESS] for place in now)
-            if now != seen or was_away or not has_all:
-                seen, since_s = now, now_s
-            looked_s = now_s
-            if now_s - since_s > self._patience_s:
-                raise DataFault(self._name_hanging(now, now_s - since_s))
+        except Exception as error:
+            reason = guard.what_happened() or f"no batch could be made ({first_line(error)})"
+            raise DataFault(reason) from error
         if isinstance(batch, Failure):
             fault = DataFault(batch.reason)
             fault.add_note(batch.trace)
             raise fault
         return batch
 
-    def _check_alive(self, workers: list) -> None:
-        """Raise `DataFault` naming a worker that has ended."""
-        for worker in workers:
-            if worker.exitcode is None:
-                continue
-            code = worker.exitcode
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended ({code})"
-            at = [
-                self._where(place) for place in self._board.read() if place[PROCESS] == worker.pid
-            ]
-            raise DataFault(
-                f"data worker {worker.pid} was {how}{''.join(at)}; memory or /dev/shm may be full: "
-                "use fewer --num_workers"
-            )
 
-    def _where(self, place: tuple) -> str:
+class Guard:
+    """Kills the workers of a pass, in a `with` block, when they hang while a batch is waited for.
+
+    Nothing else ends every such wait: what a worker hands over is read out of its process, and
+    that has no time limit.
+    """
+
+    def __init__(self, board: Board, workers: list, dataset: Dataset, *, patience_s: float):
+        self._board, self._workers, self._dataset = board, workers, dataset
+        self._patience_s = patience_s
+        self._waits_since_s: float | None = None
+        self._verdict: str | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="data guard", daemon=True)
+
+    def __enter__(self) -> "Guard":
+        if self._workers:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._ended.set()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time in which the workers must make progress."""
+        self._waits_since_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waits_since_s = None
+
+    def _watch(self) -> None:
+        seen, moved_s = self._board.read(), time.monotonic()
+        looked_s = moved_s
+        while not self._ended.wait(POLL_S):
+            now_s, places = time.monotonic(), self._board.read()
+            was_away = now_s - looked_s > 5 * POLL_S  # stopped, or the machine slept
+            has_all = sum(place[PROCESS] > 0 for place in places) == len(self._workers)
+            if places != seen or was_away or not has_all:
+                seen, moved_s = places, now_s
+            looked_s, waits_since_s = now_s, self._waits_since_s
+            if waits_since_s is None:
+                continue
+            silent_s = now_s - max(moved_s, waits_since_s)
+            if silent_s > self._patience_s:
+                self._verdict = self._name_hanging(places, silent_s)
+                for worker in self._workers:
+                    worker.kill()
+                return
+
+    def what_happened(self) -> str | None:
+        """Which worker made the wait fail, and how; None if all of them live."""
+        if self._verdict or not self._workers:
+            return self._verdict
+        # Its connections end a moment before it has.
+        wait([worker.sentinel for worker in self._workers], timeout=POLL_S)
+        for worker in self._workers:
+            code = worker.exitcode
+            if code is None:
+                continue
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended ({code})"
+            places = [place for place in self._board.read() if place[PROCESS] == worker.pid]
+            at = "".join(map(self._where, places))
+            return (
+                f"data worker {worker.pid} {how}{at}; memory or /dev/shm may be full: use fewer "
+                "--num_workers"
+            )
+        return None
+
+    def _where(self, place: tuple[int, ...]) -> str:
         return f" at {self._dataset.where(place[SAMPLE] - 1)}" if place[SAMPLE] else ""
 
-    def _name_hanging(self, places: list[tuple], silent_s: float) -> str:
+    def _name_hanging(self, places: list[tuple[int, ...]], silent_s: float) -> str:
         busy = [place for place in places if place[SAMPLE]] or places
         names = ", ".join(f"{place[PROCESS]}{self._where(place)}" for place in busy)
         return (
