@@ -48,6 +48,7 @@ from model.inference import (
     sampling_from,
 )
 from model.loading import NATIVE
+from model.options import OnceParser
 from model.result_files import check_result_files, write_html, write_json
 from model.score_report import (
     Results,
@@ -78,9 +79,7 @@ SLOWEST_RANK = timedelta(hours=12)  # how long the others wait for it
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OnceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     add = parser.add_argument
     add("--image_dir", type=parse_path, default=ROOT / "dataset" / "eval_images",

@@ -25,15 +25,14 @@ from model.inference import (
     parse_path,
     sampling_from,
 )
+from model.options import OnceParser
 from model.web_server import serve_page
 from model.web_weights import Weights
 from model.weights import ROOT
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OnceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     add_sampling_arguments(parser)
     parser.set_defaults(seed=None)  # asking again means another answer

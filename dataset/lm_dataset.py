@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dataset.fingerprint import ends_fingerprint
 from dataset.loss_mask import supervised_mask
 from dataset.records import BadRecordError, Record, open_records, shorten
 
@@ -116,10 +117,19 @@ class VLMDataset(Dataset):
         """How many records the file holds, good or bad: each is a sample."""
         return len(self.records)
 
+    def where(self, index: int) -> str:
+        """What a sample is called in messages: file and line."""
+        return self.records.where(index)
+
     @property
     def fingerprint(self) -> str:
         """Identifies the records' content, wherever the file lies."""
         return self.records.fingerprint
+
+    @property
+    def former_fingerprint(self) -> str:
+        """What states of earlier versions hold in its place."""
+        return ends_fingerprint(self.data_path, len(self))
 
     def __getitem__(self, index: int) -> Sample | BadSample:
         try:

@@ -3,7 +3,6 @@
 A record is checked here for everything that can be seen without decoding a picture.
 """
 
-import hashlib
 import json
 import os
 import zipfile
@@ -15,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.fingerprint import file_fingerprint
+
 IMAGE_TAG = "<image>"
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant"}
 ROLES["gpt"] = "assistant"  # the first release's names are human and gpt
 SCAN_CHUNK_BYTES = 1 << 24
-FINGERPRINT_BYTES = 1 << 20  # from each end of the data file
 
 DATASET_DIR = Path(__file__).resolve().parent
 DEFAULT_FILES = {
@@ -341,17 +341,6 @@ class ParquetRecords:
     def fingerprint(self) -> str:
         """Identifies the records' content, wherever the file lies."""
         return file_fingerprint(self.data_path, len(self))
-
-
-def file_fingerprint(path: Path, num_records: int) -> str:
-    """SHA-256 of a file's size, number of records, beginning and end."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{size} {num_records} ".encode())
-    with open(path, "rb") as file:
-        digest.update(file.read(FINGERPRINT_BYTES))
-        file.seek(max(0, size - FINGERPRINT_BYTES))
-        digest.update(file.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()
 
 
 def open_records(data_path: Path, images_path: Path | None) -> JsonlRecords | ParquetRecords:

@@ -1,15 +1,17 @@
 """Owns `TextDataset`: text packed into blocks of equal length, for next-token pretraining."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from dataset.fingerprint import ends_fingerprint, file_fingerprint
 from dataset.lm_dataset import IGNORE_INDEX, BadSample, Sample
 from dataset.loss_mask import supervised_mask
-from dataset.records import BadRecordError, check_conversation, file_fingerprint
+from dataset.records import BadRecordError, check_conversation
 
 LOSS_ON = ("all", "answers")
 TOKENIZE_AT_ONCE = 1000  # documents handed to the tokenizer together
@@ -122,7 +124,7 @@ class TextDataset(Dataset):
         input_ids = self.tokens[span].long()
         return Sample(
             index=index,
-            where=f"{self.data_path.name}:{'block' if self.ends is None else 'document'} {index}",
+            where=self.where(index),
             input_ids=input_ids,
             labels=input_ids.masked_fill(~self.is_target[span], IGNORE_INDEX),
             image_mask=torch.zeros_like(input_ids, dtype=torch.bool),
@@ -130,15 +132,24 @@ class TextDataset(Dataset):
             is_truncated=self.ends is not None and span.stop < self.ends[index],
         )
 
+    def where(self, index: int) -> str:
+        """What a sample is called in messages: file and number."""
+        return f"{self.data_path.name}:{'block' if self.ends is None else 'document'} {index}"
+
     @property
     def is_packed(self) -> bool:
         """Whether samples are blocks, which are others with another `max_length`."""
         return self.ends is None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Identifies the text and its targets, wherever the file lies."""
         return file_fingerprint(self.data_path, int(self.is_target.sum()))
+
+    @property
+    def former_fingerprint(self) -> str:
+        """What states of earlier versions hold in its place."""
+        return ends_fingerprint(self.data_path, int(self.is_target.sum()))
 
     def find_bad_records(self) -> list[BadSample]:
         """Lines that hold no usable record; they are not among the blocks."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, make_records, run_script, script_environment, train_flags
 
-from trainer.trainer_utils import StopSignal
+from trainer.ranks.signals import StopSignal
 
 SCRIPT = "trainer/train_pretrain_vlm.py"
 CASES = {

@@ -10,7 +10,8 @@ import torch
 from conftest import conversation, make_records, train_flags
 
 from trainer import train_pretrain_vlm
-from trainer.trainer_utils import Ranks, StopSignal, epoch_order, rank_batches
+from trainer.ranks.signals import StopSignal
+from trainer.trainer_utils import Ranks, epoch_order, rank_batches
 
 
 @pytest.fixture
@@ -121,7 +122,9 @@ def test_validation_without_a_usable_sample_costs_nothing(assets, tmp_path, data
     assert state_of(tmp_path)["progress"]["epoch"] == 1
 
 
-@pytest.mark.parametrize("stopped_at", [6, 12], ids=["first epoch", "last epoch"])
+@pytest.mark.parametrize(
+    "stopped_at", [6, 9, 18], ids=["first epoch", "in validation", "last epoch"]
+)
 def test_validation_that_a_stop_prevented_comes_when_resumed(
     stopped_at, assets, tmp_path, data, monkeypatch, capfd
 ):

@@ -20,6 +20,7 @@ import torch
 
 from model.device import choose_device, has_bfloat16, memory_guard, prepare_device
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.options import OnceParser
 from trainer.engine import Engine
 from trainer.metrics import GIB
 from trainer.optim import make_optimizer
@@ -99,9 +100,7 @@ def benchmark(size: str, args: argparse.Namespace, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure each size; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OnceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["512x8", "768x16"])
     parser.add_argument("--num_steps", type=int, default=10)
     parser.add_argument("--num_rounds", type=int, default=3)

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dataset.collate import VLMCollator
 from dataset.lm_dataset import VLMDataset
@@ -24,8 +25,13 @@ from model.weights import (
     weight_config,
 )
 from trainer import preflight
+from trainer.loop.loading import Loader
+from trainer.ranks.signals import StopSignal
 from trainer.train_args import Stage, TrainArgs
-from trainer.trainer_utils import Logger, Ranks, epoch_order, rank_batches, start_worker
+from trainer.trainer_utils import Logger, Ranks, epoch_order, rank_batches
+
+# Of --rank_timeout, for data workers: a run that they hold up has time to save.
+PATIENCE_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -156,31 +162,39 @@ def lighten_tower(model: nn.Module, dtype: str) -> None:
             module.to(getattr(torch, dtype))
 
 
-def loader(dataset: Dataset, sampler, args: TrainArgs, ranks: Ranks, pad: int) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=VLMCollator(pad_token_id=pad, pad_multiple=pad_multiple(ranks.device)),
-        num_workers=args.num_workers,
-        pin_memory=ranks.device.type == "cuda",
-        worker_init_fn=start_worker,
-        # Its own generator: drawing from the global one would make a resumed run differ.
-        generator=torch.Generator().manual_seed(args.seed),
-    )
+@dataclass(frozen=True)
+class Loaders:
+    """How a run's data is loaded, whichever part of it.
 
+    Args:
+        pad: the token id that fills rows.
+    """
 
-def train_loader(
-    dataset: Dataset, args: TrainArgs, ranks: Ranks, pad: int, epoch: int, start: int
-) -> DataLoader:
-    """This rank's batches of an epoch from global sample `start` on."""
-    order = epoch_order(len(dataset), seed=args.seed, epoch=epoch)
-    sampler = rank_batches(order, start=start, batch_size=args.batch_size, ranks=ranks)
-    return loader(dataset, sampler, args, ranks, pad)
+    args: TrainArgs
+    ranks: Ranks
+    stop: StopSignal
+    pad: int
 
+    def train(self, dataset: Dataset, epoch: int, start: int) -> Loader:
+        """This rank's batches of an epoch from global sample `start` on."""
+        order = epoch_order(len(dataset), seed=self.args.seed, epoch=epoch)
+        return self._load(dataset, order, start=start)
 
-def val_loader(dataset: Dataset, args: TrainArgs, ranks: Ranks, pad: int) -> DataLoader:
-    """This rank's share of the validation data, in file order."""
-    order = epoch_order(len(dataset), seed=0, epoch=0)
-    order.sort()
-    sampler = rank_batches(order, start=0, batch_size=args.batch_size, ranks=ranks)
-    return loader(dataset, sampler, args, ranks, pad)
+    def validation(self, dataset: Dataset) -> Loader:
+        """This rank's share of the validation data, in file order."""
+        return self._load(dataset, np.arange(len(dataset)), start=0)
+
+    def _load(self, dataset: Dataset, order: np.ndarray, *, start: int) -> Loader:
+        args = self.args
+        return Loader(
+            dataset,
+            rank_batches(order, start=start, batch_size=args.batch_size, ranks=self.ranks),
+            collate=VLMCollator(
+                pad_token_id=self.pad, pad_multiple=pad_multiple(self.ranks.device)
+            ),
+            num_workers=args.num_workers,
+            pin_memory=self.ranks.device.type == "cuda",
+            seed=args.seed,
+            stop=self.stop,
+            patience_s=PATIENCE_SHARE * args.rank_timeout,
+        )

@@ -27,6 +27,7 @@ import torch
 from dataset.synthetic_text import CHANCE
 from model.inference import parse_bool
 from model.model_vlm import VISION_DIR
+from model.options import OnceParser
 from model.vlm_processor import MODEL_DIR
 from model.weights import OUT_DIR, ROOT
 from trainer.chain import (
@@ -238,9 +239,7 @@ def publish(chain: Chain) -> None:
 
 def parse_args(argv: list[str] | None) -> tuple[Chain, argparse.Namespace]:
     """The chain that the flags describe, and the other flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OnceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--from_zero", type=parse_bool, nargs="?", const=True, default=False,
         help="make tower and language model too / 从零训练视觉塔和语言模型")  # fmt: skip

@@ -39,9 +39,11 @@ class Window:
         self.started_s = time.perf_counter()
         self.wait_s = 0.0
         self.supervised = self.tokens = self.samples = self.sequences = 0.0
+        self.has_gradient = True  # known once it was read
         self.loss_sum: torch.Tensor | float = 0.0
         self.aux_sum: torch.Tensor | float = 0.0
         self.grad_norm: torch.Tensor | float = 0.0
+        self.grad_peak: torch.Tensor | float | None = None
 
     def add(self, update) -> None:
         """Count one optimizer step (a `StepResult`); one that was left out adds no loss."""
@@ -53,6 +55,10 @@ class Window:
         self.loss_sum = self.loss_sum + torch.where(update.is_bad, 0.0, update.loss_sum)
         self.aux_sum = self.aux_sum + torch.where(update.is_bad, 0.0, update.aux_sum)
         self.grad_norm = update.grad_norm
+        is_first = self.grad_peak is None
+        self.grad_peak = (
+            update.grad_norm if is_first else torch.maximum(self.grad_peak, update.grad_norm)
+        )
 
     def read(self, device: torch.device) -> dict:
         """The window's figures; the one place that waits for the device.
@@ -60,9 +66,13 @@ class Window:
         Loss is the mean per supervised token, without the MoE loss, which is the mean per
         sequence; tokens are those of the text and the images, without padding.
         """
-        values = (self.loss_sum, self.aux_sum, self.grad_norm, self.supervised, self.sequences)
+        peak = float("nan") if self.grad_peak is None else self.grad_peak
+        values = (
+            self.loss_sum, self.aux_sum, self.grad_norm, peak, self.supervised, self.sequences
+        )  # fmt: skip
         stacked = torch.stack([torch.as_tensor(v).detach().float().cpu() for v in values])
-        loss_sum, aux_sum, grad_norm, supervised, sequences = stacked.tolist()
+        loss_sum, aux_sum, grad_norm, peak, supervised, sequences = stacked.tolist()
+        self.has_gradient = peak != 0
         elapsed_s = max(time.perf_counter() - self.started_s, 1e-9)
         return {
             "loss": loss_sum / supervised if supervised else None,

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from model.atomic_file import atomic_write
+from model.options import OnceParser
 from model.weights import OUT_DIR
 
 METRICS_SUFFIX = "_metrics.jsonl"
@@ -142,9 +143,7 @@ def write_curves(paths: list[Path], out: Path) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OnceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("metrics", nargs="*", type=Path, help=f"files NAME{METRICS_SUFFIX} / 指标文件")
     add("--out", type=Path, default=OUT_DIR / "curves.png", help="the PNG / 输出图片")

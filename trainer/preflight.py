@@ -111,6 +111,28 @@ def report_memory(model: nn.Module, ranks: Ranks, args) -> None:
     )
 
 
+def check_ranks_agree(ranks: Ranks, facts: dict[str, str]) -> None:
+    """Compare what all ranks must have alike.
+
+    Raises:
+        ValueError: on every rank, naming what differs and which ranks have what.
+    """
+    of_ranks = ranks.gather(facts)
+    names = dict.fromkeys(name for of_rank in of_ranks for name in of_rank)
+    problems = []
+    for name in names:
+        holders: dict[str, list[str]] = {}
+        for rank, of_rank in enumerate(of_ranks):
+            holders.setdefault(of_rank.get(name, "none"), []).append(str(rank))
+        if len(holders) > 1:
+            has = (f"{value[:80]} on rank {', '.join(who)}" for value, who in holders.items())
+            problems.append(f"{name}: {'; '.join(has)}")
+    if problems:
+        raise ValueError(
+            f"the ranks differ in {' | '.join(problems)}; give all of them the same files and flags"
+        )
+
+
 def check_balance(config, args, ranks: Ranks) -> None:
     """Warn where the MoE loss is not one per sequence: then it is one per micro-batch."""
     is_split = ranks.world_size * args.accumulation_steps > 1

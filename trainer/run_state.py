@@ -52,6 +52,7 @@ class RunState:
     paths: RunPaths
     metadata: dict  # what the weight says of itself
     identity: dict  # what a state and the run that resumes it must share
+    former_identity: dict = field(default_factory=dict)  # as earlier versions wrote it
     engine: Engine | None = None  # made of model and optimizer once they are resumed
     tracker: dict = field(default_factory=dict)  # which experiment the run writes to
     is_continued: bool = False  # the state on disk is this run's own
@@ -95,7 +96,7 @@ class RunState:
     def _find_state(self) -> dict | None:
         """The state to go on from, on rank 0."""
         if self.args.from_resume:
-            state = vlm_checkpoint(self.paths.state, identity=self.identity)
+            state = self._load_state()
             if state is None:
                 Logger(f"--from_resume: no state at {self.paths.state}, so this run starts afresh")
             return state
@@ -103,7 +104,7 @@ class RunState:
             return None
         if self.launches:
             try:
-                state = vlm_checkpoint(self.paths.state, identity=self.identity)
+                state = self._load_state()
             except ValueError:
                 state = {}  # another run's: it is not asked for
             if state and set(state["launches"]) & set(self.launches):
@@ -115,6 +116,11 @@ class RunState:
             "first saves"
         )
         return None
+
+    def _load_state(self) -> dict | None:
+        return vlm_checkpoint(
+            self.paths.state, identity=self.identity, former_identity=self.former_identity
+        )
 
     def save(self) -> None:
         """Write state and weight; training goes on meanwhile if there is memory for a copy.

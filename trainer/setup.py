@@ -4,7 +4,9 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,25 +16,34 @@ from torch.nn.parallel import DistributedDataParallel
 from model.device import out_of_memory_line
 from model.weights import VISION_PREFIX
 from trainer import preflight, zero
-from trainer.build import Parts, build, lighten_tower, train_loader, val_loader
+from trainer.build import Loaders, Parts, build, lighten_tower
 from trainer.engine import Engine
+from trainer.loop.loading import DataFault
 from trainer.metrics import Console, JsonLog, Metrics
 from trainer.optim import make_optimizer, set_trainable
 from trainer.rank_watch import RankWatch, leave_at_once
+from trainer.ranks.signals import CLOSED_OUTPUT, StopSignal
 from trainer.report import INTERRUPTED, RunPaths, print_header, report_end, run_paths
+from trainer.run.output import surviving_output
 from trainer.run_state import RunState, describe_run
+from trainer.saving.lock import lock_path, run_lock
 from trainer.tracking import Tracker, check_tracker, describe_tracker
 from trainer.train_args import Stage, TrainArgs, parse_args
 from trainer.train_loop import Progress, Run, train
 from trainer.trainer_utils import (
     Logger,
     Ranks,
-    StopSignal,
     init_distributed_mode,
     is_main_process,
     local_ranks,
     setup_seed,
 )
+
+# What a rank may have of its own, or what only the main process reads.
+FLAGS_OF_A_RANK = {
+    "device", "num_workers", "local_rank", "rank_timeout", "from_weight",
+    "use_wandb", "tracker", "tracker_mode", "wandb_project", "wandb_run_name",
+}  # fmt: skip
 
 
 def main(stage: Stage, argv: list[str] | None, *, description: str) -> int:
@@ -40,11 +51,18 @@ def main(stage: Stage, argv: list[str] | None, *, description: str) -> int:
 
     What a user can mend ends in one line on stderr.
     """
+    stop = StopSignal()
+    with surviving_output(stop):
+        return run_and_say(stage, argv, stop, description=description)
+
+
+def run_and_say(stage: Stage, argv: list[str] | None, stop: StopSignal, *, description: str) -> int:
+    """As `main`, once all output is safe."""
     watch = None
     try:
         args = parse_args(stage, argv, description=description)
         watch = RankWatch(timeout_s=args.rank_timeout)
-        with StopSignal() as stop, watch:
+        with watch:
             status = run_stage(stage, args, stop)
     except BaseException as error:
         status = say_why(error, lost=watch and watch.lost)
@@ -69,14 +87,14 @@ def say_why(error: BaseException, *, lost: str | None) -> int | None:
     if isinstance(error, KeyboardInterrupt):
         print("left at once; what was saved before is whole", file=sys.stderr, flush=True)
         return INTERRUPTED + signal.SIGINT
+    if isinstance(error, BrokenPipeError):
+        say_error("nobody reads the output any more; no step was taken yet")
+        return INTERRUPTED + CLOSED_OUTPUT
     advice = "lower --batch_size and raise --accumulation_steps by as much"
     if line := out_of_memory_line(error, advice=advice):
         say_error(line)
     elif isinstance(error, RuntimeError) and lost:
         say_error(lost)
-    elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-        say_error(f"{str(error).splitlines()[0]}; memory or /dev/shm may be full: use fewer "
-                  "--num_workers, and go on with --from_resume 1")  # fmt: skip
     elif isinstance(error, dist.DistError):
         say_error(f"the ranks lost touch with one another ({str(error).splitlines()[0]}); see the "
                   "other ranks' messages, and go on with --from_resume 1")  # fmt: skip
@@ -106,10 +124,10 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
     trained = set_trainable(parts.model, freeze_llm=args.freeze_llm, trainable=args.trainable)
     paths = run_paths(args, parts.model)
     print_header(stage, args, ranks, parts.model, paths)
-    check_run(args, ranks, parts, paths)
-
-    parameters = [(n, p) for n, p in parts.model.named_parameters() if p.requires_grad]
     metadata, identity = describe_run(stage, args, parts, trained=trained)
+    preflight.check_ranks_agree(ranks, facts_to_share(args, parts, identity))
+    check_run(args, ranks, parts, paths)
+    parameters = [(n, p) for n, p in parts.model.named_parameters() if p.requires_grad]
     state = RunState(
         model=parts.model,
         optimizer=make_optimizer(parameters, lr=args.learning_rate, kind=args.optimizer),
@@ -120,20 +138,49 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
         paths=paths,
         metadata=metadata,
         identity=identity,
+        former_identity={"data": parts.dataset.former_fingerprint[:16]},
     )
+    with run_lock([lock_path(paths.weight), lock_path(paths.state)], ranks):
+        return run_state(state, parts, stop, zero_config)
+
+
+def run_state(state: RunState, parts: Parts, stop: StopSignal, zero_config: dict | None) -> int:
+    """Go on from what is saved, if that is asked for, and train; returns the exit status."""
     is_resumed = state.start()
     state.engine = make_engine(state, zero_config)
     metrics = make_metrics(state, num_samples=len(parts.dataset), is_resumed=is_resumed)
     run = make_run(state, parts, metrics, stop)
+    return report_end(run, state.paths, train_and_save(run, state))
+
+
+def facts_to_share(args: TrainArgs, parts: Parts, identity: dict) -> dict:
+    """What must be the same on every rank: data, model and flags, but not where files lie."""
+    data = {
+        name: f"{len(dataset)} samples, fingerprint {dataset.fingerprint[:16]}"
+        for name, dataset in (("data", parts.dataset), ("validation data", parts.val_dataset))
+        if dataset is not None
+    }
+    flags = {f"--{f.name}": getattr(args, f.name) for f in fields(args)
+             if f.type is not Path and f.name not in FLAGS_OF_A_RANK}  # fmt: skip
+    return {k: str(v) for k, v in (identity | data | flags).items()}
+
+
+def train_and_save(run: Run, state: RunState) -> bool:
+    """Train until all is done or a signal came; whether it is complete. All that was to be saved
+    is on disk then, also where the run ends with an error."""
     outcome = "crashed"
-    try:
-        is_complete = train(run)
-        state.finish()
-        outcome = "success" if is_complete else "aborted"
-    finally:
-        state.writer.wait()  # also where the run ends with an error
-        metrics.close(outcome=outcome)
-    return report_end(run, paths, is_complete)
+    with run.stop:
+        try:
+            is_complete = train(run)
+            state.finish()
+            outcome = "success" if is_complete else "aborted"
+        except DataFault:
+            state.finish()  # a launcher ends all ranks as soon as one has left
+            raise
+        finally:
+            state.writer.wait()
+            run.metrics.close(outcome=outcome)
+    return is_complete
 
 
 def check_run(args: TrainArgs, ranks: Ranks, parts: Parts, paths: RunPaths) -> None:
@@ -157,16 +204,16 @@ def check_run(args: TrainArgs, ranks: Ranks, parts: Parts, paths: RunPaths) -> N
 def make_run(state: RunState, parts: Parts, metrics: Metrics, stop: StopSignal) -> Run:
     """Everything the loop takes."""
     args, ranks = state.args, state.ranks
-    pad = parts.tokenizer.pad_token_id
+    loaders = Loaders(args, ranks, stop, parts.tokenizer.pad_token_id)
     val_batches = None
     if parts.val_dataset is not None:
-        val_batches = partial(val_loader, parts.val_dataset, args, ranks, pad)
+        val_batches = partial(loaders.validation, parts.val_dataset)
     return Run(
         engine=state.engine,
         ranks=ranks,
         metrics=metrics,
         stop=stop,
-        batches=partial(train_loader, parts.dataset, args, ranks, pad),
+        batches=partial(loaders.train, parts.dataset),
         val_batches=val_batches,
         save=state.save,
         num_samples=len(parts.dataset),

@@ -38,7 +38,12 @@ def old_path(path: Path) -> Path:
 
 
 def vlm_checkpoint(
-    path: Path, state: dict | None = None, *, identity: dict, is_first: bool = False
+    path: Path,
+    state: dict | None = None,
+    *,
+    identity: dict,
+    former_identity: dict | None = None,
+    is_first: bool = False,
 ) -> dict | None:
     """Save a training state, or load one with `state=None`.
 
@@ -46,6 +51,7 @@ def vlm_checkpoint(
 
     Args:
         identity: what must not change between saving and resuming, by name.
+        former_identity: values that a state of an earlier version may have in place of those.
     Returns:
         The loaded state, or None where there is none.
     Raises:
@@ -53,7 +59,7 @@ def vlm_checkpoint(
         OSError: it could not be written; the states that stood there are untouched.
     """
     if state is None:
-        return _load(path, identity)
+        return _load(path, identity, former_identity or {})
     remove_leftovers(path)
     full = {"format": STATE_FORMAT, "identity": identity} | state
     with staged_write(path, lambda file: torch.save(full, file)):
@@ -81,7 +87,7 @@ def _keep(path: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def _load(path: Path, identity: dict) -> dict | None:
+def _load(path: Path, identity: dict, former_identity: dict) -> dict | None:
     """The newest state that is whole; a damaged one is set aside."""
     previous = previous_path(path)
     if not path.is_file() and not previous.is_file():
@@ -97,7 +103,7 @@ def _load(path: Path, identity: dict) -> dict | None:
             os.replace(path, path.with_name(path.name + ".damaged"))
         Logger(f"{path} {fault}: going on from the state before it, {previous.name}")
         path = previous
-    return _read(path, identity)
+    return _read(path, identity, former_identity)
 
 
 def fault_of(path: Path) -> str | None:
@@ -114,7 +120,7 @@ def fault_of(path: Path) -> str | None:
         return f"is damaged ({error or type(error).__name__})"
 
 
-def _read(path: Path, identity: dict) -> dict:
+def _read(path: Path, identity: dict, former_identity: dict) -> dict:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (PermissionError, MemoryError):
@@ -131,7 +137,9 @@ def _read(path: Path, identity: dict) -> dict:
         )
     for name, expected in identity.items():
         found = loaded["identity"].get(name)
-        if found != expected:
+        if found != expected and found is not None and found == former_identity.get(name):
+            Logger(f"{path.name}: its {name} was told by an earlier version, which looked less far")
+        elif found != expected:
             raise ValueError(
                 f"{path} cannot be resumed: its {name} is {found!r}, this run's is {expected!r}; "
                 "use the same, or drop --from_resume to start afresh"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dataset.text_dataset import LOSS_ON
 from model.inference import parse_bool, parse_path
+from model.options import OnceParser
 from model.weights import OUT_DIR, ROOT
 from trainer.optim import OPTIMIZERS
 
@@ -119,7 +120,7 @@ def _plain(value):
 
 def parse_args(stage: Stage, argv: list[str] | None, *, description: str) -> TrainArgs:
     """Read the command line; argparse ends the program on an unknown flag or value."""
-    parser = argparse.ArgumentParser(
+    parser = OnceParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for item in fields(TrainArgs):

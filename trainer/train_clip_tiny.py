@@ -41,6 +41,7 @@ from dataset.synthetic_world import (
     sample_scene,
 )
 from model.device import check_dtype, choose_device, memory_guard, prepare_device
+from model.options import OnceParser
 from model.vlm_processor import load_tokenizer
 from model.weights import ROOT
 from trainer.optim import get_lr, make_optimizer
@@ -323,9 +324,7 @@ def as_text(figures: dict[str, float]) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OnceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--save_dir", type=Path, default=ROOT / "model" / "vision_model" / "clip-tiny-patch16",
         help="CLIP folder to write / 输出目录")  # fmt: skip

@@ -5,18 +5,22 @@ whole step, over micro-steps and ranks, so one update does not depend on how it 
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 from trainer.engine import Engine
+from trainer.loop.loading import DataFault
+from trainer.loop.steps import Share, agree, shares_of
+from trainer.loop.validation import validation_loss
 from trainer.metrics import Metrics, Window, peak_gib
 from trainer.optim import get_lr
-from trainer.trainer_utils import Ranks, StopSignal, autocast
+from trainer.ranks.signals import StopSignal
+from trainer.trainer_utils import Ranks, autocast, warn
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run stops
 MAX_OVERFLOWS = 40  # the same in float16, where the loss scale first has to find its range
@@ -87,6 +91,7 @@ class Run:
     started_samples: int = 0
     steps_done: int = 0  # by this process
     is_stopping: bool = False  # all ranks agree to
+    is_warned: bool = False  # of steps without a gradient
 
     @property
     def samples_per_step(self) -> int:
@@ -105,19 +110,21 @@ def train(run: Run) -> bool:
     Raises:
         ValueError: too many non-finite steps or bad samples, or validation data without a usable
             one. State and weights are saved first.
+        DataFault: a rank could not have its next batch; saved as well.
     """
     run.started_samples = run.progress.samples
     if run.stop.adopt(run.ranks.host_sum(run.stop.votes())):
         return False  # stopped before the first step: there is nothing to save
     while run.progress.epoch < run.args.epochs:
         if not train_epoch(run, run.progress.epoch):
-            run.save()
+            if run.steps_done:
+                run.save()
             return False
         if run.val_batches is not None:
-            run.save()  # as an epoch still to be validated, which a resumed run does first
-            if run.is_stopping:
+            if run.steps_done:
+                run.save()  # as an epoch still to be validated, which a resumed run does first
+            if run.is_stopping or not report_validation(run):
                 return False
-            report_validation(run)
         run.progress.epoch += 1
         run.progress.samples_in_epoch = run.progress.bad_samples_in_epoch = 0
         run.save()
@@ -130,60 +137,66 @@ def train_epoch(run: Run, epoch: int) -> bool:
     """Train what is left of an epoch; False if a stop signal ended it early."""
     run.engine.model.train()
     run.window = Window()
+    batches = run.batches(epoch, run.progress.samples_in_epoch)
+    with closing(shares_of(batches, run.args.accumulation_steps)) as shares:
+        return all(train_step(run, share) for share in shares)
+
+
+def train_step(run: Run, share: Share) -> bool:
+    """Take a step, and log and save what is due; False if a stop signal ends the epoch early."""
     progress = run.progress
-    for micro_batches in steps_of(run, run.batches(epoch, progress.samples_in_epoch)):
-        counts = count_step(run, micro_batches)
-        check_bad_samples(run, micro_batches, counts)
-        result = optimizer_step(run, micro_batches, counts)
-        progress.samples += result.samples
-        progress.samples_in_epoch += result.samples
-        progress.truncated_samples += counts["truncated"]
-        progress.step += 1
-        run.steps_done += 1
-        run.is_stopping = counts["stop"]
-        run.window.add(result)
-        run.pending.append(result)
-        run.metrics.advance(result.samples)
-        is_last = progress.samples_in_epoch >= run.num_samples
-        if progress.step % run.args.log_interval == 0 or is_last:
-            log_window(run)
-        elif run.device.type == "cpu":
-            check_finite(run)
-        if run.steps_done == ESTIMATE_STEPS:
-            report_estimate(run)
-        if run.is_stopping and not is_last:
-            check_finite(run)
-            return False
-        if progress.step % run.args.save_interval == 0 and not is_last:
-            check_finite(run)
-            run.save()
+    run.window.wait_s += share.wait_s
+    counts = count_step(run, share)
+    run.is_stopping = counts["stop"]
+    if not counts["has_data"]:
+        check_finite(run)
+        return False
+    check_bad_samples(run, share.batches, counts)
+    result = optimizer_step(run, share.batches, counts)
+    progress.samples += result.samples
+    progress.samples_in_epoch += result.samples
+    progress.truncated_samples += counts["truncated"]
+    progress.step += 1
+    run.steps_done += 1
+    run.window.add(result)
+    run.pending.append(result)
+    run.metrics.advance(result.samples)
+    is_last = progress.samples_in_epoch >= run.num_samples
+    if progress.step % run.args.log_interval == 0 or is_last:
+        log_window(run)
+    elif run.device.type == "cpu":
+        check_finite(run)
+    if run.steps_done == ESTIMATE_STEPS:
+        report_estimate(run)
+    if run.is_stopping and not is_last:
+        check_finite(run)
+        return False
+    if progress.step % run.args.save_interval == 0 and not is_last:
+        check_finite(run)
+        run.save()
     return True
 
 
-def steps_of(run: Run, batches: Iterable) -> Iterator[list]:
-    """Group batches into steps, measuring the time spent waiting for them.
+def count_step(run: Run, share: Share) -> dict[str, int]:
+    """Sums over micro-steps and ranks, known before the forward pass; and whether to stop.
 
-    Micro-batches that an epoch's end leaves incomplete are a step of their own.
+    Raises:
+        DataFault: a rank cannot have its data; what was done so far is saved.
     """
-    source = iter(batches)
-    while True:
-        started_s = time.perf_counter()
-        micro_batches = list(islice(source, run.args.accumulation_steps))
-        run.window.wait_s += time.perf_counter() - started_s
-        if not micro_batches:
-            return
-        yield micro_batches
-
-
-def count_step(run: Run, micro_batches: list) -> dict[str, int]:
-    """Sums over micro-steps and ranks, known before the forward pass; and whether to stop."""
     names = ("samples", "tokens", "supervised", "sequences", "truncated")
-    own = [sum(getattr(b, f"num_{name}") for b in micro_batches) for name in names]
-    bad = sum(len(b.bad_samples) for b in micro_batches)
-    votes = run.stop.votes()
-    sums = run.ranks.host_sum([*own, bad, *votes])
-    counts = dict(zip((*names, "bad"), map(int, sums), strict=False))
-    return counts | {"stop": run.stop.adopt(sums[-len(votes) :])}
+    own = [sum(getattr(b, f"num_{name}") for b in share.batches) for name in names]
+    own.append(sum(len(b.bad_samples) for b in share.batches))
+    try:
+        agreed = agree(share, run.ranks, run.stop, own)
+    except DataFault as fault:
+        if not run.steps_done:
+            raise
+        check_finite(run)
+        run.save()
+        fault.args = (f"{fault}; saved at step {run.progress.step}: go on with --from_resume 1",)
+        raise
+    counts = dict(zip((*names, "bad"), map(int, agreed.sums), strict=True))
+    return counts | {"stop": agreed.is_stopping, "has_data": agreed.has_data}
 
 
 def optimizer_step(run: Run, micro_batches: list, counts: dict[str, int]) -> StepResult:
@@ -308,6 +321,9 @@ def log_window(run: Run) -> None:
     check_finite(run)
     progress, args = run.progress, run.args
     figures = run.window.read(run.device)
+    if not run.window.has_gradient and not run.is_warned:
+        run.is_warned = True
+        warn_of_no_gradient(run)
     run.window = Window()
     lr = run.engine.optimizer.param_groups[0]["lr"]
     num_steps = -(-run.num_samples // run.samples_per_step)
@@ -321,6 +337,17 @@ def log_window(run: Run) -> None:
     head = {"step": progress.step, "epoch": progress.epoch + 1, "samples": progress.samples}
     tail = {"skipped_steps": progress.skipped_steps, "bad_samples": progress.bad_samples}
     run.metrics.write(head | {"lr": lr} | figures | tail)
+
+
+def warn_of_no_gradient(run: Run) -> None:
+    """Say, once a run, that the steps of a whole log window taught nothing."""
+    trained = [n for n, p in run.engine.model.named_parameters() if p.requires_grad]
+    names = ", ".join(trained[:NAMES_SHOWN]) + (", ..." if len(trained) > NAMES_SHOWN else "")
+    warn(
+        f"no gradient at all reached what trains ({names}) in the steps up to "
+        f"{run.progress.step}: their samples do not use it, as those without an image do not use "
+        "the projection; see --trainable, --freeze_llm and the data"
+    )
 
 
 def time_left(run: Run) -> str:
@@ -339,10 +366,21 @@ def report_estimate(run: Run) -> None:
     )
 
 
-def report_validation(run: Run) -> None:
-    """Measure, print and write the validation loss."""
+def report_validation(run: Run) -> bool:
+    """Measure, print and write the validation loss; False if a stop signal came first."""
     started_s = time.perf_counter()
-    loss, num_tokens, num_bad = validation_loss(run)
+    found = validation_loss(
+        run.engine,
+        run.val_batches(),
+        ranks=run.ranks,
+        stop=run.stop,
+        dtype=run.args.dtype,
+        say=run.metrics.line,
+    )
+    if found is None:
+        run.is_stopping = True
+        return False
+    loss, num_tokens, num_bad = found
     progress = run.progress
     left_out = f", {num_bad} sample(s) left out" if num_bad else ""
     run.metrics.line(
@@ -353,23 +391,4 @@ def report_validation(run: Run) -> None:
         {"step": progress.step, "epoch": progress.epoch + 1, "val_loss": loss,
          "val_tokens": num_tokens, "val_s": time.perf_counter() - started_s}
     )  # fmt: skip
-
-
-@torch.no_grad()
-def validation_loss(run: Run) -> tuple[float, int, int]:
-    """Mean loss per supervised token of the validation data, how many tokens those are, and how
-    many samples could not be used."""
-    total, num_tokens, num_bad = 0.0, 0, 0
-    with run.engine.evaluating() as model:
-        for batch in run.val_batches():
-            with autocast(run.device, run.args.dtype):
-                output = model(**batch.inputs_on(run.device))
-            total += output.loss.item() * batch.num_supervised
-            num_tokens += batch.num_supervised
-            num_bad += len(batch.bad_samples)
-            for bad in batch.bad_samples:
-                run.metrics.line(f"validation sample left out: {bad.reason}")
-    total, num_tokens, num_bad = run.ranks.host_sum([total, num_tokens, num_bad])
-    if not num_tokens:
-        raise ValueError("the validation data holds no usable sample; see --val_data_path")
-    return total / num_tokens, int(num_tokens), int(num_bad)
+    return True

@@ -27,6 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from dataset.records import IMAGE_TAG, check_conversation
 from dataset.synthetic import sample_text
 from dataset.synthetic_text import CHINESE
+from model.options import OnceParser
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
@@ -260,9 +261,7 @@ def _open_reference(path: Path | None) -> Tokenizer | None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OnceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data_path", type=Path, nargs="+", required=True,
         help=".txt (a text a line) or .jsonl (records) | 训练文本")  # fmt: skip

@@ -1,14 +1,11 @@
-"""Owns what runs share beside the loop: ranks, devices, AMP, order, generators, signals."""
+"""Owns what runs share beside the loop: ranks, devices, AMP, order, generators."""
 
 import contextlib
 import itertools
-import multiprocessing
 import os
 import random
-import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -272,62 +269,6 @@ def rank_batches(
         start // per_step,
         num_batches=-(-len(order) // per_step),
     )
-
-
-class StopSignal:
-    """Turns SIGINT and SIGTERM into a wish that the loop reads between steps.
-
-    A second SIGINT ends the program at once. A scheduler may signal any one rank: the ranks sum
-    their `votes` and `adopt` the outcome, so that all of them leave alike.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self):
-        self.signum: int | None = None
-        self._previous = {}
-
-    def __enter__(self) -> "StopSignal":
-        for signum in self.SIGNALS:
-            self._previous[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-    def votes(self) -> list[float]:
-        """For each signal, whether this rank was sent it."""
-        return [float(self.signum == signum) for signum in self.SIGNALS]
-
-    def adopt(self, votes: list[float]) -> bool:
-        """Take over what the ranks were sent (SIGTERM over SIGINT); whether to stop. A signal that
-        came after the votes is kept for the next ones."""
-        sent = [signum for signum, count in zip(self.SIGNALS, votes, strict=True) if count]
-        if sent:
-            self.signum = max(sent)
-        return bool(sent)
-
-    def _note(self, signum: int, _frame) -> None:
-        if self.signum is not None and signum == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
-            raise KeyboardInterrupt
-        self.signum = signum
-        if is_main_process():  # os.write, since print may be interrupted in the middle of itself
-            os.write(2, b"\nwill save and leave after this step; Ctrl-C again leaves at once\n")
-
-
-def start_worker(_worker_id: int) -> None:
-    """Data workers leave Ctrl-C to the main process, which ends them when it has saved, and end
-    with it however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # PyTorch watches the fork server, where there is one
-    os._exit(1)
 
 
 def rng_state(device: torch.device) -> dict:

@@ -1,0 +1,49 @@
+"""Owns the validation loss."""
+
+from collections.abc import Callable, Iterable
+from contextlib import closing
+
+import torch
+
+from trainer.engine import Engine
+from trainer.loop.steps import agree, shares_of
+from trainer.ranks.signals import StopSignal
+from trainer.trainer_utils import Ranks, autocast
+
+
+@torch.no_grad()
+def validation_loss(
+    engine: Engine,
+    batches: Iterable,
+    *,
+    ranks: Ranks,
+    stop: StopSignal,
+    dtype: str,
+    say: Callable[[str], None],
+) -> tuple[float, int, int] | None:
+    """Mean loss per supervised token of the validation data, how many tokens those are, and how
+    many samples could not be used; None if a stop signal came to any rank first.
+
+    Args:
+        batches: this rank's; there are as many on every rank.
+        say: told of each sample that could not be used.
+    Raises:
+        ValueError: not one sample can be used. DataFault: a rank cannot have its data.
+    """
+    total, num_tokens, num_bad = 0.0, 0, 0
+    with engine.evaluating() as model, closing(shares_of(batches, 1)) as shares:
+        for share in shares:
+            if agree(share, ranks, stop, []).is_stopping:
+                return None
+            for batch in share.batches:
+                with autocast(ranks.device, dtype):
+                    output = model(**batch.inputs_on(ranks.device))
+                total += output.loss.item() * batch.num_supervised
+                num_tokens += batch.num_supervised
+                num_bad += len(batch.bad_samples)
+                for bad in batch.bad_samples:
+                    say(f"validation sample left out: {bad.reason}")
+    total, num_tokens, num_bad = ranks.host_sum([total, num_tokens, num_bad])
+    if not num_tokens:
+        raise ValueError("the validation data holds no usable sample; see --val_data_path")
+    return total / num_tokens, int(num_tokens), int(num_bad)

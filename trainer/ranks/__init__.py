@@ -1,0 +1,1 @@
+"""How ranks meet, who lives, and what signals ask of them."""
