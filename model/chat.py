@@ -9,7 +9,8 @@ from dataclasses import replace
 from PIL import Image
 
 from model.inference import Sampling, VLMEngine, ask, parse_path
-from model.vlm_processor import IMAGE_TAG, open_image
+from model.pictures import open_image
+from model.vlm_processor import IMAGE_TAG
 
 try:
     import readline  # noqa: F401 (arrow keys and history in input())
