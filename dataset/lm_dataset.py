@@ -146,6 +146,16 @@ class VLMDataset(Dataset):
             raise BadRecordError(f"{record.where}: {error}{_about(record)}") from error
         return make_sample(record, images, self.processor, index=index, max_length=self.max_length)
 
+    def has_images(self) -> bool:
+        """Whether any usable record has one; looks no further than the first that does."""
+        for index in range(len(self.records)):
+            try:
+                if self.records[index].images:
+                    return True
+            except BadRecordError:
+                continue
+        return False
+
     def find_bad_records(self) -> list[BadSample]:
         """Every record whose fault shows without decoding a picture or counting tokens."""
         bad = []

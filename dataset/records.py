@@ -1,24 +1,26 @@
-"""Owns random access to records (JSONL, Parquet) and to their images (folder, zip, Parquet).
+"""Owns random access to records (JSONL, Parquet) and to their images.
 
 A record is checked here for everything that can be seen without decoding a picture.
 """
 
 import json
 import os
-import zipfile
-import zlib
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from dataset.data_file import check_file, check_text
 from dataset.fingerprint import file_fingerprint
+from dataset.image_store import open_images
+from dataset.stray_images import find_stray
 
 IMAGE_TAG = "<image>"
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant"}
 ROLES["gpt"] = "assistant"  # the first release's names are human and gpt
+JSONL_FIELDS = {"conversations", "image", "types"}
+PARQUET_FIELDS = ("conversations", "image_bytes")
 SCAN_CHUNK_BYTES = 1 << 24
 
 DATASET_DIR = Path(__file__).resolve().parent
@@ -85,7 +87,11 @@ def check_conversation(raw, *, where: str) -> list[dict]:
                 f"{where}: message {turn} has role {role!r}; allowed are {', '.join(ROLES)}"
             )
         if not isinstance(content, str):
-            raise BadRecordError(f"{where}: message {turn} has no text in 'content' (or 'value')")
+            hint = ", but a list: write it as text and name the pictures in 'image'"
+            raise BadRecordError(
+                f"{where}: message {turn} has no text in 'content' (or 'value')"
+                f"{hint if isinstance(content, list) else ''}"
+            )
         role = ROLES[role]
         if role == "system" and turn > 1:
             raise BadRecordError(f"{where}: message {turn} is a system message; it must be first")
@@ -95,6 +101,40 @@ def check_conversation(raw, *, where: str) -> list[dict]:
     if all(m["role"] != "assistant" for m in messages):
         raise BadRecordError(f"{where}: no assistant message, so nothing to learn from")
     return messages
+
+
+def decode(line: bytes, *, where: str) -> str:
+    """A line as text, without a byte order mark; raises `BadRecordError` where it is not UTF-8."""
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from None
+
+
+def parse_json(text: str, *, where: str):
+    """What a text says in JSON; raises `BadRecordError`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRecordError(f"{where}: not valid JSON ({error}); mend or delete it") from None
+
+
+def check_stray(fields: dict, turns: list[dict], images: list, *, read: str, where: str) -> None:
+    """Raise `BadRecordError` where a picture stands in none of the fields that are read.
+
+    One whose `images` are read may name them once more elsewhere, by their addresses for instance:
+    each of its tags has its image.
+
+    Args:
+        fields: of the record, those that are not read.
+        turns: its messages as they stand in the file.
+        read: the field that is.
+    """
+    stray = find_stray({} if images else fields, turns, image_tag=IMAGE_TAG)
+    if stray:
+        raise BadRecordError(
+            f"{where}: {stray}; put pictures into {read!r}, with {IMAGE_TAG} where each belongs"
+        )
 
 
 def check_tags(messages: list[dict], images: list, *, where: str) -> None:
@@ -116,78 +156,6 @@ def shorten(name: str, *, limit: int = 80) -> str:
     return repr(name if len(name) <= limit else name[:limit] + "...")
 
 
-class ImageFolder:
-    """Images as files below a folder."""
-
-    def __init__(self, root: Path):
-        self.root = root
-
-    @cached_property
-    def _names(self) -> frozenset[str]:
-        return frozenset(entry.name for entry in os.scandir(self.root))
-
-    def exists(self, name: str) -> bool:
-        try:
-            return name in self._names or (self.root / name).is_file()
-        except OSError:  # no file system takes such a name
-            return False
-
-    def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
-
-    def __getstate__(self):
-        return {"root": self.root}
-
-
-class ImageZip:
-    """Images as members of a zip file, read in place; each process opens it for itself."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self._opened_by, self._zip = None, None
-
-    def _open(self) -> zipfile.ZipFile:
-        if self._opened_by != os.getpid():
-            self._zip, self._opened_by = zipfile.ZipFile(self.root), os.getpid()
-        return self._zip
-
-    @cached_property
-    def _members(self) -> dict[str, str]:
-        """File name -> member; a name may also be given with its folder inside the zip. A name
-        that several folders have stands for none of them."""
-        members = [m for m in self._open().namelist() if not m.endswith("/")]
-        times = Counter(m.rsplit("/", 1)[-1] for m in members)
-        by_name = {m.rsplit("/", 1)[-1]: m for m in members}
-        unique = {name: member for name, member in by_name.items() if times[name] == 1}
-        return unique | {m: m for m in members}
-
-    def exists(self, name: str) -> bool:
-        return name in self._members
-
-    def read(self, name: str) -> bytes:
-        try:
-            return self._open().read(self._members[name])
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-            raise ValueError(f"{name} in {self.root.name} cannot be read ({error})") from error
-
-    def __getstate__(self):
-        return {"root": self.root, "_opened_by": None, "_zip": None}
-
-
-def open_images(images_path: Path | None) -> ImageFolder | ImageZip | None:
-    """The images of a folder or zip; a missing folder is looked for as a `.zip` of that name."""
-    if images_path is None:
-        return None
-    if images_path.is_dir():
-        return ImageFolder(images_path)
-    for path in (images_path, images_path.with_name(images_path.name + ".zip")):
-        if path.is_file() and zipfile.is_zipfile(path):
-            return ImageZip(path)
-    raise FileNotFoundError(
-        f"no images: {images_path} is neither a folder nor a zip file; name it by --images_path"
-    )
-
-
 class JsonlRecords:
     """Records of a JSONL file, found by an index of line offsets.
 
@@ -195,6 +163,7 @@ class JsonlRecords:
     """
 
     def __init__(self, data_path: Path, images_path: Path | None):
+        check_text(data_path)
         self.data_path = data_path
         self.images = open_images(images_path)
         offsets = [np.zeros(1, dtype=np.int64)]
@@ -238,21 +207,20 @@ class JsonlRecords:
         """The checked record; raises `BadRecordError`."""
         where = self.where(index)
         line = self._read(self._starts[index], self._lengths[index])
-        try:
-            raw = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadRecordError(f"{where}: not valid JSON ({error}); mend or delete it") from None
+        raw = parse_json(decode(line, where=where), where=where)
         if not isinstance(raw, dict):
             raise BadRecordError(f"{where}: a record must be a JSON object")
         messages = check_conversation(raw.get("conversations"), where=where)
         images = self._image_names(raw.get("image"), where=where)
+        fields = {name: value for name, value in raw.items() if name not in JSONL_FIELDS}
+        check_stray(fields, raw["conversations"], images, read="image", where=where)
         check_tags(messages, images, where=where)
         for name in images:
             if not self.images.exists(name):
                 raise BadRecordError(
-                    f"{where}: image {shorten(name)} is not in {self.images.root} (in a zip, a "
-                    "name that several folders have needs its folder); add it, or name the right "
-                    "--images_path"
+                    f"{where}: image {shorten(name)} is not in {self.images.root} as a file (in "
+                    "a zip, a name that several folders have needs its folder); add it, or name "
+                    "the right --images_path"
                 )
         types = raw.get("types")
         has_types = isinstance(types, list) and all(isinstance(t, str) for t in types)
@@ -301,7 +269,7 @@ class ParquetRecords:
             self._table = pyarrow.parquet.read_table(data_path, memory_map=True)
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{data_path}: not a readable Parquet file ({error})") from None
-        for column in ("conversations", "image_bytes"):
+        for column in PARQUET_FIELDS:
             if column not in self._table.column_names:
                 raise ValueError(
                     f"{data_path}: no column {column!r}, only {self._table.column_names}; the "
@@ -322,17 +290,21 @@ class ParquetRecords:
         where = self.where(index)
         raw = self._table["conversations"][int(index)].as_py()
         if isinstance(raw, str):
-            try:
-                raw = json.loads(raw)
-            except (ValueError, RecursionError) as error:
-                raise BadRecordError(f"{where}: conversations: not valid JSON ({error})") from None
+            raw = parse_json(raw, where=f"{where}: conversations")
         messages = check_conversation(raw, where=where)
         images = self._table["image_bytes"][int(index)].as_py() or []
         images = [images] if isinstance(images, bytes) else images
         if not all(isinstance(image, bytes) for image in images):
             raise BadRecordError(f"{where}: 'image_bytes' must be binary or a list of binary")
+        fields = {} if images else self._unread_fields(index)
+        check_stray(fields, raw, images, read="image_bytes", where=where)
         check_tags(messages, images, where=where)
         return Record(messages, images, where)
+
+    def _unread_fields(self, index: int) -> dict:
+        columns = self._table.column_names
+        unread = [name for name in columns if name not in PARQUET_FIELDS]
+        return {name: self._table[name][int(index)].as_py() for name in unread}
 
     def read_image(self, image: str | bytes) -> bytes:
         return image
@@ -348,9 +320,9 @@ def open_records(data_path: Path, images_path: Path | None) -> JsonlRecords | Pa
 
     Raises:
         FileNotFoundError: the file or its images are missing.
+        ValueError: no regular file, unreadable, or without a record.
     """
-    if not data_path.is_file():
-        raise FileNotFoundError(f"no data file {data_path}; name it by --data_path")
+    check_file(data_path, what="data file", flag="--data_path")
     if data_path.suffix == ".parquet":
         return ParquetRecords(data_path)
     return JsonlRecords(data_path, images_path)

@@ -1,6 +1,7 @@
 """Owns `TextDataset`: text packed into blocks of equal length, for next-token pretraining."""
 
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 
@@ -8,20 +9,23 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from dataset.data_file import check_file, check_text
 from dataset.fingerprint import ends_fingerprint, file_fingerprint
 from dataset.lm_dataset import IGNORE_INDEX, BadSample, Sample
 from dataset.loss_mask import supervised_mask
-from dataset.records import BadRecordError, check_conversation
+from dataset.records import BadRecordError, check_conversation, decode, parse_json
 
 LOSS_ON = ("all", "answers")
+PROSE = (".txt", ".md", ".text", ".markdown")
 TOKENIZE_AT_ONCE = 1000  # documents handed to the tokenizer together
 
 
 class TextDataset(Dataset):
-    """A `.txt` file (a document a line) or JSONL (`{"text"}` or `{"conversations"}` records).
+    """A `.txt` or `.md` file (a document a line) or JSONL (`{"text"}` or `{"conversations"}`).
 
     Documents are tokenized, each between the tokenizer's bos and eos, a conversation as the chat
-    template writes it.
+    template writes it. A text may hold these two itself, around each of its documents; other
+    special tokens, and these elsewhere, make it a bad line.
 
     Args:
         loss_on: "all" lays the documents end to end and cuts them into blocks of `max_length`, so
@@ -30,7 +34,7 @@ class TextDataset(Dataset):
             conversation only the answers are targets, as in the stages with images.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no text in it, or an unknown `loss_on`.
+        ValueError: not such a file, no text in it, or an unknown `loss_on`.
     """
 
     def __init__(
@@ -44,8 +48,9 @@ class TextDataset(Dataset):
         if loss_on not in LOSS_ON:
             raise ValueError(f"loss_on {loss_on!r} is not one of {', '.join(LOSS_ON)}")
         self.data_path = Path(data_path)
-        if not self.data_path.is_file():
-            raise FileNotFoundError(f"no text {self.data_path}; name it by --data_path")
+        check_file(self.data_path, what="text", flag="--data_path")
+        self._is_json = _is_jsonl(self.data_path)
+        check_text(self.data_path)
         self.max_length = max_length
         self.num_blank = self.num_records = 0
         self._bad: list[BadSample] = []
@@ -54,11 +59,14 @@ class TextDataset(Dataset):
         pieces, masks = [], []
         for start in range(0, len(documents), TOKENIZE_AT_ONCE):
             some = documents[start : start + TOKENIZE_AT_ONCE]
-            for ids in tokenizer(some, add_special_tokens=False)["input_ids"]:
-                is_conversation = ids[:1] == [bos]
-                whole = ids if is_conversation else [bos, *ids, eos]
+            for text, ids in zip(
+                some, tokenizer(some, add_special_tokens=False)["input_ids"], strict=True
+            ):
+                is_marked = ids[:1] == [bos]
+                whole = ids if is_marked else [bos, *ids, eos]
                 pieces.append(np.array(whole, dtype=np.int32))
-                only_answers = is_conversation and loss_on == "answers"
+                has_answers = is_marked and f"{tokenizer.bos_token}assistant\n" in text
+                only_answers = has_answers and loss_on == "answers"
                 mask = supervised_mask(whole, tokenizer) if only_answers else [1] * len(whole)
                 masks.append(np.array(mask, dtype=bool))
         if not pieces:
@@ -69,15 +77,18 @@ class TextDataset(Dataset):
         self.ends = np.cumsum([len(piece) for piece in pieces]) if loss_on == "answers" else None
 
     def _documents(self, tokenizer) -> list[str]:
-        is_json = self.data_path.suffix == ".jsonl"
+        special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
         documents = []
         with open(self.data_path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 where = f"{self.data_path.name}:{number}"
                 try:
-                    text = _decode(line, where=where)
-                    text = self._text(text, tokenizer, where=where) if is_json else text.strip()
-                    _check_characters(text, where=where)
+                    text = decode(line, where=where).strip()
+                    if self._is_json:
+                        text = _text_of(text, tokenizer, special, where=where)
+                    elif not documents:
+                        _check_prose(text, path=self.data_path)
+                    _check_characters(text, tokenizer, special, where=where)
                 except BadRecordError as error:
                     self._bad.append(BadSample(number - 1, str(error)))
                     continue
@@ -87,21 +98,6 @@ class TextDataset(Dataset):
                     self.num_blank += 1
         self.num_records = len(documents) + len(self._bad)
         return documents
-
-    @staticmethod
-    def _text(line: str, tokenizer, *, where: str) -> str:
-        if not line.strip():
-            return ""
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadRecordError(f"{where}: not valid JSON ({error}); mend or delete it") from None
-        if isinstance(record, dict) and isinstance(record.get("text"), str):
-            return record["text"].strip()
-        if isinstance(record, dict) and "conversations" in record:
-            messages = check_conversation(record["conversations"], where=where)
-            return tokenizer.apply_chat_template(messages, tokenize=False)
-        raise BadRecordError(f"{where}: a record needs 'text' or 'conversations'")
 
     def __len__(self) -> int:
         if self.ends is not None:
@@ -156,15 +152,61 @@ class TextDataset(Dataset):
         return self._bad
 
 
-def _decode(line: bytes, *, where: str) -> str:
+def _is_jsonl(path: Path) -> bool:
+    """Whether a file holds records, not prose; raises `ValueError` for what is neither."""
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", *PROSE):
+        raise ValueError(
+            f"{path}: text is read from .jsonl (a record a line) and from {' '.join(PROSE)} (a "
+            "document a line); rename it if it is one of these, else convert it"
+        )
+    return suffix == ".jsonl"
+
+
+def _check_prose(first: str, *, path: Path) -> None:
+    """Raise `ValueError` for records that are named as prose."""
+    if not first.startswith("{"):
+        return
     try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRecordError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from None
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return
+    raise ValueError(
+        f"{path} begins with a JSON object: were it read as prose, its braces and field names "
+        f"would be learnt; name it {path.stem}.jsonl"
+    )
 
 
-def _check_characters(text: str, *, where: str) -> None:
+def _text_of(line: str, tokenizer, special: re.Pattern, *, where: str) -> str:
+    """The document that a line of JSON holds."""
+    if not line:
+        return ""
+    record = parse_json(line, where=where)
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return record["text"].strip()
+    if isinstance(record, dict) and "conversations" in record:
+        messages = check_conversation(record["conversations"], where=where)
+        for number, message in enumerate(messages, 1):
+            if found := special.search(message["content"]):
+                raise BadRecordError(
+                    f"{where}: message {number} holds the special token {found[0]}; take it out"
+                )
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    raise BadRecordError(f"{where}: a record needs 'text' or 'conversations'")
+
+
+def _check_characters(text: str, tokenizer, special: re.Pattern, *, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadRecordError(f"{where}: half a character ({error}); mend or delete it") from None
+    if "\0" in text:
+        raise BadRecordError(f"{where}: a NUL character; mend or delete it")
+    found = special.findall(text)
+    pairs = [tokenizer.bos_token, tokenizer.eos_token] * (len(found) // 2)
+    outside = special.split(text)[::2]
+    if found != pairs or found and "".join(outside).strip():
+        raise BadRecordError(
+            f"{where}: the text holds the special token {found[0]}; take it out, or put each "
+            f"document whole between {tokenizer.bos_token} and {tokenizer.eos_token}"
+        )

@@ -9,8 +9,9 @@ from dataclasses import replace
 from PIL import Image
 
 from model.inference import Sampling, VLMEngine, ask, parse_path
+from model.pictures import open_image
 from model.terminal import shown
-from model.vlm_processor import IMAGE_TAG, open_image
+from model.vlm_processor import IMAGE_TAG
 
 try:
     import readline  # noqa: F401 (arrow keys and history in input())

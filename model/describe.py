@@ -12,10 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from model.inference import Sampling, VLMEngine, ask
+from model.pictures import open_image
 from model.terminal import one_line, shown
-from model.vlm_processor import IMAGE_TAG, VLMProcessor, open_image
+from model.vlm_processor import IMAGE_TAG, VLMProcessor
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {  # those of HEIC and AVIF too: they are told apart and how to convert them
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif",
+}  # fmt: skip
 THUMBNAIL_SIDE = 224
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(16em,1fr));gap:1.2em}

@@ -4,31 +4,20 @@ Shapes: B batch, T tokens, I images, S image side in pixels.
 """
 
 import hashlib
-import io
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 from model.image_fusion import images_per_sample, placeholder_mask
 from model.model_vlm import VLMConfig
+from model.pictures import open_image
 
 IMAGE_TAG = "<image>"
 MODEL_DIR = Path(__file__).resolve().parent
-MAX_ASPECT = 100  # the shorter side becomes the tower's: a thinner image would fill the memory
-EXIF_TURNS = {  # EXIF orientation -> what makes the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 SPECIAL_TOKENS = {"pad": 0, "bos": 1, "eos": 2}
 TOKENIZER_DIRS = (MODEL_DIR / "minimind_tokenizer", MODEL_DIR)  # the downloaded one, then ours
 
@@ -97,55 +86,6 @@ def check_special_tokens(
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens but {model_name} {vocab_size}; {way_out}"
         )
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF tag says; a damaged tag says nothing."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow raises several unrelated errors here
-        return image
-    turn = EXIF_TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
-
-
-def open_image(
-    source: Image.Image | bytes | str | Path, *, max_pixels: int | None = None
-) -> Image.Image:
-    """Any picture as 8-bit RGB, upright by its EXIF tag, the first frame of an animation.
-
-    16-bit grey is scaled to 8 bits (PIL's own conversion would clip it to white).
-
-    Args:
-        max_pixels: a larger picture is refused before it is decoded; None leaves it to Pillow.
-
-    Raises:
-        ValueError: not a picture, broken or too large.
-    """
-    try:
-        if isinstance(source, Image.Image):
-            image = source
-        else:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        if max_pixels is not None and image.width * image.height > max_pixels:
-            raise ValueError(f"{image.width}x{image.height} is over {max_pixels:,} pixels")
-        image.load()
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # decoders raise almost anything on damaged data
-        raise ValueError(f"not a readable image ({error})") from error
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(f"not a readable image ({image.width}x{image.height} is too thin)")
-    image = _upright(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float32)
-        peak = values.max(initial=0.0)
-        is_16_bit = image.mode.startswith("I;16") or peak > 255
-        scale = 1 / 257 if is_16_bit else 255.0 if image.mode == "F" and peak <= 1 else 1.0
-        return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
 
 
 class VLMProcessor:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,22 @@ def train_flags(assets: Path, out: Path, data: Path, images: Path | None, **flag
         text for name, value in flags.items() if value is not None
         for text in (f"--{name}", str(value))
     ]  # fmt: skip
+
+
+@contextmanager
+def within_s(seconds: float):
+    """What waits without an end, such as for a FIFO's writer, fails after so long."""
+
+    def give_up(*_):
+        raise TimeoutError(f"not done within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def write_png(path, *, width: int, height: int) -> None:

@@ -56,13 +56,15 @@ def describe(assets, painted, photos, **values) -> dict:
 
 
 def test_folder_with_a_sub_folder(assets, painted, photos, capfd):
+    (photos / "phone.heic").write_bytes(b"\0\0\0\x1cftypheic")
     report = describe(assets, painted, photos)
     samples = {sample["name"]: sample for sample in report["samples"]}
-    assert set(samples) == {"a.png", "b.png", EVIL, "pair", "broken.jpg"}
+    assert set(samples) == {"a.png", "b.png", EVIL, "pair", "broken.jpg", "phone.heic"}
     assert samples["pair"]["images"] == ["0.png", "1.png"] and samples["pair"]["answer"]
     assert "red" in samples["a.png"]["answer"] and "green" in samples["b.png"]["answer"]
     assert "not a readable image" in samples["broken.jpg"]["error"]
     assert "answer" not in samples["broken.jpg"]
+    assert "it is HEIC; convert it to JPEG" in samples["phone.heic"]["error"]
     captured = capfd.readouterr()
     assert f"[a.png] {samples['a.png']['answer']}" in captured.out
     assert "error: broken.jpg: not a readable image" in captured.err

@@ -161,3 +161,63 @@ def test_language_model_stage_needs_text(capfd, assets, tmp_path):
             str(assets / "tokenizer")]  # fmt: skip
     assert train_llm.main(argv) == 1
     assert "name the text to train on by --data_path" in capfd.readouterr().err
+
+
+def test_what_is_no_prose_is_refused_by_name(tokenizer, tmp_path):
+    for name in ("a.json", "a.csv", "a.tsv", "a.html", "a.gz", "a.jsonl.gz", "a.parquet", "a"):
+        (tmp_path / name).write_text("A red circle.\n")
+        with pytest.raises(ValueError, match=f"{name}: text is read from .jsonl .* and from .txt"):
+            TextDataset(tmp_path / name, tokenizer)
+    for name in ("a.txt", "a.TXT", "a.md"):
+        (tmp_path / name).write_text("# A red circle.\n{braces} and a { brace\n")
+        assert TextDataset(tmp_path / name, tokenizer).num_records == 2
+    (tmp_path / "a.JSONL").write_text('{"text": "A red circle."}\n')
+    text = tokenizer.decode(TextDataset(tmp_path / "a.JSONL", tokenizer)[0].input_ids)
+    assert text == "<|im_start|>A red circle.<|im_end|>"
+
+
+def test_records_named_as_prose_are_refused(tokenizer, tmp_path):
+    for name in ("a.txt", "a.md"):
+        (tmp_path / name).write_text('\n{"text": "A red circle."}\n')
+        with pytest.raises(ValueError, match=f"{name} begins with a JSON object.*name it a.jsonl"):
+            TextDataset(tmp_path / name, tokenizer)
+
+
+ODD_TEXTS = {
+    "nul": ("a\0b", "a NUL character"),
+    "end": ("A circle.<|im_end|>", "holds the special token <|im_end|>"),
+    "begin": ("<|im_start|>A circle.", "holds the special token <|im_start|>"),
+    "pad": ("A circle.<|endoftext|>A square.", "holds the special token <|endoftext|>"),
+    "twice": ("<|im_start|><|im_start|>A<|im_end|>", "special token"),
+    "outside": ("<|im_start|>A<|im_end|> B", "special token"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_TEXTS)
+def test_nuls_and_special_tokens_are_bad_lines(case, tokenizer, tmp_path):
+    text, says = ODD_TEXTS[case]
+    good = "A red circle."
+    (tmp_path / "a.txt").write_text("\n".join([good] * 40 + [text]))
+    lines = [{"text": good}] * 40 + [{"text": text}, conversation("What?", text)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    expected = [1, *tokenizer.encode(good), 2] * 40
+    for name, num_bad in (("a.txt", 1), ("a.jsonl", 2)):
+        dataset = TextDataset(tmp_path / name, tokenizer)
+        reasons = [bad.reason for bad in dataset.find_bad_records()]
+        assert len(reasons) == num_bad and dataset.num_records == 40 + num_bad
+        assert all(says in reason for reason in reasons)
+        assert [reason.split(" ")[0] for reason in reasons] == [f"{name}:41:", f"{name}:42:"][
+            :num_bad
+        ]
+        assert dataset.tokens.tolist() == expected
+
+
+def test_documents_may_be_marked_in_the_text(tokenizer, tmp_path):
+    """As the corpus of the original has it: whole documents between bos and eos."""
+    marked = "<|im_start|>A red circle.<|im_end|> <|im_start|>A square.<|im_end|>"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": marked}) + "\n")
+    for loss_on in ("all", "answers"):
+        dataset = TextDataset(tmp_path / "a.jsonl", tokenizer, loss_on=loss_on)
+        assert not dataset.find_bad_records()
+        assert dataset.tokens.tolist() == tokenizer.encode(marked)
+        assert dataset.is_target.all()  # no answer is in it, so all of it is learnt

@@ -1,9 +1,8 @@
-"""Chat and pictures to ids, image mask and pixels; pictures of every kind."""
+"""Chat and pictures to ids, image mask and pixels."""
 
 import io
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_tokenizer
@@ -11,11 +10,11 @@ from PIL import Image
 
 from model import vlm_processor
 from model.model_vlm import MiniMindVLM, VLMConfig
+from model.pictures import open_image
 from model.vlm_processor import (
     VLMProcessor,
     check_special_tokens,
     load_tokenizer,
-    open_image,
     tokenizer_sha256,
 )
 
@@ -161,103 +160,11 @@ def test_prompt_batch_pads_on_the_left(processor):
         assert (batch["input_ids"][i, :pad] == processor.tokenizer.pad_token_id).all()
 
 
-def grey_ramp(mode: str) -> Image.Image:
-    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
-    return Image.fromarray(values.astype(np.int32) if mode == "I" else values).convert(mode)
-
-
-def palette_with_transparency() -> Image.Image:
-    image = picture().convert("P", palette=Image.Palette.ADAPTIVE)
-    image.info["transparency"] = bytes([255] * 4)
-    return image
-
-
-def test_open_image_of_every_mode_is_rgb():
-    red_modes = ["RGB", "RGBA", "CMYK", "YCbCr", "HSV", "P", "RGBX", "PA"]
-    images = {m: picture().convert("RGBA" if m == "PA" else m).convert(m) for m in red_modes}
-    images["P with transparency"] = palette_with_transparency()
-    for mode, image in images.items():
-        opened = open_image(image)
-        assert opened.mode == "RGB" and opened.size == (40, 32)
-        error = np.abs(np.asarray(opened, dtype=int) - np.array(RED)).max()
-        assert error <= 3, mode
-    for mode in ("L", "LA", "1", "I", "F", "I;16"):
-        white = Image.new(mode, (8, 6), (255, 255) if mode == "LA" else 255)
-        opened = open_image(white if mode != "1" else Image.new("1", (8, 6), 1))
-        assert opened.mode == "RGB" and opened.size == (8, 6)
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I"])
-def test_open_image_scales_16_bits_to_8(mode):
-    grey = np.asarray(open_image(grey_ramp(mode)))[..., 0].flatten()
-    expected = np.linspace(0, 255, 64)
-    assert np.abs(grey - expected).max() <= 1.5  # clipped, it would be white from value 256 on
-
-
-def test_open_image_scales_floats_in_0_1():
-    values = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
-    grey = np.asarray(open_image(Image.fromarray(values)))[..., 0].flatten()
-    assert np.abs(grey - np.linspace(0, 255, 16)).max() <= 1
-
-
-def test_open_image_takes_the_first_frame_of_an_animation(tmp_path):
-    frames = [picture(RED), picture((0, 0, 255))]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=50)
-    opened = open_image(tmp_path / "a.gif")
-    assert opened.mode == "RGB" and opened.getpixel((3, 3)) == RED
-
-
-def test_open_image_turns_upright_by_exif():
-    image = picture((0, 0, 255), size=(40, 20))
-    image.paste(RED, (0, 0, 20, 20))  # the left half
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held so that the left half is the top
+def test_processor_refuses_a_broken_picture(processor):
     file = io.BytesIO()
-    image.save(file, "PNG", exif=exif)
-    opened = open_image(file.getvalue())
-    assert opened.size == (20, 40)
-    assert opened.getpixel((10, 5)) == RED and opened.getpixel((10, 35)) == (0, 0, 255)
-
-
-def noise_bytes(kind: str) -> bytes:
-    values = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(values).save(file, kind)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"])
-def test_open_image_refuses_a_truncated_file(processor, kind):
-    data = noise_bytes(kind)
-    open_image(data)
-    for share in (0.0, 0.01, 0.3, 0.7):
-        with pytest.raises(ValueError, match="not a readable image"):
-            open_image(data[: int(len(data) * share)])
+    picture().save(file, "PNG")
     with pytest.raises(ValueError, match="not a readable image"):
-        processor(user("<image>"), [data[: len(data) // 2]])
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_open_image_survives_damaged_exif():
-    """Whatever the EXIF block holds, the answer is a picture or a ValueError."""
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010E], exif[0x0100], exif[0x011A] = 6, "x" * 20, 40, 72.0
-    file = io.BytesIO()
-    picture().save(file, "JPEG", exif=exif)
-    start = file.getvalue().index(b"Exif")
-    for place in range(start + 16, start + 60):
-        for value in range(14):  # the types a tag can have, and one that it cannot
-            data = bytearray(file.getvalue())
-            data[place] = value
-            try:
-                assert open_image(bytes(data)).mode == "RGB"
-            except ValueError:
-                pass
-
-
-def test_open_image_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.jpg"):
-        open_image(tmp_path / "none.jpg")
+        processor(user("<image>"), [file.getvalue()[:60]])
 
 
 def test_load_tokenizer_checks_the_expected_hash(assets, tmp_path):

@@ -28,7 +28,7 @@ from trainer import preflight
 from trainer.loop.loading import Loader
 from trainer.ranks.signals import StopSignal
 from trainer.train_args import Stage, TrainArgs
-from trainer.trainer_utils import Logger, Ranks, epoch_order, rank_batches
+from trainer.trainer_utils import Logger, Ranks, epoch_order, rank_batches, warn
 
 # Of --rank_timeout, for data workers: a run that they hold up has time to save.
 PATIENCE_SHARE = 0.75
@@ -136,6 +136,8 @@ def make_datasets(
         images_path = images_path or default_images
     options = {"max_length": args.max_seq_len, "on_bad_sample": "return"}
     dataset = VLMDataset(data_path, images_path, processor, **options)
+    if not dataset.has_images():
+        warn(f"{dataset.data_path.name}: no usable record has a picture; only text is learnt from")
     if args.val_data_path is None:
         return dataset, None
     return dataset, VLMDataset(args.val_data_path, args.val_images_path, processor, **options)
@@ -144,7 +146,7 @@ def make_datasets(
 def make_text_datasets(args: TrainArgs, tokenizer) -> tuple[TextDataset, TextDataset | None]:
     """Training and validation text, packed."""
     if args.data_path is None:
-        raise ValueError("name the text to train on by --data_path: a .txt or .jsonl file")
+        raise ValueError("name the text to train on by --data_path: a .txt, .md or .jsonl file")
     options = {"max_length": args.max_seq_len, "loss_on": args.loss_on}
     dataset = TextDataset(args.data_path, tokenizer, **options)
     if args.val_data_path is None:

@@ -173,7 +173,8 @@ def write_report(chain: Chain) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from PIL import Image
+
+    from model.pictures import open_image
 
     figure = plt.figure(figsize=(13, 9), layout="constrained")
     grid = figure.add_gridspec(3, 4)
@@ -183,7 +184,7 @@ def write_report(chain: Chain) -> None:
         axes.set(title=name, xlabel="step", ylabel="loss (nats per supervised token)")
     for i, (image, title) in enumerate(answered_examples(chain)):
         axes = figure.add_subplot(grid[1 + i // 4, i % 4])
-        axes.imshow(Image.open(image))
+        axes.imshow(open_image(image))
         axes.set_title(title, fontsize=8)
         axes.axis("off")
     figure.savefig(chain.out / "report.png", dpi=100)

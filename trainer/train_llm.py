@@ -3,8 +3,8 @@
     python trainer/train_llm.py --data_path my/text.txt
     torchrun --nproc_per_node 2 trainer/train_llm.py --data_path my/text.jsonl
 
-Text is a `.txt` file with a document a line, or JSONL with `text` or `conversations`. The weight
-`out/llm_{hidden}.pth` is where `train_pretrain_vlm.py` starts.
+Text is a `.txt` or `.md` file with a document a line, or JSONL with `text` or `conversations`. The
+weight `out/llm_{hidden}.pth` is where `train_pretrain_vlm.py` starts.
 """
 
 import sys

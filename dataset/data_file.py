@@ -1,0 +1,83 @@
+"""Owns what a data file must be before it is read: a regular file and, where it holds text, UTF-8.
+
+What else it is shows in its first bytes; a file is refused whole, in one line, where reading on
+would only make noise.
+"""
+
+import codecs
+from pathlib import Path
+
+HEAD_BYTES = 1 << 16
+BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+BINARY = {
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"\x1f\x8b": "compressed; unpack it by `gunzip`",
+    b"\x28\xb5\x2f\xfd": "compressed; unpack it by `unzstd`",
+    b"\xfd7zXZ\0": "compressed; unpack it by `unxz`",
+    b"BZh": "compressed; unpack it by `bunzip2`",
+    b"PAR1": "a Parquet file; name it .parquet (a stage with images reads it)",
+    b"%PDF-": "a PDF; extract its text",
+    b"version https://git-lfs": "a git-lfs pointer; run `git lfs pull`",
+}
+FEW_NULS, MANY_NULS = 0.01, 0.1  # share of the bytes: of a file's, of those at one place of four
+
+
+def check_file(path: Path, *, what: str, flag: str) -> None:
+    """Refuse what is not there, and what is no regular file: a FIFO would be waited for.
+
+    Args:
+        what: is looked for, as the message calls it.
+        flag: names the path.
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: a folder, FIFO or device.
+    """
+    if path.is_file():
+        return
+    if path.exists():
+        raise ValueError(f"{path} is a folder, FIFO or device; name a regular file by {flag}")
+    raise FileNotFoundError(f"no {what} {path}; name it by {flag}")
+
+
+def check_text(path: Path) -> None:
+    """Raise ValueError where a file's first bytes say that it is not text in UTF-8."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    for begins, what in BINARY.items():
+        if head.startswith(begins):
+            raise ValueError(f"{path} is {what}")
+    encoding = _wide_encoding(head)
+    if encoding == "binary":
+        raise ValueError(f"{path} is a binary file, not text")
+    if encoding:
+        raise ValueError(
+            f"{path} is text in {encoding}, not UTF-8; convert it: "
+            f"`iconv -f {encoding} -t UTF-8 {path.name} > utf8_{path.name}`"
+        )
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """The encoding of two or four bytes a character, by its mark or by where its NULs stand;
+    "binary" where they stand everywhere; None for single bytes, of which a few may be NUL."""
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if head.startswith(mark):
+            return encoding
+    if b"\0" not in head:
+        return None
+    places = [head[place::4] for place in range(4)]
+    nuls = [at.count(0) / len(at) if at else 0.0 for at in places]
+    for encoding, wide, narrow in (
+        ("UTF-32LE", (2, 3), (0,)),
+        ("UTF-32BE", (0, 1), (3,)),
+        ("UTF-16LE", (1, 3), (0, 2)),
+        ("UTF-16BE", (0, 2), (1, 3)),
+    ):
+        least, most = min(nuls[i] for i in wide), max(nuls[i] for i in narrow)
+        if least > MANY_NULS and most < least / 3:  # a few characters end in NUL: U+4E00
+            return encoding
+    return "binary" if head.count(0) > FEW_NULS * len(head) else None
