@@ -63,6 +63,7 @@ ALLOWED = {
     "model.api_reply": {"model.api_request", "model.inference"},
     "model.api_server": {"model.api_reply", "model.api_request", "model.inference"},
     "model.chat": {"model.inference", "model.vlm_processor"},
+    "model.serving.hosts": set(),
     "dataset.records": set(),
     "dataset.loss_mask": set(),
     "dataset.lm_dataset": {"dataset.records", "dataset.loss_mask"},
