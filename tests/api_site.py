@@ -21,6 +21,7 @@ from PIL import Image
 
 from model.api_server import create_app
 from model.inference import Sampling, VLMEngine
+from model.serving.api.connection import Patience, server_config
 
 MODEL = "sft_vlm_32"
 TIMEOUT_S = 300  # a busy machine is slow
@@ -69,10 +70,13 @@ def served_process(*flags) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def served_thread(engine: VLMEngine, **limits) -> Iterator[str]:
+def served_thread(
+    engine: VLMEngine, *, patience: Patience | None = None, max_connections: int = 100, **limits
+) -> Iterator[str]:
     """The application in a thread of this process; yields its address."""
     app = create_app(engine, Sampling(), **limits)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    config = server_config(app, max_connections=max_connections, patience=patience, port=0)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + TIMEOUT_S
