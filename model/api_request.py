@@ -79,7 +79,7 @@ class ChatRequest:
 
 
 def parse_request(
-    body: bytes,
+    body: bytes | bytearray,
     engine: VLMEngine,
     *,
     model_id: str,
@@ -119,7 +119,7 @@ def _bad(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, param=param)
 
 
-def _parse_json(body: bytes) -> dict:
+def _parse_json(body: bytes | bytearray) -> dict:
     if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
         raise _bad(f"the body holds more than {MAX_VALUES:,} values")
     try:

@@ -7,14 +7,11 @@ A few requests run at once, the others wait their turn; a client that goes away 
 and so does one that keeps the server waiting.
 """
 
-import asyncio
-import contextlib
 import hmac
 import json
 import logging
 import socket
-import threading
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import Collection
 
 import anyio
 import torch
@@ -32,67 +29,12 @@ from model.api_request import ApiError, ChatRequest, parse_request
 from model.inference import Sampling, Stream, VLMEngine
 from model.serving.api.body import BODY_TIMEOUT_S, read_body
 from model.serving.api.connection import server_config
+from model.serving.api.turns import Gone, Presence, Turns
 from model.serving.hosts import ANY, KnownHosts, allowed_hosts
 
-MAX_WAIT_S = 600  # for one's turn
 IDLE_CONNECTIONS = 128  # beside those of the requests that are taken
 
 logger = logging.getLogger(__name__)
-
-
-class Turns:
-    """Lets a few run at once and a limited number wait, those included that still send."""
-
-    def __init__(self, *, concurrency: int, queue: int):
-        self._free = asyncio.Semaphore(concurrency)
-        self._num_places = concurrency + queue
-
-    @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold a place for a request, from before its body is read.
-
-        Raises:
-            ApiError: 429 if none is left.
-        """
-        if self._num_places == 0:
-            raise ApiError(429, "too many requests are waiting; try again later", code="queue_full")
-        self._num_places -= 1
-        try:
-            yield
-        finally:
-            self._num_places += 1
-
-    @contextlib.asynccontextmanager
-    async def take(self) -> AsyncIterator[None]:
-        """Wait for a turn and hold it.
-
-        Raises:
-            ApiError: 503 if the wait is too long.
-        """
-        try:
-            with anyio.fail_after(MAX_WAIT_S):
-                await self._free.acquire()
-        except TimeoutError:
-            raise ApiError(503, "the server is overloaded; try again later") from None
-        try:
-            yield
-        finally:
-            self._free.release()
-
-
-class _Gone(Exception):
-    """The client has left: what a thread does for it is in vain."""
-
-
-class Presence:
-    """Whether the client is still there, for threads, which nobody can stop from outside."""
-
-    def __init__(self):
-        self.is_gone = threading.Event()
-
-    def check(self) -> None:
-        if self.is_gone.is_set():
-            raise _Gone
 
 
 def error_response(error: ApiError) -> Response:
@@ -138,7 +80,7 @@ class ChatCompletions:
         except ClientDisconnect:
             pass
 
-    async def _reply_while_present(self, body: bytes, scope, receive, send) -> None:
+    async def _reply_while_present(self, body: bytearray, scope, receive, send) -> None:
         client = Presence()
         async with anyio.create_task_group() as group:
 
@@ -155,7 +97,7 @@ class ChatCompletions:
                 client.is_gone.set()
             group.cancel_scope.cancel()
 
-    async def _reply(self, body: bytes, client: Presence, scope, receive, send) -> None:
+    async def _reply(self, body: bytearray, client: Presence, scope, receive, send) -> None:
         has_begun = False
 
         async def tell(message) -> None:
@@ -165,10 +107,10 @@ class ChatCompletions:
 
         try:
             request = await to_thread.run_sync(self._parse, body, client, limiter=self._parsing)
-            del body
+            body.clear()  # megabytes that would wait along for the turn
             async with self._turns.take():
                 await self._answer(request, client, scope, receive, tell)
-        except _Gone:
+        except Gone:
             pass
         except Exception as error:
             told = _as_api_error(error)
@@ -177,7 +119,7 @@ class ChatCompletions:
             else:  # the status is out: the protocol tells it as one more event
                 await send({"type": "http.response.body", "body": event(told.body)})
 
-    def _parse(self, body: bytes, client: Presence) -> ChatRequest:
+    def _parse(self, body: bytearray, client: Presence) -> ChatRequest:
         return parse_request(
             body,
             self._engine,
@@ -204,12 +146,13 @@ class ChatCompletions:
             stream = await to_thread.run_sync(self._begin, request, client)
         except (ValueError, OSError) as error:  # what the user can mend; later ones are ours
             raise ApiError(400, str(error)) from error
-        completion = Completion(request, self._model_id, stream)
-        if request.is_stream:
-            await self._send_events(completion, send)
-        else:
-            text = "".join([piece async for piece in completion.pieces()])
-            await JSONResponse(completion.whole(text))(scope, receive, send)
+        with stream:
+            completion = Completion(request, self._model_id, stream)
+            if request.is_stream:
+                await self._send_events(completion, send)
+            else:
+                text = "".join([piece async for piece in completion.pieces()])
+                await JSONResponse(completion.whole(text))(scope, receive, send)
 
     async def _send_events(self, completion: Completion, send) -> None:
         async def body(data: bytes, *, more: bool = True) -> None:

@@ -9,7 +9,7 @@ MAX_BODY_BYTES = 20 * 2**20
 BODY_TIMEOUT_S = 60
 
 
-async def read_body(request: Request, *, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
+async def read_body(request: Request, *, timeout_s: float = BODY_TIMEOUT_S) -> bytearray:
     """The body of a JSON request. What is too large is not read on.
 
     Raises:
@@ -31,7 +31,7 @@ async def read_body(request: Request, *, timeout_s: float = BODY_TIMEOUT_S) -> b
                     raise _too_large()
     except TimeoutError:
         raise ApiError(408, f"the body took more than {timeout_s:g} s to arrive") from None
-    return bytes(body)
+    return body
 
 
 def _too_large() -> ApiError:
