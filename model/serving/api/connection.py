@@ -48,7 +48,9 @@ class PatientProtocol(H11Protocol):
         self._watch_for_head()
         if len(self.connections) > self.max_connections:
             idle = [c for c in self.connections if c._head_timer is not None]
-            min(idle, key=lambda c: c._head_timer.when()).transport.abort()
+            oldest = min(idle, key=lambda c: c._head_timer.when())
+            self.connections.discard(oldest)  # now, not only when its end comes around
+            oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer("_head_timer")
