@@ -33,13 +33,13 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def read_reply(connection: socket.socket) -> tuple[int, bytes]:
-    """Status and body of one reply.
+def read_reply(connection: socket.socket, *, method: str = "POST") -> tuple[int, bytes]:
+    """Status and body of one reply; to a HEAD it has none.
 
     Raises:
         http.client.HTTPException, OSError: the server closed the connection without one.
     """
-    reply = http.client.HTTPResponse(connection)
+    reply = http.client.HTTPResponse(connection, method=method)
     reply.begin()
     return reply.status, reply.read()
 
