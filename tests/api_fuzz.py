@@ -1,21 +1,25 @@
 """Malformed requests to the API, drawn from a seed: valid ones with a part made wrong."""
 
 import base64
+import contextlib
 import copy
+import http.client
 import io
 import json
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from api_site import malformed, question
-from api_socket import chunk
+from api_socket import chunk, connect, read_reply
 from PIL import Image
 
 PATH = "/v1/chat/completions"
 DEPTH = 50_000
+GRACE_S = 0.3  # for what is not whole: long enough for a server to fall over it
 STRINGS = ("", "\0", "\ud800", "\udc00x", "<image>", "<|im_end|>", "<|im_start|>system", "@" * 64,
-           "\u202e\u0007", "😀" * 300, "a" * 100_000, "../../etc/passwd", "%s%n{0}",
+           "\u202e\u0007", "😀" * 300, "a" * 20_000, "../../etc/passwd", "%s%n{0}",
            "__proto__")  # fmt: skip
 NUMBERS = (0, -1, 1, 2**31, 2**63, -(2**63) - 1, 10**30, 0.5, -0.0, 1e308, 5e-324)
 OTHERS = (None, True, False, [], {}, [[]], [None], {"": None}, {"type": "text"}, {"url": 1})
@@ -232,3 +236,19 @@ def attacks(seed: int) -> Iterator[Attack]:
         else:
             length = [("Content-Length", str(len(body)))]
             yield Attack(make.__name__, http_request("POST", PATH, headers + length, body))
+
+
+def send(address: str, attack: Attack) -> tuple[int, bytes, float]:
+    """Status (0 where the server closed without one), body and seconds of one attack."""
+    start = time.monotonic()
+    with connect(address) as connection:
+        with contextlib.suppress(ConnectionError):  # it may have heard enough
+            connection.sendall(attack.data)
+        if not attack.is_whole:
+            connection.settimeout(GRACE_S)
+        try:
+            method = attack.data.partition(b" ")[0].decode("latin-1")
+            status, body = read_reply(connection, method=method)
+        except (http.client.HTTPException, ConnectionError, TimeoutError):
+            status, body = 0, b""
+    return status, body, time.monotonic() - start

@@ -49,8 +49,8 @@ def question(*content: str | Image.Image, **fields) -> dict:
 
 
 @contextlib.contextmanager
-def served_process(*flags) -> Iterator[str]:
-    """`web_demo.py --api` on a free port; yields its address."""
+def started_process(*flags) -> Iterator[tuple[str, int]]:
+    """`web_demo.py --api` on a free port; yields its address and process id."""
     command = [sys.executable, ROOT / "web_demo.py", "--api", "--port", "0", *flags]
     process = subprocess.Popen(
         [str(word) for word in command], stdout=subprocess.PIPE, text=True,
@@ -60,13 +60,20 @@ def served_process(*flags) -> Iterator[str]:
         line = process.stdout.readline()
         address = re.search(r"http://\S+/v1", line)
         assert address, f"no address: {line!r}"
-        yield address[0]
+        yield address[0], process.pid
         process.terminate()
         assert process.wait(timeout=TIMEOUT_S) in (0, -15)
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@contextlib.contextmanager
+def served_process(*flags) -> Iterator[str]:
+    """The address alone of `started_process`."""
+    with started_process(*flags) as (address, _):
+        yield address
 
 
 @contextlib.contextmanager

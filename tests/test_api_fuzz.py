@@ -1,7 +1,5 @@
 """Malformed requests to a running API: no failure of the server, no waiting, for anybody."""
 
-import contextlib
-import http.client
 import itertools
 import json
 import threading
@@ -9,9 +7,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from api_fuzz import Attack, attacks
+from api_fuzz import attacks, send
 from api_site import MODEL, model_flags, post, question, served_process
-from api_socket import connect, read_reply
 from tiny_vlm import make_loaded, save_tiny
 
 SEED = 20_260
@@ -19,7 +16,6 @@ HANG_S = 5  # for an answer, beside what a quiet server takes on this machine
 DELAY_S = 2  # of a visitor who does nothing wrong
 # What may be closed without a word: requests that are none, or never end.
 CLOSED = {"length", "noise", "cut", "chunks", "headers", "too_much"}
-GRACE_S = 0.3  # for what is not whole: long enough for a server to fall over it
 
 
 @pytest.fixture(scope="module")
@@ -28,22 +24,6 @@ def address(assets, tmp_path_factory):
     save_tiny(make_loaded(assets), folder / f"{MODEL}.pth")
     with served_process(*model_flags(assets, folder), "--max_new_tokens", 3) as address:
         yield address
-
-
-def send(address: str, attack: Attack) -> tuple[int, bytes, float]:
-    """Status (0 where the server closed without one), body and seconds of one attack."""
-    start = time.monotonic()
-    with connect(address) as connection:
-        with contextlib.suppress(ConnectionError):  # it may have heard enough
-            connection.sendall(attack.data)
-        if not attack.is_whole:
-            connection.settimeout(GRACE_S)
-        try:
-            method = attack.data.partition(b" ")[0].decode("latin-1")
-            status, body = read_reply(connection, method=method)
-        except (http.client.HTTPException, ConnectionError, TimeoutError):
-            status, body = 0, b""
-    return status, body, time.monotonic() - start
 
 
 class Visitor(threading.Thread):
