@@ -5,6 +5,7 @@ Source: https://platform.openai.com/docs/api-reference/chat/create
 
 import base64
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from model.inference import Sampling, VLMEngine, ask
@@ -13,7 +14,11 @@ from model.vlm_processor import IMAGE_TAG
 
 MAX_IMAGES = 16
 MAX_IMAGE_PIXELS = 50_000_000
-MAX_STOPS = 4
+MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
+MAX_MESSAGES = 1000
+MAX_PARTS = 100  # of one message
+MAX_VALUES = 500_000  # in the JSON: millions of empty arrays take gigabytes, and all others' time
+MAX_DIGITS = 400  # of an integer
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 USED = {
     "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed",
@@ -70,10 +75,17 @@ class ChatRequest:
 
 
 def parse_request(
-    body: bytes, engine: VLMEngine, *, model_id: str, defaults: Sampling
+    body: bytes | bytearray,
+    engine: VLMEngine,
+    *,
+    model_id: str,
+    defaults: Sampling,
+    check: Callable[[], None] = lambda: None,
 ) -> ChatRequest:
-    """Check a request's body and take it apart.
+    """Check a request's body and take it apart: what is cheap to refuse first, pictures last.
 
+    Args:
+        check: called between messages and pictures; what it raises ends the work.
     Raises:
         ApiError: 400 for what is wrong with it, 404 for another model.
     """
@@ -87,30 +99,52 @@ def parse_request(
             param="model",
             code="model_not_found",
         )
-    messages, images = parse_messages(_take(fields, "messages", list, required=True), engine)
+    stops = _parse_stops(fields)
     is_stream = _take(fields, "stream", bool) or False
     options = _take(fields, "stream_options", dict)
     if options is not None and not is_stream:
         raise _bad("stream_options is only allowed when stream is true", "stream_options")
     with_usage = _take(options or {}, "include_usage", bool) or False
     sampling = _parse_sampling(fields, defaults, max_tokens=engine.max_tokens)
-    return ChatRequest(messages, images, sampling, _parse_stops(fields), is_stream, with_usage)
+    entries = _take(fields, "messages", list, required=True)
+    messages, images = parse_messages(entries, engine, check=check)
+    return ChatRequest(messages, images, sampling, stops, is_stream, with_usage)
 
 
 def _bad(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, param=param)
 
 
-def _parse_json(body: bytes) -> dict:
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
-
+def _parse_json(body: bytes | bytearray) -> dict:
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
+        raise _bad(f"the body holds more than {MAX_VALUES:,} values")
     try:
-        fields = json.loads(body, parse_constant=refuse)
+        fields = json.loads(
+            body, parse_constant=_refuse, parse_int=_integer, object_pairs_hook=_object
+        )
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise _bad(f"the body is not valid JSON ({str(error)[:100]})") from None
     if not isinstance(fields, dict):
         raise _bad("the body must be a JSON object")
+    return fields
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS + 1:  # and a sign
+        raise ValueError(f"an integer of {len(digits)} digits; at most {MAX_DIGITS} are taken")
+    return int(digits)
+
+
+def _object(pairs: list[tuple]) -> dict:
+    fields: dict = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"the name {name[:50]!r} stands twice in one object")
+        fields[name] = value
     return fields
 
 
@@ -177,34 +211,50 @@ def _parse_stops(fields: dict) -> list[str]:
     is_right = isinstance(stops, list) and len(stops) <= MAX_STOPS
     if not is_right or not all(isinstance(stop, str) and stop for stop in stops):
         raise _bad(f"stop must be a non-empty string or up to {MAX_STOPS} of them", "stop")
+    if (longest := max(map(len, stops), default=0)) > MAX_STOP_CHARACTERS:
+        raise _bad(
+            f"stop has {longest:,} characters; at most {MAX_STOP_CHARACTERS} are taken", "stop"
+        )
     return stops
 
 
-def parse_messages(entries: list, engine: VLMEngine) -> tuple[list[dict], list[bytes]]:
+def parse_messages(
+    entries: list, engine: VLMEngine, *, check: Callable[[], None] = lambda: None
+) -> tuple[list[dict], list[bytes]]:
     """The protocol's messages as ours.
 
     Pictures and texts of a question stand a line each, in their order, as in the training data;
     where the text has its own `<image>` tags, the pictures go there.
     """
+    if len(entries) > MAX_MESSAGES:
+        raise _bad(f"{len(entries):,} messages; at most {MAX_MESSAGES:,} are taken", "messages")
     messages: list[dict] = []
     images: list[bytes] = []
     for i, entry in enumerate(entries):
+        check()
         where = f"messages[{i}]"
         if not isinstance(entry, dict):
             raise _bad(f"{where} must be an object", where)
         role = entry.get("role")
         if not isinstance(role, str) or role not in ROLES:
             raise _bad(f"{where}.role must be one of {', '.join(ROLES)}", f"{where}.role")
-        texts, new_images = _parse_content(entry.get("content"), f"{where}.content", role)
+        texts, urls = _parse_content(entry.get("content"), f"{where}.content", role)
         if role == "assistant":
-            messages = engine.remember(messages, "\n".join(t for t in texts if t is not None))
+            messages += engine.remember([], "\n".join(t for t in texts if t is not None))
             continue
         messages.append({"role": ROLES[role], "content": _question(texts, where)})
-        images += new_images
+        if len(images) + len(urls) > MAX_IMAGES:
+            num_images = len(images) + len(urls)
+            raise _bad(f"{num_images} images; at most {MAX_IMAGES} are taken", "messages")
+        for here, url in urls:
+            check()
+            images.append(_parse_image(url, here))
     if not messages or messages[-1]["role"] != "user":
         raise _bad("the last of messages must be from the user", "messages")
-    if len(images) > MAX_IMAGES:
-        raise _bad(f"{len(images)} images; at most {MAX_IMAGES} are taken", "messages")
+    try:
+        engine.check_length(messages)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
     return messages, images
 
 
@@ -220,14 +270,18 @@ def _question(texts: list[str | None], where: str) -> str:
     return ask(words, num_images=num_images)[0]["content"]
 
 
-def _parse_content(content, where: str, role: str) -> tuple[list[str | None], list[bytes]]:
-    """Texts with None where a picture stands, and the pictures."""
+def _parse_content(
+    content, where: str, role: str
+) -> tuple[list[str | None], list[tuple[str, object]]]:
+    """Texts with None where a picture stands, and for each picture where it stands and its url."""
     if isinstance(content, str):
         return [content], []
     if not isinstance(content, list) or not content:
         raise _bad(f"{where} must be a string or a non-empty array of parts", where)
+    if len(content) > MAX_PARTS:
+        raise _bad(f"{where} has {len(content):,} parts; at most {MAX_PARTS} are taken", where)
     texts: list[str | None] = []
-    images: list[bytes] = []
+    urls: list[tuple[str, object]] = []
     for i, part in enumerate(content):
         here = f"{where}[{i}]"
         kind = part.get("type") if isinstance(part, dict) else None
@@ -235,11 +289,11 @@ def _parse_content(content, where: str, role: str) -> tuple[list[str | None], li
             texts.append(part["text"])
         elif kind == "image_url" and role == "user":
             texts.append(None)
-            images.append(_parse_image(part.get("image_url"), here))
+            urls.append((here, part.get("image_url")))
         else:
             offered = "text or image_url" if role == "user" else "text"
             raise _bad(f"{here} must be a part of type {offered} that holds it", here)
-    return texts, images
+    return texts, urls
 
 
 def _parse_image(image_url, where: str) -> bytes:

@@ -3,18 +3,18 @@
     POST /v1/chat/completions   text and pictures (data URLs), whole or streamed
     GET  /v1/models
 
-A few requests run at once, the others wait their turn; a client that goes away frees its place.
+A few requests run at once, the others wait their turn; a client that goes away frees its place,
+and so does one that keeps the server waiting.
 """
 
-import asyncio
-import contextlib
 import hmac
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import Collection
 
 import anyio
+import torch
 import uvicorn
 from anyio import to_thread
 from starlette.applications import Starlette
@@ -27,43 +27,15 @@ from starlette.routing import Route
 from model.api_reply import DONE, Completion, event
 from model.api_request import ApiError, ChatRequest, parse_request
 from model.device import OutOfMemory
-from model.inference import Sampling, VLMEngine
+from model.inference import Sampling, Stream, VLMEngine
+from model.serving.api.body import BODY_TIMEOUT_S, read_body
+from model.serving.api.connection import server_config
+from model.serving.api.turns import Gone, Presence, Turns
+from model.serving.hosts import ANY, KnownHosts, allowed_hosts
 
-MAX_BODY_BYTES = 20 * 2**20
-MAX_WAIT_S = 600  # for one's turn
+IDLE_CONNECTIONS = 128  # beside those of the requests that are taken
 
 logger = logging.getLogger(__name__)
-
-
-class Turns:
-    """Lets a few run at once and a limited number wait."""
-
-    def __init__(self, *, concurrency: int, queue: int):
-        self._free = asyncio.Semaphore(concurrency)
-        self._max_waiting = queue
-        self._num_waiting = 0
-
-    @contextlib.asynccontextmanager
-    async def take(self) -> AsyncIterator[None]:
-        """Wait for a turn and hold it.
-
-        Raises:
-            ApiError: 429 if too many wait already, 503 if the wait is too long.
-        """
-        if self._free.locked() and self._num_waiting >= self._max_waiting:
-            raise ApiError(429, "too many requests are waiting; try again later", code="queue_full")
-        self._num_waiting += 1
-        try:
-            with anyio.fail_after(MAX_WAIT_S):
-                await self._free.acquire()
-        except TimeoutError:
-            raise ApiError(503, "the server is overloaded; try again later") from None
-        finally:
-            self._num_waiting -= 1
-        try:
-            yield
-        finally:
-            self._free.release()
 
 
 def error_response(error: ApiError) -> Response:
@@ -88,31 +60,48 @@ class ChatCompletions:
     """The ASGI application behind `/v1/chat/completions`."""
 
     def __init__(
-        self, engine: VLMEngine, *, model_id: str, defaults: Sampling, concurrency: int, queue: int
+        self,
+        engine: VLMEngine,
+        *,
+        model_id: str,
+        defaults: Sampling,
+        concurrency: int,
+        queue: int,
+        body_timeout_s: float,
     ):
         self._engine, self._model_id, self._defaults = engine, model_id, defaults
         self._turns = Turns(concurrency=concurrency, queue=queue)
+        self._parsing = anyio.CapacityLimiter(concurrency)
+        self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope, receive, send) -> None:
-        request = Request(scope, receive)
         try:
-            body = await _read_body(request)
+            with self._turns.place():
+                body = await read_body(Request(scope, receive), timeout_s=self._body_timeout_s)
+                await self._reply_while_present(body, scope, receive, send)
         except ApiError as error:
-            return await error_response(error)(scope, receive, send)
+            await error_response(error)(scope, receive, send)
         except ClientDisconnect:
-            return
+            pass
+
+    async def _reply_while_present(self, body: bytearray, scope, receive, send) -> None:
+        client = Presence()
         async with anyio.create_task_group() as group:
 
             async def stop_when_the_client_leaves() -> None:
                 while (await receive())["type"] != "http.disconnect":
                     pass
+                client.is_gone.set()
                 group.cancel_scope.cancel()
 
             group.start_soon(stop_when_the_client_leaves)
-            await self._reply(body, scope, receive, send)
+            try:
+                await self._reply(body, client, scope, receive, send)
+            finally:
+                client.is_gone.set()
             group.cancel_scope.cancel()
 
-    async def _reply(self, body: bytes, scope, receive, send) -> None:
+    async def _reply(self, body: bytearray, client: Presence, scope, receive, send) -> None:
         has_begun = False
 
         async def tell(message) -> None:
@@ -121,9 +110,12 @@ class ChatCompletions:
             await send(message)
 
         try:
-            request = await to_thread.run_sync(self._parse, body)
+            request = await to_thread.run_sync(self._parse, body, client, limiter=self._parsing)
+            body.clear()  # megabytes that would wait along for the turn
             async with self._turns.take():
-                await self._answer(request, scope, receive, tell)
+                await self._answer(request, client, scope, receive, tell)
+        except Gone:
+            pass
         except Exception as error:
             told = _as_api_error(error)
             if not has_begun:
@@ -131,24 +123,42 @@ class ChatCompletions:
             else:  # the status is out: the protocol tells it as one more event
                 await send({"type": "http.response.body", "body": event(told.body)})
 
-    def _parse(self, body: bytes) -> ChatRequest:
-        return parse_request(body, self._engine, model_id=self._model_id, defaults=self._defaults)
+    def _parse(self, body: bytearray, client: Presence) -> ChatRequest:
+        return parse_request(
+            body,
+            self._engine,
+            model_id=self._model_id,
+            defaults=self._defaults,
+            check=client.check,
+        )
 
-    async def _answer(self, request: ChatRequest, scope, receive, send) -> None:
+    def _begin(self, request: ChatRequest, client: Presence) -> Stream:
+        """Decode the pictures, one by one as long as the client is there, and begin the answer."""
+        pictures = []
+        for image in request.images:
+            client.check()
+            pictures.append(self._engine.processor.pixel_values([image]))
+        return self._engine.stream(
+            request.messages,
+            torch.cat(pictures) if pictures else [],
+            request.sampling,
+            cancel=client.is_gone,
+        )
+
+    async def _answer(self, request: ChatRequest, client: Presence, scope, receive, send) -> None:
         try:
-            stream = await to_thread.run_sync(
-                self._engine.stream, request.messages, request.images, request.sampling
-            )
+            stream = await to_thread.run_sync(self._begin, request, client)
         except OutOfMemory:
             raise
         except (ValueError, OSError) as error:  # what the user can mend; later ones are ours
             raise ApiError(400, str(error)) from error
-        completion = Completion(request, self._model_id, stream)
-        if request.is_stream:
-            await self._send_events(completion, send)
-        else:
-            text = "".join([piece async for piece in completion.pieces()])
-            await JSONResponse(completion.whole(text))(scope, receive, send)
+        with stream:
+            completion = Completion(request, self._model_id, stream)
+            if request.is_stream:
+                await self._send_events(completion, send)
+            else:
+                text = "".join([piece async for piece in completion.pieces()])
+                await JSONResponse(completion.whole(text))(scope, receive, send)
 
     async def _send_events(self, completion: Completion, send) -> None:
         async def body(data: bytes, *, more: bool = True) -> None:
@@ -164,23 +174,6 @@ class ChatCompletions:
         if completion.request.with_usage:
             await body(completion.usage_chunk())
         await body(DONE, more=False)
-
-
-async def _read_body(request: Request) -> bytes:
-    """The body of a JSON request, no larger than is allowed."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, "the content type must be application/json")
-    body, num_bytes = bytearray(), 0
-    async for chunk in request.stream():
-        num_bytes += len(chunk)
-        if num_bytes <= MAX_BODY_BYTES:
-            body += chunk
-        elif num_bytes > 10 * MAX_BODY_BYTES:
-            break  # up to there the rest is read, so that the client gets to hear of it
-    if num_bytes > MAX_BODY_BYTES:
-        raise ApiError(413, f"the request is larger than {MAX_BODY_BYTES:,} bytes")
-    return bytes(body)
 
 
 class RequireKey:
@@ -206,6 +199,8 @@ def create_app(
     concurrency: int = 2,
     queue: int = 64,
     api_key: str | None = None,
+    hosts: Collection[str] = (ANY,),
+    body_timeout_s: float = BODY_TIMEOUT_S,
 ) -> Starlette:
     """The server's application.
 
@@ -213,6 +208,8 @@ def create_app(
         defaults: the sampling of a request that says nothing of it.
         concurrency: answers at once. queue: requests that may wait beside them.
         api_key: what `Authorization: Bearer` must name; None asks for none.
+        hosts: the names it answers to, of `allowed_hosts`.
+        body_timeout_s: for the whole body of a request.
     """
     model_id = engine.path.stem if engine.path.is_file() else engine.path.resolve().name
     model = {"id": model_id, "object": "model", "created": int(engine.path.stat().st_mtime),
@@ -233,7 +230,12 @@ def create_app(
         return response
 
     chat = ChatCompletions(
-        engine, model_id=model_id, defaults=defaults, concurrency=concurrency, queue=queue
+        engine,
+        model_id=model_id,
+        defaults=defaults,
+        concurrency=concurrency,
+        queue=queue,
+        body_timeout_s=body_timeout_s,
     )
     return Starlette(
         routes=[
@@ -241,20 +243,39 @@ def create_app(
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", one_model),
         ],
-        middleware=[Middleware(RequireKey, api_key=api_key)],
+        middleware=[
+            Middleware(KnownHosts, hosts, refuse=lambda m: error_response(ApiError(403, m))),
+            Middleware(RequireKey, api_key=api_key),
+        ],
         exception_handlers={HTTPException: http_error},
     )
 
 
-def serve_api(engine: VLMEngine, defaults: Sampling, *, host: str, port: int, **limits) -> int:
+def serve_api(
+    engine: VLMEngine,
+    defaults: Sampling,
+    *,
+    host: str,
+    port: int,
+    concurrency: int,
+    queue: int,
+    api_key: str | None,
+) -> int:
     """Serve until Ctrl-C or SIGTERM; returns the exit status.
 
     Args:
-        port: 0 takes a free one. limits: as of `create_app`.
+        port: 0 takes a free one. concurrency, queue, api_key: as of `create_app`.
     Raises:
         OSError: the address is taken or not this machine's.
     """
-    app = create_app(engine, defaults, **limits)
+    app = create_app(
+        engine,
+        defaults,
+        concurrency=concurrency,
+        queue=queue,
+        api_key=api_key,
+        hosts=allowed_hosts(host),
+    )
     try:
         listener = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -264,6 +285,10 @@ def serve_api(engine: VLMEngine, defaults: Sampling, *, host: str, port: int, **
         raise OSError(f"cannot listen at {host}:{port}: {reason}; try another --port") from error
     name = f"[{host}]" if ":" in host else host
     print(f"serving http://{name}:{listener.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+    config = server_config(
+        app,
+        max_connections=concurrency + queue + IDLE_CONNECTIONS,
+        timeout_graceful_shutdown=5,
+    )
     uvicorn.Server(config).run(sockets=[listener])
     return 0

@@ -6,9 +6,11 @@ and seed give the same answer everywhere.
 
 import argparse
 import threading
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -155,6 +157,8 @@ class VLMEngine:
     def __init__(self, loaded: LoadedModel):
         self.model, self.processor = loaded.model, loaded.processor
         self.path, self.can_see = loaded.path, loaded.can_see
+        # The vocabulary is spelled a character for each byte: so many bytes has a token at most.
+        self._max_token_bytes = max(map(len, self.processor.tokenizer.get_vocab()))
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "VLMEngine":
@@ -175,6 +179,11 @@ class VLMEngine:
     def max_tokens(self) -> int:
         """Length of the context: prompt and answer together."""
         return self.model.config.max_position_embeddings
+
+    @property
+    def max_characters(self) -> int:
+        """No longer text has room in the context, whatever it says: it need not be tokenized."""
+        return self.max_tokens * self._max_token_bytes
 
     @memory_guard(NO_ROOM_ADVICE)
     def generate(
@@ -210,13 +219,17 @@ class VLMEngine:
     def stream(
         self,
         messages: list[dict],
-        images: list,
+        images: list | Tensor,
         sampling: Sampling,
         *,
         cancel: threading.Event | None = None,
     ) -> Stream:
         """One answer in pieces; raises as `generate` does, before the first piece, but for
-        `OutOfMemory`, which may come with any."""
+        `OutOfMemory`, which may come with any.
+
+        Args:
+            images: also as their `pixel_values` (I, 3, S, S).
+        """
         decoder, (num_dropped_turns,) = self._start([(messages, images)], sampling)
         return Stream(
             decoder,
@@ -245,8 +258,8 @@ class VLMEngine:
         return decoder, [num_dropped for *_, num_dropped in fitted]
 
     def fit(
-        self, messages: list[dict], images: Sequence, sampling: Sampling
-    ) -> tuple[list[dict], Sequence, int]:
+        self, messages: list[dict], images: Sequence | Tensor, sampling: Sampling
+    ) -> tuple[list[dict], Sequence | Tensor, int]:
         """Drop the oldest turns, a question with its answer, until prompt and answer fit.
 
         For an answer of up to a quarter of the context turns are dropped; a longer one takes what
@@ -263,23 +276,67 @@ class VLMEngine:
         turns = _turns(messages)
         droppable = [i for i, turn in enumerate(turns[:-1]) if _is_droppable(turn)]
         reserved = min(sampling.max_new_tokens, max(1, self.max_tokens // RESERVED_SHARE))
+        fewest = self._fewest_to_drop(turns, droppable)
 
         def without(num_dropped: int) -> list[dict]:
             gone = set(droppable[:num_dropped])
             return [m for i, turn in enumerate(turns) if i not in gone for m in turn]
 
-        def fits(num_dropped: int) -> bool:
-            return self._num_tokens(without(num_dropped)) + reserved <= self.max_tokens
+        @cache
+        def num_tokens(num_dropped: int) -> int:
+            return self._num_tokens(without(num_dropped))
 
-        num_dropped = bisect_left(range(len(droppable)), True, key=fits)
-        kept = without(num_dropped)
-        if (num_tokens := self._num_tokens(kept)) >= self.max_tokens:
+        def fits(num_dropped: int) -> bool:
+            return num_tokens(num_dropped) + reserved <= self.max_tokens
+
+        # Tokenizing all again for every guess of a bisection costs; the sizes guess right.
+        room = self.max_tokens - reserved - num_tokens(len(droppable))
+        sizes = self._turn_sizes([turns[i] for i in droppable[fewest:]])
+        num_kept = bisect_right(list(accumulate(reversed(sizes))), room)
+        first = len(droppable) - num_kept
+        is_enough = first == len(droppable) or fits(first)
+        if not is_enough or (first > fewest and fits(first - 1)):
+            first = fewest + bisect_left(range(fewest, len(droppable)), True, key=fits)
+        if num_tokens(first) >= self.max_tokens:
             what = " without its earlier text turns" if droppable else ""
             raise ValueError(
-                f"the prompt has {num_tokens} tokens{what}, the model takes {self.max_tokens} with "
-                "the answer; shorten the question or use fewer images"
+                f"the prompt has {num_tokens(first)} tokens{what}, the model takes "
+                f"{self.max_tokens} with the answer; shorten the question or use fewer images"
             )
-        return kept, images, num_dropped
+        return without(first), images, first
+
+    def check_length(self, messages: list[dict]) -> None:
+        """Refuse what is too long to be worth tokenizing, whatever turns are dropped.
+
+        Raises:
+            ValueError: what must stay is longer than any text that the context holds.
+        """
+        turns = _turns(messages)
+        self._fewest_to_drop(turns, [i for i, t in enumerate(turns[:-1]) if _is_droppable(t)])
+
+    def _fewest_to_drop(self, turns: list[list[dict]], droppable: list[int]) -> int:
+        """How many of the droppable turns must go by the count of characters alone."""
+        sizes = [sum(len(message["content"]) for message in turn) for turn in turns]
+        left = sum(sizes)
+        for num_dropped in range(len(droppable) + 1):
+            if left <= self.max_characters:
+                return num_dropped
+            if num_dropped < len(droppable):
+                left -= sizes[droppable[num_dropped]]
+        what = " without its earlier text turns" if droppable else ""
+        raise ValueError(
+            f"the prompt has {left:,} characters{what}, no prompt of over {self.max_characters:,} "
+            f"fits: the model takes {self.max_tokens} tokens with the answer; shorten the question"
+        )
+
+    def _turn_sizes(self, turns: list[list[dict]]) -> list[int]:
+        """Tokens of each turn, as far as it can be said without the rest of the conversation."""
+        if not turns:
+            return []
+        tokenizer = self.processor.tokenizer
+        start, end = tokenizer.bos_token, tokenizer.eos_token  # ChatML
+        texts = ["".join(f"{start}{m['role']}\n{m['content']}{end}\n" for m in t) for t in turns]
+        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
     def _num_tokens(self, messages: list[dict]) -> int:
         text = self.processor.render(messages, add_generation_prompt=True)

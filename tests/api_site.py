@@ -21,6 +21,7 @@ from PIL import Image
 
 from model.api_server import create_app
 from model.inference import Sampling, VLMEngine
+from model.serving.api.connection import Patience, server_config
 
 MODEL = "sft_vlm_32"
 TIMEOUT_S = 300  # a busy machine is slow
@@ -48,8 +49,8 @@ def question(*content: str | Image.Image, **fields) -> dict:
 
 
 @contextlib.contextmanager
-def served_process(*flags) -> Iterator[str]:
-    """`web_demo.py --api` on a free port; yields its address."""
+def started_process(*flags) -> Iterator[tuple[str, int]]:
+    """`web_demo.py --api` on a free port; yields its address and process id."""
     command = [sys.executable, ROOT / "web_demo.py", "--api", "--port", "0", *flags]
     process = subprocess.Popen(
         [str(word) for word in command], stdout=subprocess.PIPE, text=True,
@@ -59,7 +60,7 @@ def served_process(*flags) -> Iterator[str]:
         line = process.stdout.readline()
         address = re.search(r"http://\S+/v1", line)
         assert address, f"no address: {line!r}"
-        yield address[0]
+        yield address[0], process.pid
         process.terminate()
         assert process.wait(timeout=TIMEOUT_S) in (0, -15)
     finally:
@@ -69,10 +70,20 @@ def served_process(*flags) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def served_thread(engine: VLMEngine, **limits) -> Iterator[str]:
+def served_process(*flags) -> Iterator[str]:
+    """The address alone of `started_process`."""
+    with started_process(*flags) as (address, _):
+        yield address
+
+
+@contextlib.contextmanager
+def served_thread(
+    engine: VLMEngine, *, patience: Patience | None = None, max_connections: int = 100, **limits
+) -> Iterator[str]:
     """The application in a thread of this process; yields its address."""
     app = create_app(engine, Sampling(), **limits)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    config = server_config(app, max_connections=max_connections, patience=patience, port=0)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + TIMEOUT_S

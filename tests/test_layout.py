@@ -64,7 +64,16 @@ ALLOWED = {
     },
     "model.api_request": {"model.inference", "model.pictures", "model.vlm_processor"},
     "model.api_reply": {"model.api_request", "model.inference"},
-    "model.api_server": {"model.api_reply", "model.api_request", "model.device", "model.inference"},
+    "model.api_server": {
+        "model.api_reply",
+        "model.api_request",
+        "model.device",
+        "model.inference",
+        "model.serving.api.body",
+        "model.serving.api.connection",
+        "model.serving.api.turns",
+        "model.serving.hosts",
+    },
     "model.chat": {"model.inference", "model.pictures", "model.terminal", "model.vlm_processor"},
     "dataset.records": {
         "dataset.data_file",
@@ -242,6 +251,10 @@ ALLOWED = {
     "dataset.data_file": set(),
     "dataset.image_store": set(),
     "dataset.stray_images": set(),
+    "model.serving.api.connection": set(),
+    "model.serving.api.body": {"model.api_request"},
+    "model.serving.api.turns": {"model.api_request"},
+    "model.serving.hosts": set(),
 }
 SCRIPTS = {
     "dataset.download",

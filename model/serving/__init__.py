@@ -1,0 +1,1 @@
+"""Using a model: chat, page and server."""

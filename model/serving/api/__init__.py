@@ -1,0 +1,1 @@
+"""The OpenAI protocol: what a connection may do, and for how long."""

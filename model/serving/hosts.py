@@ -1,0 +1,69 @@
+"""Owns which names a server answers to, so that no foreign page can reach it through a browser.
+
+A page may give its own name the address of this machine once it is open (DNS rebinding): the
+browser then takes the server here for that page's own. The `Host` header still tells its name.
+"""
+
+import ipaddress
+from collections.abc import Callable, Collection
+from urllib.parse import urlsplit
+
+from starlette.responses import PlainTextResponse, Response
+
+ANY = "*"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def allowed_hosts(host: str) -> list[str]:
+    """The names that a server listening at `host` answers to, in lower case, IPv6 unbracketed.
+
+    One that only this machine can reach has known names. One that others can reach may have any
+    name, given by a router or a proxy: `*`, and it should ask for a password or key.
+    """
+    host = host.lower().strip("[]")
+    return sorted({*LOOPBACK, host}) if _is_loopback(host) else [ANY]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _refuse(message: str) -> Response:
+    return PlainTextResponse(message, status_code=403)
+
+
+class KnownHosts:
+    """ASGI middleware: 403 for a request whose `Host` is none of the names.
+
+    Args:
+        names: of `allowed_hosts`; with `*` every name will do.
+        refuse: makes the answer of a refusal's message.
+    """
+
+    def __init__(self, app, names: Collection[str], *, refuse: Callable[[str], Response] = _refuse):
+        self._app, self._names, self._refuse = app, frozenset(names), refuse
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] in ("http", "websocket") and ANY not in self._names:
+            given = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+            if _name_of(given) not in self._names:
+                if scope["type"] == "websocket":
+                    return await send({"type": "websocket.close", "code": 1008})
+                names = ", ".join(sorted(self._names))
+                message = (
+                    f"this server does not answer to the name {given[:100]!r}, only to {names}; "
+                    "a proxy in front of it must send one of these as Host"
+                )
+                return await self._refuse(message)(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+def _name_of(header: str) -> str | None:
+    """The name in a `Host` header without its port; None where there is none."""
+    try:
+        return urlsplit(f"//{header}").hostname
+    except ValueError:
+        return None
