@@ -29,6 +29,7 @@ from dataset.lm_dataset import VLMDataset
 from dataset.multiple_choice import MODES, Choice, ChoiceFile
 from model.chat import chat
 from model.describe import Description, describe, find_samples, gallery, to_json
+from model.device import memory_guard
 from model.evaluation import ChoiceRow, Evaluator
 from model.inference import (
     VLMEngine,
@@ -303,6 +304,14 @@ def print_difference(difference: dict) -> None:
               f"{difference['high']:+.1%}]")  # fmt: skip
 
 
+def run_task(args: argparse.Namespace, ranks: Ranks) -> int:
+    """What the flags ask for; returns the exit status."""
+    if args.chat:
+        return chat(load(args), sampling_from(args))
+    is_scored = args.data_path or args.choices
+    return (run_scores if is_scored else describe_folder)(args, ranks)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if something could not be loaded, or an image described."""
     args = parse_args(argv)
@@ -310,10 +319,8 @@ def main(argv: list[str] | None = None) -> int:
         check_args(args)
         ranks = init_distributed_mode(args.device, timeout=SLOWEST_RANK)
         args.device = str(ranks.device)
-        if args.chat:
-            return chat(load(args), sampling_from(args))
-        is_scored = args.data_path or args.choices
-        return (run_scores if is_scored else describe_folder)(args, ranks)
+        with memory_guard("lower --batch_size"):
+            return run_task(args, ranks)
     except (ValueError, OSError) as error:
         if os.environ.get("MINIMIND_TRACEBACK"):
             raise

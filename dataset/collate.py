@@ -1,12 +1,13 @@
 """Owns batching: padding to the batch's own longest sample, and images of all samples in a row.
 
-Shapes: B batch, T tokens of the longest sample, I images of the whole batch, S image side.
+Shapes: B batch, T tokens (padding included), I images of the whole batch, S image side.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from dataset.lm_dataset import IGNORE_INDEX, BadSample, Sample
@@ -33,9 +34,11 @@ class Batch:
         return self
 
     def inputs_on(self, device: torch.device) -> dict[str, Tensor]:
-        """The model's inputs on a device, copied without waiting."""
+        """The model's inputs on a device, copied without waiting where that is safe: to CUDA
+        devices. To others a copy from memory that is not pinned may be read before it is whole."""
+        is_safe = device.type == "cuda"
         return {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+            k: v.to(device, non_blocking=is_safe) if isinstance(v, Tensor) else v
             for k, v in self.inputs.items()
         }
 
@@ -45,17 +48,20 @@ class VLMCollator:
 
     A batch without one good sample still has a row, of a single unsupervised padding token: the
     step runs as usual and learns nothing from it.
+
+    Args:
+        pad_multiple: lengths are padded up to a multiple of it, so that a GPU meets few shapes.
     """
 
-    def __init__(self, *, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    def __init__(self, *, pad_token_id: int, pad_multiple: int = 1):
+        self.pad_token_id, self.pad_multiple = pad_token_id, pad_multiple
 
     def __call__(self, samples: list[Sample | BadSample]) -> Batch:
         good = [s for s in samples if isinstance(s, Sample)]
         if good:
             inputs = self._pad(good)
         else:
-            blank = torch.full((1, 1), self.pad_token_id)
+            blank = torch.full((1, self.pad_multiple), self.pad_token_id)
             inputs = {
                 "input_ids": blank,
                 "labels": torch.full_like(blank, IGNORE_INDEX),
@@ -79,7 +85,8 @@ class VLMCollator:
     def _pad(self, samples: list[Sample]) -> dict[str, Tensor | None]:
         def stack(name: str, value) -> Tensor:  # (B, T)
             rows = [getattr(s, name) for s in samples]
-            return pad_sequence(rows, batch_first=True, padding_value=value)
+            padded = pad_sequence(rows, batch_first=True, padding_value=value)
+            return pad(padded, (0, -padded.shape[1] % self.pad_multiple), value=value)
 
         images = torch.cat([s.pixel_values for s in samples])
         input_ids = stack("input_ids", self.pad_token_id)
@@ -96,5 +103,5 @@ class VLMCollator:
 def target_positions(labels: Tensor) -> Tensor:
     """Where, in the flattened (B, T), the next token is supervised: (N,). Counted here, on the
     CPU, so that the model computes logits only there without asking its device how many."""
-    is_target = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+    is_target = pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
     return is_target.flatten().nonzero().flatten()

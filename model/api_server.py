@@ -26,6 +26,7 @@ from starlette.routing import Route
 
 from model.api_reply import DONE, Completion, event
 from model.api_request import ApiError, ChatRequest, parse_request
+from model.device import OutOfMemory
 from model.inference import Sampling, VLMEngine
 
 MAX_BODY_BYTES = 20 * 2**20
@@ -76,6 +77,9 @@ def error_response(error: ApiError) -> Response:
 def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, OutOfMemory):
+        logger.error("%s", error)
+        return ApiError(503, str(error))
     logger.error("a request failed", exc_info=error)
     return ApiError(500, f"the server failed on this request ({type(error).__name__})")
 
@@ -135,6 +139,8 @@ class ChatCompletions:
             stream = await to_thread.run_sync(
                 self._engine.stream, request.messages, request.images, request.sampling
             )
+        except OutOfMemory:
+            raise
         except (ValueError, OSError) as error:  # what the user can mend; later ones are ours
             raise ApiError(400, str(error)) from error
         completion = Completion(request, self._model_id, stream)

@@ -141,15 +141,19 @@ class Decoder:
         return not self._active
 
     def cancel(self) -> None:
-        """End what is unfinished where it stands."""
+        """End what is unfinished where it stands, and let go of its memory."""
         for row in self._active:
             row.finish_reason = "cancelled"
-        self._active = []
+        self._active, self._inputs, self._cache = [], {}, None
 
     @torch.inference_mode()
     def step(self) -> None:
-        """The next token of every unfinished row."""
-        logits = self._forward()
+        """The next token of every unfinished row; after an error there is none any more."""
+        try:
+            logits = self._forward()
+        except RuntimeError:
+            self.cancel()  # its memory is free for others while the error is told
+            raise
         for row, scores in zip(self._active, logits, strict=True):
             row.take(scores, eos_token_id=self._eos_token_id)
         going_on = [i for i, row in enumerate(self._active) if row.finish_reason is None]

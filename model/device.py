@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 GIB = 2**30
+GROUPED_ROW_BYTES = 16  # aten/src/ATen/native/GroupedMMUtils.h
 KINDS = ("cpu", "cuda", "mps")
 PAD_MULTIPLE = 64  # tokens; shapes that a GPU plans for, instead of one for every length
 # How each allocator begins to say that there is no room, and which part of it names the sizes.
@@ -105,12 +106,17 @@ def check_dtype(device: torch.device, dtype: str) -> None:
         raise ValueError("this GPU has no bfloat16; use --dtype float16 or float32")
 
 
-def has_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
+def has_grouped_mm(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> bool:
     """Whether grouped matrix products pay: on a CPU, or bfloat16 on compute capability 9 and 10.
 
     Elsewhere PyTorch copies the group sizes to the host and multiplies group by group.
+
+    Args:
+        widths: of the matrices, in numbers; rows that are no multiple of 16 bytes are refused.
     Source: `_grouped_mm_cuda` in aten/src/ATen/native/cuda/GroupedBlas.cpp.
     """
+    if any(width * dtype.itemsize % GROUPED_ROW_BYTES for width in widths):
+        return False
     if device.type == "cpu":
         return dtype == torch.bfloat16 or not torch.compiler.is_compiling()
     if device.type != "cuda" or dtype != torch.bfloat16 or torch.version.hip is not None:
@@ -124,6 +130,12 @@ def heeds_found_inf(device: torch.device) -> bool:
     Source: the Metal kernels of PyTorch take `found_inf` and never read it.
     """
     return device.type != "mps"
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """In what to multiply matrices whose product may be rough, such as an optimizer's."""
+    is_fast = device.type == "cuda" and has_bfloat16(device)
+    return torch.bfloat16 if is_fast else torch.float32
 
 
 def pad_multiple(device: torch.device) -> int:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from model.device import has_grouped_mm
+
 
 class FeedForward(nn.Module):
     """SwiGLU: `down(act(gate(x)) * up(x))`.
@@ -96,7 +98,8 @@ class MoEFeedForward(nn.Module):
             torch.stack([getattr(e, name).weight for e in self.experts]).to(dtype).mT
             for name in names
         ]
-        route = self._grouped if can_group(hidden.device, dtype) else self._every_expert
+        is_grouped = has_grouped_mm(hidden.device, dtype, tuple(stacked[0].shape[1:]))
+        route = self._grouped if is_grouped else self._every_expert
         tokens = hidden.flatten(0, 1).to(dtype)
         mixed = route(tokens, top_ids.flatten(0, 1), top_probs.flatten(0, 1).to(dtype), stacked)
         mixed = F.dropout(mixed, self.dropout, self.training).view_as(hidden)
@@ -118,7 +121,10 @@ class MoEFeedForward(nn.Module):
         counts = F.one_hot(ids.flatten(), len(self.experts)).sum(0)
         ends = counts.cumsum(0).to(torch.int32)  # (E,) where each expert's rows end
         rows = tokens[:, None].expand(-1, num_choices, -1).flatten(0, 1)[order]  # (S, D)
-        gate, up, down = stacked
+        # An expert without a row gets no gradient: kernels leave its share of memory as it was
+        # (PyTorch issue 172439), and that may be NaN.
+        has_rows = (counts > 0)[:, None, None]
+        gate, up, down = (torch.where(has_rows, w, w.detach()) for w in stacked)
         inner = self.experts[0].act(F.grouped_mm(rows, gate, offs=ends))
         rows = F.grouped_mm(inner * F.grouped_mm(rows, up, offs=ends), down, offs=ends)
         rows = rows[order.argsort()] * weights.flatten()[:, None]
@@ -130,12 +136,3 @@ class MoEFeedForward(nn.Module):
         gate, up, down = stacked
         inner = self.experts[0].act(tokens @ gate) * (tokens @ up)  # (E, B * T, F)
         return (shares.T[..., None] * (inner @ down)).sum(0)
-
-
-def can_group(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch has grouped matrix products there: on a CPU, or bfloat16 on Ampere and up."""
-    if device.type == "cpu":
-        return dtype == torch.bfloat16 or not torch.compiler.is_compiling()
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)

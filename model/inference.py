@@ -15,11 +15,11 @@ from torch import Tensor
 
 from model.attention_map import image_attention
 from model.decoding import MAX_SEED, Decoder, Row, Sampling, TextPieces
+from model.device import memory_guard
 from model.loading import (
     LoadedModel,
     add_model_arguments,
     attach_tower,
-    choose_device,
     load_model,
     parse_bool,
     parse_path,
@@ -29,10 +29,11 @@ from model.vlm_processor import IMAGE_TAG
 
 __all__ = [
     "MAX_SEED", "Answer", "LoadedModel", "Sampling", "Stream", "VLMEngine", "add_model_arguments",
-    "add_sampling_arguments", "ask", "attach_tower", "choose_device", "load_model", "parse_bool",
+    "add_sampling_arguments", "ask", "attach_tower", "load_model", "parse_bool",
     "parse_path", "placeholder_config", "sampling_from",
 ]  # fmt: skip
 DEFAULT_SEED = 2026
+NO_ROOM_ADVICE = "use fewer or shorter messages, fewer pictures, or less at a time"
 RESERVED_SHARE = 4  # of the context, 1 / this: what earlier turns give way to at most
 
 
@@ -106,6 +107,7 @@ class Stream:
     def __iter__(self) -> Iterator[str]:
         return self
 
+    @memory_guard(NO_ROOM_ADVICE)
     def __next__(self) -> str:
         while not self._decoder.is_done:
             if self._cancel is not None and self._cancel.is_set():
@@ -174,6 +176,7 @@ class VLMEngine:
         """Length of the context: prompt and answer together."""
         return self.model.config.max_position_embeddings
 
+    @memory_guard(NO_ROOM_ADVICE)
     def generate(
         self,
         conversations: list[tuple[list[dict], list]],
@@ -188,6 +191,7 @@ class VLMEngine:
 
         Raises:
             ValueError, OSError: a conversation or picture that cannot be used.
+            OutOfMemory: there is no room for it, a ValueError too; what it took is free again.
         """
         decoder, dropped = self._start(conversations, sampling)
         while not decoder.is_done:
@@ -202,6 +206,7 @@ class VLMEngine:
             answers.append(_answer(row, text, num_dropped_turns))
         return answers
 
+    @memory_guard(NO_ROOM_ADVICE)
     def stream(
         self,
         messages: list[dict],
@@ -210,7 +215,8 @@ class VLMEngine:
         *,
         cancel: threading.Event | None = None,
     ) -> Stream:
-        """One answer in pieces; raises as `generate` does, before the first piece."""
+        """One answer in pieces; raises as `generate` does, before the first piece, but for
+        `OutOfMemory`, which may come with any."""
         decoder, (num_dropped_turns,) = self._start([(messages, images)], sampling)
         return Stream(
             decoder,
@@ -285,6 +291,7 @@ class VLMEngine:
         """
         return [*messages, {"role": "assistant", "content": self.processor.plain(said)}]
 
+    @memory_guard(NO_ROOM_ADVICE)
     @torch.inference_mode()
     def look(
         self, messages: list[dict], images: list, answer_text: str, *, layer: int | None = None

@@ -6,6 +6,13 @@ from pathlib import Path
 
 import torch
 
+from model.device import (
+    check_dtype,
+    choose_device,
+    default_dtype,
+    memory_guard,
+    prepare_device,
+)
 from model.model_vlm import (
     MiniMindVLM,
     VLMConfig,
@@ -73,28 +80,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="YaRN for prompts over 2048 tokens / 长上下文外推")  # fmt: skip
     add("--device", default=None, help="cpu, cuda, cuda:1, mps; default: the best / 默认自动选择")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
-        help="default: bfloat16 on a GPU, float32 on a CPU / 默认 GPU 用 bfloat16")  # fmt: skip
-
-
-def choose_device(name: str | None = None) -> torch.device:
-    """The named device, or the first of cuda, mps and cpu that this machine has.
-
-    Raises:
-        ValueError: it is no device, or not there.
-    """
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    try:
-        device = torch.device(name or ("cuda" if has_cuda else "mps" if has_mps else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"--device {name!r} is not a device; try cpu, cuda or mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {name!r} is not supported; try cpu, cuda or mps")
-    for kind, is_there in (("cuda", has_cuda), ("mps", has_mps)):
-        if device.type == kind and not is_there:
-            raise ValueError(f"--device {name}: this machine or torch build has no {kind.upper()}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: only {torch.cuda.device_count()} CUDA device(s)")
-    return device
+        help="default: float32 on a CPU, bfloat16 on a GPU, float16 on one without / "
+             "默认 CPU 用 float32，GPU 用 bfloat16，不支持则 float16")  # fmt: skip
 
 
 @dataclass
@@ -107,14 +94,16 @@ class LoadedModel:
     can_see: bool
 
 
+@memory_guard("free some of it, choose a smaller weight or --dtype, or use --device cpu")
 def load_model(args: argparse.Namespace) -> LoadedModel:
     """Load what `add_model_arguments` describes, strictly.
 
     Raises:
         FileNotFoundError, ValueError: what is missing or does not fit, and what to do.
     """
-    device = choose_device(args.device)
-    dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    device = prepare_device(choose_device(args.device))
+    dtype = args.dtype or default_dtype(device)
+    check_dtype(device, dtype)
     flags = {
         "hidden_size": args.hidden_size,
         "num_hidden_layers": args.num_hidden_layers,

@@ -237,7 +237,7 @@ def naive_moe(mlp, hidden: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(2, 9), (1, 1)])  # one token leaves two experts without any
 @torch.no_grad()
 def test_moe_equals_a_naive_loop(shape, is_grouped, monkeypatch):
-    monkeypatch.setattr("model.feed_forward.can_group", lambda *_: is_grouped)
+    monkeypatch.setattr("model.feed_forward.has_grouped_mm", lambda *_: is_grouped)
     model, seen = make_model(use_moe=True), []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda mlp, args, out: seen.append((mlp, args[0], out)))
@@ -252,7 +252,7 @@ def test_moe_equals_a_naive_loop(shape, is_grouped, monkeypatch):
 def test_moe_routes_give_the_same_gradients(dtype, monkeypatch):
     gradients = []
     for is_grouped in (True, False):
-        monkeypatch.setattr("model.feed_forward.can_group", lambda *_, g=is_grouped: g)
+        monkeypatch.setattr("model.feed_forward.has_grouped_mm", lambda *_, g=is_grouped: g)
         model = make_model(use_moe=True).train()
         ids = random_ids(2, 9)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):

@@ -85,7 +85,7 @@ def test_device_and_backend_are_resolved_in_one_place(monkeypatch):
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     device, backend = resolve_compute("cuda", "float16", local_rank=1, is_shared=True)
     assert (str(device), backend) == ("cuda:1", "cpu:gloo,cuda:nccl")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from model.inference import choose_device
+from model.device import choose_device, has_bfloat16, prepare_device
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.engine import Engine
 from trainer.metrics import GIB
@@ -55,7 +55,8 @@ def make_state(size: str, folder: Path, device: torch.device) -> RunState:
 
 
 def take_step(state: RunState, input_ids: torch.Tensor) -> None:
-    with autocast(input_ids.device, "bfloat16"):
+    device = input_ids.device
+    with autocast(device, "bfloat16" if has_bfloat16(device) else "float16"):
         loss = state.model(input_ids=input_ids, labels=input_ids).loss
     loss.backward()
     state.optimizer.step()
@@ -77,7 +78,7 @@ def time_round(state: RunState, input_ids: torch.Tensor, mode: str, num_steps: i
 
 
 def benchmark(size: str, args: argparse.Namespace, folder: Path) -> None:
-    device = choose_device(args.device)
+    device = prepare_device(choose_device(args.device))
     state = make_state(size, folder, device)
     input_ids = torch.randint(3, 6000, (args.batch_size, args.num_tokens), device=device)
     for mode in MODES:  # buffers and kernels are warm from here on

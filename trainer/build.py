@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.collate import VLMCollator
 from dataset.lm_dataset import VLMDataset
 from dataset.records import default_data_paths
 from dataset.text_dataset import TextDataset
+from model.device import pad_multiple
 from model.inference import attach_tower, placeholder_config
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, find_vision_dir
@@ -144,11 +146,21 @@ def make_text_datasets(args: TrainArgs, tokenizer) -> tuple[TextDataset, TextDat
     return dataset, TextDataset(args.val_data_path, tokenizer, **options)
 
 
+def lighten_tower(model: nn.Module, dtype: str) -> None:
+    """Keep the frozen tower's products in the numbers that autocast would cast them to at every
+    step. All else of it stays in float32, so what it computes is the same to the bit.
+    """
+    tower = getattr(model, "vision_encoder", None)
+    for module in tower.modules() if tower is not None else ():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(getattr(torch, dtype))
+
+
 def loader(dataset: Dataset, sampler, args: TrainArgs, ranks: Ranks, pad: int) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=VLMCollator(pad_token_id=pad),
+        collate_fn=VLMCollator(pad_token_id=pad, pad_multiple=pad_multiple(ranks.device)),
         num_workers=args.num_workers,
         pin_memory=ranks.device.type == "cuda",
         worker_init_fn=start_worker,

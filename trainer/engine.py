@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from model.device import heeds_found_inf
 from model.weights import VISION_PREFIX
 
 
@@ -50,7 +51,7 @@ class Engine:
             is_empty: nothing was supervised, so the weights stay (no decay either).
         Returns:
             The gradient's norm before clipping, and whether the step was left out because
-            something was not finite; both stay on the device.
+            something was not finite; both stay on the device (but see `heeds_found_inf`).
         """
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -58,7 +59,8 @@ class Engine:
         is_bad = ~(torch.isfinite(grad_norm) & torch.isfinite(sums).all())
         if not is_empty:
             self.optimizer.found_inf = is_bad.float()  # read by the fused kernel, on the device
-            self.optimizer.step()
+            if heeds_found_inf(sums.device) or not is_bad:
+                self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm, is_bad

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from model.device import product_dtype
+
 WEIGHT_DECAY = 0.01
 OPTIMIZERS = ("adamw", "muon")
 MUON_RATE = 10.0  # in learning rates
@@ -110,7 +112,8 @@ class MuonAdamW(torch.optim.AdamW):
         before = torch.stack([self.state[matrix]["momentum"] for matrix in matrices])
         weights, grads = torch.stack(matrices), torch.stack([m.grad for m in matrices])
         momenta = MOMENTUM * before + grads
-        turn = orthogonal(grads + MOMENTUM * momenta).to(weights.dtype)
+        dtype = product_dtype(weights.device)
+        turn = orthogonal(grads + MOMENTUM * momenta, dtype=dtype).to(weights.dtype)
         rows, columns = weights.shape[1:]
         rate = MUON_RATE * lr * max(1.0, rows / columns) ** 0.5
         after = (1 - lr * WEIGHT_DECAY) * weights - rate * turn
@@ -123,15 +126,17 @@ class MuonAdamW(torch.optim.AdamW):
             self.state[matrix]["momentum"].copy_(momentum)
 
 
-def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+def orthogonal(matrices: torch.Tensor, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Matrices (N, R, C) with all their singular values near 1, by five steps of Newton and Schulz.
 
+    Args:
+        dtype: of the products; bfloat16 will do, since near 1 is all that is asked for.
     Source: the polynomial of Jordan et al. (2024), tuned to rise fast from small values.
     """
     near = matrices.float()
     is_tall = near.shape[1] > near.shape[2]
     near = near.mT if is_tall else near
-    near = near / (near.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    near = (near / (near.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     first, third, fifth = NEWTON_SCHULZ
     for _ in range(5):
         gram = near @ near.mT

@@ -9,11 +9,13 @@ import time
 import uuid
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 CONNECT_TIMEOUT = timedelta(seconds=45)  # once all ranks are there
 CONNECT_TRIES = 3
 POLL_S = 0.05
+NCCL_LINES = 3  # of an error; the last of them says what failed
 NOTHING = "null"  # JSON
 if hasattr(dist, "set_timeout"):
     set_timeout = dist.set_timeout
@@ -21,12 +23,17 @@ else:  # PyTorch before 2.15 has no public way
     set_timeout = dist.distributed_c10d._set_pg_timeout
 
 
-def join_process_group(backend: str, *, timeout: timedelta) -> None:
+def join_process_group(
+    backend: str, *, timeout: timedelta, device: torch.device | None = None
+) -> None:
     """Connect with the other ranks that the launcher started.
 
     They may come late by `timeout`, but once all are there they connect soon or not at all; a try
     that fails ends for all of them, and the next starts afresh.
 
+    Args:
+        device: this process's GPU, which nccl then connects at once: here a failure is seen by
+            all ranks and told in one line, in the first step it would be a traceback.
     Raises:
         ConnectionError: no try succeeded, or a rank never came.
     """
@@ -36,7 +43,12 @@ def join_process_group(backend: str, *, timeout: timedelta) -> None:
         error = None
         try:
             dist.init_process_group(
-                backend, store=place, rank=rank, world_size=world_size, timeout=CONNECT_TIMEOUT
+                backend,
+                store=place,
+                rank=rank,
+                world_size=world_size,
+                timeout=CONNECT_TIMEOUT,
+                device_id=device,
             )
             dist.barrier()
         except RuntimeError as problem:  # DistError and its kind
@@ -48,8 +60,9 @@ def join_process_group(backend: str, *, timeout: timedelta) -> None:
             return
         if dist.is_initialized():
             dist.destroy_process_group()
+    why = "; ".join(filter(None, map(str.strip, str(error).splitlines()[:NCCL_LINES])))
     raise ConnectionError(
-        f"the {world_size} ranks met, but could not connect with one another: {error}; see that "
+        f"the {world_size} ranks met, but could not connect with one another: {why}; see that "
         "nothing between their machines blocks the ports, and name the network by "
         "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
     )

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model.device import out_of_memory_line
 from model.weights import VISION_PREFIX
 from trainer import preflight, zero
-from trainer.build import Parts, build, train_loader, val_loader
+from trainer.build import Parts, build, lighten_tower, train_loader, val_loader
 from trainer.engine import Engine
 from trainer.metrics import Console, JsonLog, Metrics
 from trainer.optim import make_optimizer, set_trainable
@@ -29,6 +30,7 @@ from trainer.trainer_utils import (
     StopSignal,
     init_distributed_mode,
     is_main_process,
+    local_ranks,
     setup_seed,
 )
 
@@ -67,14 +69,17 @@ def say_why(error: BaseException, *, lost: str | None) -> int | None:
     if isinstance(error, KeyboardInterrupt):
         print("left at once; what was saved before is whole", file=sys.stderr, flush=True)
         return INTERRUPTED + signal.SIGINT
-    if isinstance(error, torch.OutOfMemoryError):
-        say_error(f"out of memory ({str(error).split('. ')[0]}); lower --batch_size and raise "
-                  "--accumulation_steps by as much")  # fmt: skip
+    advice = "lower --batch_size and raise --accumulation_steps by as much"
+    if line := out_of_memory_line(error, advice=advice):
+        say_error(line)
     elif isinstance(error, RuntimeError) and lost:
         say_error(lost)
     elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         say_error(f"{str(error).splitlines()[0]}; memory or /dev/shm may be full: use fewer "
                   "--num_workers, and go on with --from_resume 1")  # fmt: skip
+    elif isinstance(error, dist.DistError):
+        say_error(f"the ranks lost touch with one another ({str(error).splitlines()[0]}); see the "
+                  "other ranks' messages, and go on with --from_resume 1")  # fmt: skip
     elif isinstance(error, (ValueError, OSError)) and not os.environ.get("MINIMIND_TRACEBACK"):
         say_error(error)
     else:
@@ -91,7 +96,7 @@ def say_error(error: object) -> None:
 def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
     """Build everything, check it, train, and say what was made."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data workers are the pool
-    ranks = init_distributed_mode(args.device, args.dtype)
+    ranks = init_distributed_mode(args.device, args.dtype, tf32=args.tf32)
     setup_seed(args.seed)
     check_tracker(args)
     zero_config = zero.read_config(args, ranks) if args.deepspeed else None
@@ -143,7 +148,7 @@ def check_run(args: TrainArgs, ranks: Ranks, parts: Parts, paths: RunPaths) -> N
     for dataset in filter(None, (parts.dataset, parts.val_dataset)):
         preflight.check_records(dataset, on_bad_sample=args.on_bad_sample)
     preflight.report_memory(parts.model, ranks, args)
-    num_cores = os.cpu_count() or 1
+    num_cores = max(1, (os.cpu_count() or 1) // local_ranks()[1])  # for each rank of a machine
     if args.num_workers > num_cores:
         Logger(f"data workers: {num_cores}, one per CPU core, not {args.num_workers}")
         args.num_workers = num_cores
@@ -172,6 +177,7 @@ def make_run(state: RunState, parts: Parts, metrics: Metrics, stop: StopSignal) 
 
 def make_engine(state: RunState, zero_config: dict | None) -> Engine | zero.ZeroEngine:
     """What applies the updates; it goes on from what was resumed."""
+    lighten_tower(state.model, state.args.dtype)  # not before its fingerprint was taken
     if zero_config is not None:
         return zero.ZeroEngine(
             state.model, optimizer=state.optimizer, ranks=state.ranks, config=zero_config
@@ -191,7 +197,9 @@ def wrap_for_ranks(model: nn.Module, ranks: Ranks) -> nn.Module:
     named = [*model.named_parameters(), *model.named_buffers()]
     frozen = [n for n, _ in named if n.startswith(VISION_PREFIX)]
     model._ddp_params_and_buffers_to_ignore = frozen
-    wrapped = DistributedDataParallel(model, forward_sync_buffers=False)
+    wrapped = DistributedDataParallel(
+        model, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
     if ranks.device.type == "cpu":
         wrapped.register_comm_hook(None, average_each_gradient)
     return wrapped

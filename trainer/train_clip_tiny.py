@@ -40,7 +40,7 @@ from dataset.synthetic_world import (
     recolour,
     sample_scene,
 )
-from model.inference import choose_device
+from model.device import check_dtype, choose_device, memory_guard, prepare_device
 from model.vlm_processor import load_tokenizer
 from model.weights import ROOT
 from trainer.optim import get_lr, make_optimizer
@@ -146,8 +146,10 @@ def collate(scenes: list) -> dict[str, Tensor]:
 
 def preprocess(pictures: Tensor) -> Tensor:
     """What CLIP's image processor does to square pictures: (B, 3, 224, 224) float32."""
-    # On 8-bit values, as Pillow does it.
-    pixels = F.interpolate(pictures, size=IMAGE_SIDE, mode="bicubic", antialias=True).float()
+    # On 8-bit values, as Pillow does it; GPUs scale floating-point numbers only.
+    pixels = pictures if pictures.is_cpu else pictures.float()
+    pixels = F.interpolate(pixels, size=IMAGE_SIDE, mode="bicubic", antialias=True)
+    pixels = pixels.float().round().clamp(0, 255)
     mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1)
                  for v in (PROCESSOR.image_mean, PROCESSOR.image_std))  # fmt: skip
     return pixels.mul_(1 / (255 * std)).sub_(mean / std)
@@ -365,7 +367,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         check_args(args)
-        return run(args)
+        with memory_guard("lower --batch_size"):
+            return run(args)
     except KeyboardInterrupt:
         print("stopped before the end; nothing was written / 已中断, 未写入", file=sys.stderr)
         return 130  # 128 plus the signal's number
@@ -376,7 +379,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """What `main` does with its flags."""
-    device = choose_device(args.device)
+    device = prepare_device(choose_device(args.device))
+    check_dtype(device, args.dtype)
     tokenizer = load_tokenizer(args.tokenizer_path)
     setup_seed(args.seed)
     model = make_model(args, tokenizer).to(device)

@@ -364,7 +364,7 @@ def validation_loss(run: Run) -> tuple[float, int, int]:
         for batch in run.val_batches():
             with autocast(run.device, run.args.dtype):
                 output = model(**batch.inputs_on(run.device))
-            total += output.loss.double().item() * batch.num_supervised
+            total += output.loss.item() * batch.num_supervised
             num_tokens += batch.num_supervised
             num_bad += len(batch.bad_samples)
             for bad in batch.bad_samples:

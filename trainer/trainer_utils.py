@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Sampler
 
-from model.inference import choose_device
+from model.device import check_dtype, choose_device, memory_guard, prepare_device
 from trainer.rank_meeting import join_process_group
 
 # A save or a slow first batch must fit; ranks that died are noticed long before (rank_watch.py).
@@ -84,7 +84,8 @@ class Ranks:
             ValueError, OSError: what any of them raised.
         """
         try:
-            share = work()
+            with memory_guard("lower --batch_size"):
+                share = work()
         except (ValueError, OSError) as error:
             share = error
         shares = self.gather(share)
@@ -112,27 +113,54 @@ def init_distributed_mode(
     device: str | None = None,
     dtype: str = "float32",
     *,
+    tf32: bool = False,
     timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> Ranks:
-    """Join the process group of torchrun or deepspeed, if there is one.
+    """Choose and prepare this process's device, and join the process group of torchrun or
+    deepspeed, if there is one.
 
+    Where a machine has several of its processes, each takes the GPU of its local rank; a device
+    with an index counts where there is one process.
+
+    Args:
+        tf32: see `prepare_device`.
     Raises:
         ValueError: the device is not there, or cannot do this.
     """
     is_distributed = "RANK" in os.environ
-    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if is_distributed else None
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if is_distributed else 1
+    local_rank, num_local = local_ranks()
     chosen, backend = resolve_compute(
-        device, dtype, local_rank=local_rank, is_shared=world_size > 1
+        device,
+        dtype,
+        local_rank=local_rank if num_local > 1 else None,
+        is_shared=world_size > 1,
     )
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    prepare_device(chosen, tf32=tf32)
     if not is_distributed:
         return Ranks(0, 1, chosen)
     if os.name == "nt":  # PyTorch for Windows is built without libuv
         os.environ["USE_LIBUV"] = "0"
-    join_process_group(backend, timeout=timeout)
+    join_process_group(
+        backend, timeout=timeout, device=chosen if backend.endswith("nccl") else None
+    )
+    if num_local > 1 and chosen.type == "cuda" and ":" in (device or ""):
+        warn(f"--device {device}: {num_local} processes run here, each takes the GPU of its own "
+             "local rank; CUDA_VISIBLE_DEVICES chooses which GPUs there are")  # fmt: skip
     return Ranks(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def local_ranks() -> tuple[int, int]:
+    """Which of this machine's processes of the run this is, and how many there are.
+
+    torchrun says the number as LOCAL_WORLD_SIZE, deepspeed as LOCAL_SIZE; where neither is said,
+    all of WORLD_SIZE may be here.
+    """
+    if "RANK" not in os.environ:
+        return 0, 1
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    count = next((os.environ[name] for name in names if name in os.environ), "1")
+    return int(os.environ.get("LOCAL_RANK", 0)), int(count)
 
 
 def resolve_compute(
@@ -143,23 +171,15 @@ def resolve_compute(
     CUDA tensors travel over nccl where PyTorch has it (not on Windows), all others over gloo.
 
     Args:
-        local_rank: which of this machine's processes this is; None without a launcher.
+        local_rank: which of several processes on this machine this is; None where it is alone.
         is_shared: several processes train together.
     Raises:
         ValueError: the device is not there, cannot compute in this dtype, or cannot be shared.
     """
-    chosen = choose_device(device)
-    if chosen.type == "cuda" and local_rank is not None:
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {local_rank + 1} of this machine has no GPU of its own: there are "
-                f"{torch.cuda.device_count()}; start as many processes as GPUs, or use --device cpu"
-            )
-        chosen = torch.device("cuda", local_rank)
+    chosen = choose_device(device, local_rank=local_rank)
     if chosen.type == "mps" and is_shared:
         raise ValueError("several ranks cannot share MPS; start one process, or use --device cpu")
-    if chosen.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
-        raise ValueError("this GPU has no bfloat16; use --dtype float16 or float32")
+    check_dtype(chosen, dtype)
     is_nccl = chosen.type == "cuda" and dist.is_nccl_available()
     return chosen, "cpu:gloo,cuda:nccl" if is_nccl else "gloo"
 
@@ -318,8 +338,10 @@ def rng_state(device: torch.device) -> dict:
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         "cpu": torch.get_rng_state(),
     }
-    if device.type in ("cuda", "mps"):
-        state[device.type] = getattr(torch, device.type).get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -328,5 +350,7 @@ def set_rng_state(state: dict, device: torch.device) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["cpu"])
-    if device.type in state and device.type != "cpu":
-        getattr(torch, device.type).set_rng_state(state[device.type])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])

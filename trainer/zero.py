@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model.weights import ROOT, VISION_PREFIX
 from trainer.engine import trained_state
 from trainer.train_args import TrainArgs
-from trainer.trainer_utils import Ranks, is_main_process
+from trainer.trainer_utils import Ranks, is_main_process, local_ranks
 
 CONFIG_DIR = ROOT / "trainer" / "configs"
 TOWER = VISION_PREFIX.rstrip(".")
@@ -69,6 +69,11 @@ def read_config(args: TrainArgs, ranks: Ranks) -> dict:
         raise ValueError(
             "--deepspeed needs a launcher: `deepspeed --num_gpus=1` or `torchrun --nproc_per_node "
             "1` in the place of `python`"
+        )
+    if ranks.device.type == "cuda" and ranks.device.index != local_ranks()[0]:
+        raise ValueError(
+            f"--device {args.device}: DeepSpeed takes the GPU of the local rank; choose another by "
+            "CUDA_VISIBLE_DEVICES, or drop --deepspeed"
         )
     if args.optimizer != "adamw":
         raise ValueError("--deepspeed shares out AdamW's moments only; drop it, or --optimizer")
@@ -252,7 +257,9 @@ class ZeroEngine:
         model.train()
 
     def _whole_copy(self) -> nn.Module:
-        with torch.random.fork_rng(), torch.device(self._ranks.device):
+        device = self._ranks.device
+        gpus = [device] if device.type == "cuda" else []  # by default it touches all there are
+        with torch.random.fork_rng(devices=gpus), device:
             copy = type(self._module)(self._module.config)
         if self._tower is not None:
             copy._modules.pop(TOWER, None)
