@@ -9,7 +9,8 @@ driver then); Python sees a CUDA device, and two modes translate what Python ask
 """
 
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -21,7 +22,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._foreach_utils import _foreach_supported_types
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 ATEN = torch.ops.aten
 CPU = torch.device("cpu")
@@ -64,10 +64,14 @@ class Traffic:
 
 @dataclass
 class World:
-    """The GPUs, what was copied, and where C++ code makes new tensors at the moment."""
+    """The GPUs, what was copied and computed there, and where C++ code makes new tensors now.
+
+    `kernels` counts operations by name and GPU, such as `("aten::mm", 0)`.
+    """
 
     driver: Driver
     traffic: Traffic = field(default_factory=Traffic)
+    kernels: Counter = field(default_factory=Counter)
     place: torch.device | None = None
 
     def device(self, wish) -> torch.device:
@@ -118,10 +122,12 @@ class PretendTensor(Tensor):
 
     @staticmethod
     def __new__(cls, raw: Tensor, place: torch.device):
-        return Tensor._make_wrapper_subclass(
-            cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(),
-            dtype=raw.dtype, layout=raw.layout, device=CPU, requires_grad=False,
-        )  # fmt: skip
+        # Never an inference tensor: views of weights must not be ones.
+        with torch._C._InferenceMode(False):
+            return Tensor._make_wrapper_subclass(
+                cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(),
+                dtype=raw.dtype, layout=raw.layout, device=CPU, requires_grad=False,
+            )  # fmt: skip
 
     def __init__(self, raw: Tensor, place: torch.device):
         self.raw, self.place = raw, place
@@ -163,12 +169,32 @@ def _like(tensor: Tensor, copy: Tensor) -> Tensor:
     return torch.nn.Parameter(copy, tensor.requires_grad) if tensor.is_leaf else copy
 
 
+def _raw(tensor: PretendTensor) -> Tensor:
+    return tensor.raw
+
+
 def place_of(tensor: Tensor) -> torch.device:
     return tensor.place if isinstance(tensor, PretendTensor) else tensor.device
 
 
 def tensors_in(args, kwargs) -> list[Tensor]:
-    return [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    """All tensors of a call: arguments, and items of lists among them."""
+    found = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_in(value, {})
+    return found
+
+
+def swapped(value, kind: type, swap: Callable):
+    """A value of a call with the tensors of a kind swapped for others, in lists too."""
+    if isinstance(value, kind):
+        return swap(value)
+    if isinstance(value, list | tuple):
+        return type(value)(swapped(item, kind, swap) for item in value)
+    return value
 
 
 # What Python asks for by name.
@@ -301,10 +327,11 @@ def run(func, args: tuple, kwargs: dict):
     name, tensors = func._schema.name, tensors_in(args, kwargs)
     place = check_places(name, tensors)
     note_waits(name, args, kwargs)
+    WORLD.kernels[name, place.index] += 1
     with WORLD.at(None):
-        raws, raw_kwargs = tree_map_only(PretendTensor, lambda t: t.raw, (args, kwargs))
-        out = func(*raws, **raw_kwargs)
-    out = tree_map_only(Tensor, lambda t: PretendTensor(t, place), out)
+        raws = swapped(args, PretendTensor, _raw)
+        out = func(*raws, **{k: swapped(v, PretendTensor, _raw) for k, v in kwargs.items()})
+    out = swapped(out, Tensor, lambda t: PretendTensor(t, place))
     if name == "aten::copy_" and not isinstance(args[0], PretendTensor):
         return args[0]  # to the host
     return return_and_correct_aliasing(func, args, kwargs, out)
@@ -387,7 +414,7 @@ class ByKernel(TorchDispatchMode):
             out = func(*args, **kwargs)
         if place is None or tensors:
             return out
-        return tree_map_only(Tensor, lambda t: PretendTensor(t, place), out)
+        return swapped(out, Tensor, lambda t: PretendTensor(t, place))
 
 
 @contextmanager
