@@ -33,7 +33,7 @@ __all__ = [
     "parse_path", "placeholder_config", "sampling_from",
 ]  # fmt: skip
 DEFAULT_SEED = 2026
-NO_ROOM_ADVICE = "use fewer or shorter messages, fewer pictures, or less at a time"
+NO_ROOM_ADVICE = "ask more briefly, with fewer pictures, or lower --batch_size or --concurrency"
 RESERVED_SHARE = 4  # of the context, 1 / this: what earlier turns give way to at most
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 CONNECT_TIMEOUT = timedelta(seconds=45)  # once all ranks are there
 CONNECT_TRIES = 3
 POLL_S = 0.05
-NCCL_LINES = 3  # of an error; the last of them says what failed
+CPP_TRACE = "Exception raised from"  # begins the part of an error that is for programmers
 NOTHING = "null"  # JSON
 if hasattr(dist, "set_timeout"):
     set_timeout = dist.set_timeout
@@ -60,7 +60,8 @@ def join_process_group(
             return
         if dist.is_initialized():
             dist.destroy_process_group()
-    why = "; ".join(filter(None, map(str.strip, str(error).splitlines()[:NCCL_LINES])))
+    lines = str(error).partition(CPP_TRACE)[0].splitlines()
+    why = "; ".join(filter(None, map(str.strip, lines)))
     raise ConnectionError(
         f"the {world_size} ranks met, but could not connect with one another: {why}; see that "
         "nothing between their machines blocks the ports, and name the network by "

@@ -146,13 +146,14 @@ def collate(scenes: list) -> dict[str, Tensor]:
 
 def preprocess(pictures: Tensor) -> Tensor:
     """What CLIP's image processor does to square pictures: (B, 3, 224, 224) float32."""
-    # On 8-bit values, as Pillow does it; GPUs scale floating-point numbers only.
+    # On 8-bit values, first along rows, as Pillow does it; GPUs scale floating-point numbers only.
     pixels = pictures if pictures.is_cpu else pictures.float()
-    pixels = F.interpolate(pixels, size=IMAGE_SIDE, mode="bicubic", antialias=True)
-    pixels = pixels.float().round().clamp(0, 255)
+    for size in ((pictures.shape[2], IMAGE_SIDE), (IMAGE_SIDE, IMAGE_SIDE)):
+        pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
+        pixels = pixels.round().clamp(0, 255)
     mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1)
                  for v in (PROCESSOR.image_mean, PROCESSOR.image_std))  # fmt: skip
-    return pixels.mul_(1 / (255 * std)).sub_(mean / std)
+    return pixels.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def position_waves(num_rows: int, width: int) -> Tensor:
@@ -227,9 +228,8 @@ def word_loss(
     texts = F.normalize(texts.float(), dim=-1).split(lengths)
     losses, shares = [], []
     for index, text in enumerate(texts):
-        targets = names[:, index]
+        targets = names[:, index].flatten()
         logits = (model.logit_scale.exp() * patches @ text.T).flatten(0, 1)
-        targets = targets.flatten()
         num_named = (targets != UNNAMED).sum().clamp(min=1)
         total = F.cross_entropy(logits, targets, ignore_index=UNNAMED, reduction="sum")
         losses.append(total / num_named)
@@ -367,8 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         check_args(args)
-        with memory_guard("lower --batch_size"):
-            return run(args)
+        return run(args)
     except KeyboardInterrupt:
         print("stopped before the end; nothing was written / 已中断, 未写入", file=sys.stderr)
         return 130  # 128 plus the signal's number
@@ -377,6 +376,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+@memory_guard("lower --batch_size")
 def run(args: argparse.Namespace) -> int:
     """What `main` does with its flags."""
     device = prepare_device(choose_device(args.device))
