@@ -73,9 +73,15 @@ def prepare_device(device: torch.device, *, tf32: bool = False) -> torch.device:
 
     Args:
         tf32: float32 products in TF32, several times as fast with 10 bits of mantissa.
+    Raises:
+        ValueError: the driver refuses it, for example because another process owns it.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:
+            first_line = str(error).splitlines()[0]
+            raise ValueError(f"--device {device} cannot be used: {first_line}") from error
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32

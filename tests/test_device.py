@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,9 +21,12 @@ from model.device import (
     prepare_device,
 )
 from model.loading import add_model_arguments, load_model
-from trainer import train_pretrain_vlm
+from trainer import benchmark_saving, train_clip_tiny, train_pretrain_vlm
+from trainer.report import RunPaths, print_header
 from trainer.setup import check_run
-from trainer.trainer_utils import init_distributed_mode, local_ranks, resolve_compute
+from trainer.train_args import TrainArgs
+from trainer.train_pretrain_vlm import STAGE
+from trainer.trainer_utils import Ranks, init_distributed_mode, local_ranks, resolve_compute
 from trainer.zero import read_config
 
 CUDA_ERROR = (
@@ -163,6 +167,37 @@ def test_deepspeed_cannot_take_another_gpu_than_the_local_ranks(cuda, monkeypatc
         read_config(args, ranks)
     ranks.device = torch.device("cuda:0")
     assert read_config(args, ranks)
+
+
+@pytest.mark.parametrize("main", [benchmark_saving.main, train_clip_tiny.main])
+def test_scripts_refuse_a_gpu_that_is_not_there_in_one_line(main, cuda, tmp_path, capsys):
+    folder = "--folder" if main is benchmark_saving.main else "--save_dir"
+    assert main(["--device", "cuda:2", folder, str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --device cuda:2")
+
+
+def test_gpu_that_the_driver_refuses_is_one_line(cuda, monkeypatch):
+    def refuse(_device) -> None:
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy\nCUDA kernel errors")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    with pytest.raises(ValueError, match=r"cuda:1 cannot be used: .* busy$"):
+        init_distributed_mode("cuda:1")
+
+
+@pytest.mark.parametrize(
+    "device, dtype, tf32, is_said",
+    [("cuda:0", "float32", False, True), ("cuda:0", "float32", True, False),
+     ("cuda:0", "bfloat16", False, False), ("cpu", "float32", False, False)],
+)  # fmt: skip
+def test_float32_without_tf32_is_said(device, dtype, tf32, is_said, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU")
+    ranks = Ranks(0, 1, torch.device(device))
+    paths = RunPaths(*map(Path, "abcd"))
+    model = torch.nn.Linear(1, 1)
+    print_header(STAGE, TrainArgs(dtype=dtype, tf32=tf32), ranks, model, paths)
+    assert ("--tf32 1 is several times as fast" in capsys.readouterr().out) == is_said
 
 
 def test_tf32_is_off_unless_asked_for(cuda):

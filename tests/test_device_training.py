@@ -299,3 +299,16 @@ def test_pictures_are_scaled_on_a_gpu_in_floating_point(monkeypatch):
     preprocess(pictures.to("meta"))  # stands for any device that is no CPU
     preprocess(pictures)
     assert given == [torch.float32] * 2 + [torch.uint8] * 2
+
+
+def test_validation_needs_no_float64_on_the_device(assets, tmp_path, monkeypatch):
+    """MPS has none."""
+
+    def refuse(*_):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    monkeypatch.setattr(torch.Tensor, "double", refuse)
+    data = make_records(tmp_path / "data", num_records=4)
+    val = {"val_data_path": data[0], "val_images_path": data[1]}
+    assert train_pretrain_vlm.main(train_flags(assets, tmp_path, *data, **val)) == 0
+    assert any("val_loss" in figures for figures in figures_of(tmp_path))

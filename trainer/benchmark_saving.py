@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from model.device import choose_device, has_bfloat16, prepare_device
+from model.device import choose_device, has_bfloat16, memory_guard, prepare_device
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.engine import Engine
 from trainer.metrics import GIB
@@ -30,6 +30,7 @@ from trainer.train_args import TrainArgs
 from trainer.train_loop import Progress
 from trainer.trainer_utils import Ranks, autocast
 
+NO_ROOM = "give smaller --sizes, or a lower --batch_size"
 MODES = ("no save", "waiting", "background")
 
 
@@ -109,9 +110,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default=None)
     parser.add_argument("--folder", type=Path, default=None, help="where to write the states")
     args = parser.parse_args(argv)
-    for size in args.sizes:
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            benchmark(size, args, Path(folder))
+    try:
+        for size in args.sizes:
+            with tempfile.TemporaryDirectory(dir=args.folder) as folder, memory_guard(NO_ROOM):
+                benchmark(size, args, Path(folder))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
