@@ -8,7 +8,7 @@ CPU_TORCH := torch==2.13.0+cpu
 JOBS ?= 2
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup test test-quick test-all lint demo from-zero clean
+.PHONY: setup test test-quick test-all test-gpu test-cuda-build lint demo from-zero clean
 
 setup: $(VENV)/.done
 
@@ -33,6 +33,10 @@ test-quick: setup
 # Everything in full.
 test-all: setup
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# All that needs a GPU, in 8 minutes, into out/gpu_report.txt; uses the PyTorch of PYTHON.
+test-gpu:
+	$(PYTHON) tests/gpu/run.py $(GPU_FLAGS)
 
 lint: setup
 	$(BIN)/ruff check .
