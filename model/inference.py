@@ -239,8 +239,8 @@ class VLMEngine:
         return decoder, [num_dropped for *_, num_dropped in fitted]
 
     def fit(
-        self, messages: list[dict], images: list, sampling: Sampling
-    ) -> tuple[list[dict], list, int]:
+        self, messages: list[dict], images: list | Tensor, sampling: Sampling
+    ) -> tuple[list[dict], list | Tensor, int]:
         """Drop the oldest turns, a question with its answer, until prompt and answer fit.
 
         For an answer of up to a quarter of the context turns are dropped; a longer one takes what
@@ -272,7 +272,7 @@ class VLMEngine:
                 f"the prompt has {num_tokens} tokens{what}, the model takes {self.max_tokens} with "
                 "the answer; shorten the question or use fewer images"
             )
-        return kept, list(images), num_dropped
+        return kept, images, num_dropped
 
     def _num_tokens(self, messages: list[dict]) -> int:
         text = self.processor.render(messages, add_generation_prompt=True)
@@ -287,11 +287,17 @@ class VLMEngine:
 
     @torch.inference_mode()
     def look(
-        self, messages: list[dict], images: list, answer_text: str, *, layer: int | None = None
+        self,
+        messages: list[dict],
+        images: list | Tensor,
+        answer_text: str,
+        *,
+        layer: int | None = None,
     ) -> list[Tensor]:
         """Where an answer looks: its tokens' mean attention to the patches of each image.
 
         Args:
+            images: as `VLMProcessor` takes them.
             layer: of the language model, from 0; None is the mean of all.
         Returns:
             One (side, side) float32 map an image, on the CPU: shares of the attention, so that a
