@@ -43,7 +43,7 @@ def _route(name: str, methods: str, pattern: str, *, is_public: bool = False) ->
 
 ROUTES = (
     _route("page", "GET HEAD", "/", is_public=True),  # or the login, where one is asked for
-    _route("asset", "GET HEAD", r"/(assets|static)/[\w./-]+", is_public=True),
+    _route("asset", "GET HEAD", r"/(assets|static)/(?!.*\.\.)[\w./-]+", is_public=True),
     _route("theme", "GET HEAD", r"/theme\.css", is_public=True),
     _route("icon", "GET HEAD", r"/favicon\.ico", is_public=True),
     _route("login", "POST", "/login", is_public=True),
@@ -153,15 +153,16 @@ def check_join(data, blocks, folder: Path) -> str:
         raise Refused(422, "session_hash is not one of this page")
     if type(index) is not int or index not in blocks.fns:
         raise Refused(422, "fn_index is not one of this page")
-    trigger = data.get("trigger_id")
-    if trigger is not None and (type(trigger) is not int or trigger not in blocks.blocks):
+    function, trigger = blocks.fns[index], data.get("trigger_id")
+    known = {part for part, _ in function.targets}
+    if trigger is not None and (type(trigger) is not int or trigger not in known):
         raise Refused(422, "trigger_id is not one of this page")
     if not isinstance(data.get("event_data"), dict | None):
         raise Refused(422, "event_data is no object")
     unknown = data.keys() - {"data", "event_data", "fn_index", "trigger_id", "session_hash"}
     if unknown:
         raise Refused(422, "the request holds fields that the page does not send")
-    inputs, values = blocks.fns[index].inputs, data.get("data")
+    inputs, values = function.inputs, data.get("data")
     if not isinstance(values, list) or len(values) != len(inputs):
         raise Refused(422, f"data is no list of {len(inputs)}")
     for part, value in zip(inputs, values, strict=True):
