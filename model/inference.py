@@ -352,11 +352,17 @@ class VLMEngine:
     @memory_guard(NO_ROOM_ADVICE)
     @torch.inference_mode()
     def look(
-        self, messages: list[dict], images: list, answer_text: str, *, layer: int | None = None
+        self,
+        messages: list[dict],
+        images: list | Tensor,
+        answer_text: str,
+        *,
+        layer: int | None = None,
     ) -> list[Tensor]:
         """Where an answer looks: its tokens' mean attention to the patches of each image.
 
         Args:
+            images: as `VLMProcessor` takes them.
             layer: of the language model, from 0; None is the mean of all.
         Returns:
             One (side, side) float32 map an image, on the CPU: shares of the attention, so that a

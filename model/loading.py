@@ -23,6 +23,7 @@ from model.model_vlm import (
 from model.vlm_processor import VLMProcessor, check_special_tokens, load_tokenizer
 from model.weights import (
     OUT_DIR,
+    check_tensors,
     find_weight,
     load_weights,
     read_metadata,
@@ -120,6 +121,30 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
     )
     loaded.model.eval().requires_grad_(False).to(device, getattr(torch, dtype))
     return loaded
+
+
+def check_native(args: argparse.Namespace, path: Path) -> Path:
+    """What `load_model` checks of a weight file but for the tensors' values, in a moment.
+
+    Returns:
+        the folder of the tower it is for, whose values are not looked at either.
+    Raises:
+        FileNotFoundError, ValueError: why it would not load.
+    """
+    state, metadata = read_weights(path, shapes_only=True), read_metadata(path)
+    fields = weight_config(state, path=path, flags={})
+    tokenizer = load_tokenizer(
+        args.tokenizer_path, expected_sha256=metadata.get("tokenizer_sha256")
+    )
+    tower = find_vision_dir(args.vision_model_path, named=metadata.get("vision_tower"))
+    config, vision = placeholder_config(fields, tokenizer, tower), load_vision_config(tower)
+    num_tokens = count_image_tokens(vision, keep_cls=config.keep_cls)
+    if (vision.hidden_size, num_tokens) != (config.vision_hidden_size, config.num_image_tokens):
+        raise ValueError(f"{path} is for another vision tower than the one in {tower}")
+    with torch.device("meta"):
+        model = MiniMindVLM(config)
+    check_tensors(model.state_dict(), state, path=path, may_lack_projection=True)
+    return tower
 
 
 def _load_native(args: argparse.Namespace, flags: dict) -> LoadedModel:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from model.inference import VLMEngine, ask
 from model.pictures import open_image
+from model.serving.web.privacy import without_paths
 
 MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; a 48-megapixel photo is fine
@@ -42,22 +43,23 @@ def check_image(path: str | Path) -> None:
     try:
         open_image(path, max_pixels=MAX_PIXELS)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"{name}: {without_paths(error)}") from error
 
 
 def new_turn(question: str, images: list[str], *, default_question: str) -> Turn:
-    """A checked question.
+    """A checked question. Its pictures were checked when they were uploaded: none is opened here.
 
     Raises:
-        ValueError: nothing was asked, too much was, or a picture cannot be used.
+        ValueError: nothing was asked, too much was, or a picture is no longer there.
     """
-    question = question.strip()
     if len(question) > MAX_QUESTION_CHARACTERS:
         raise ValueError(f"more than {MAX_QUESTION_CHARACTERS} characters")
+    question = question.strip()
     if len(images) > MAX_IMAGES_PER_TURN:
         raise ValueError(f"{len(images)} pictures at once, {MAX_IMAGES_PER_TURN} at most")
     for image in images:
-        check_image(image)
+        if not Path(image).is_file():
+            raise ValueError(f"{Path(image).name[:80]} is no longer here; add it again")
     if not question and not images:
         raise ValueError("there is no question")
     return Turn(question or default_question, list(images))

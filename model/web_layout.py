@@ -89,11 +89,12 @@ class Layout:
             self.stop = gr.Button(variant="stop", interactive=False, **small, elem_id="stop")
             self.again = gr.Button(interactive=False, **small, elem_id="again")
             self.clear = gr.Button(**small, elem_id="clear")
-            self.share = gr.DownloadButton(interactive=False, **small, elem_id="share")
+            self.share = gr.Button(interactive=False, **small, elem_id="share")
+            self.shared = gr.Textbox(visible="hidden")  # the saved page on its way to the browser
         self._named(self.stop, value="stop")
         self._named(self.again, value="regenerate")
         self._named(self.clear, value="clear")
-        self._named(self.share, label="share")
+        self._named(self.share, value="share")
 
     def _add_sources(self, weight: str, choices: list, examples: list[Path]) -> None:
         """What to talk to, and what about."""

@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 
 import gradio as gr
 
 from model import web_chat
 from model.inference import MAX_SEED, Sampling
+from model.serving.web.privacy import without_paths
 from model.web_chat import Turn, chat_messages, new_turn, prompt_of
 from model.web_layout import LIMITS, Layout
 from model.web_look import draw_look
@@ -27,8 +27,14 @@ from model.web_weights import Weights
 log = logging.getLogger(__name__)
 NUM_DRAWN_SEEDS = 2**31 - 1  # short enough to be copied by hand
 SHOW_EVERY_S = 0.05  # a streamed answer is sent to the browser this often
-CLEAN_EVERY_S, KEEP_S = 600, 6 * 3600  # of visitors' files
 PRIVATE = {"api_visibility": "private"}
+DOWNLOAD = """(page) => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([page], {type: "text/html"}));
+    link.download = "conversation.html";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}"""
 AT_ONCE = {"concurrency_limit": None, "show_progress": "hidden", **PRIVATE}
 
 
@@ -63,8 +69,7 @@ class Page:
 
     Args:
         weights: what can be talked to.
-        folder: where files for visitors lie; nothing outside it is served.
-        examples: pictures to try, copies in `folder`.
+        examples: pictures to try, where the page may serve them from.
         concurrency: answers generated at once; others wait in the queue.
     """
 
@@ -73,16 +78,13 @@ class Page:
         weights: Weights,
         defaults: Sampling,
         *,
-        folder: Path,
         examples: list[Path],
         concurrency: int,
     ):
-        self.weights, self.folder, self.examples = weights, folder, examples
+        self.weights, self.examples = weights, examples
         self._cancels: dict[str, threading.Event] = {}  # of the sessions being answered
         self._begins_blind = not weights.get(weights.default).can_see
-        with gr.Blocks(
-            title="MiniMind-V", analytics_enabled=False, delete_cache=(CLEAN_EVERY_S, KEEP_S)
-        ) as self.blocks:
+        with gr.Blocks(title="MiniMind-V", analytics_enabled=False) as self.blocks:
             self.parts = Layout(
                 defaults,
                 weight=weights.default,
@@ -122,6 +124,10 @@ class Page:
             **PRIVATE,
         )
         at.stop.click(self._stop, None, None, **AT_ONCE)
+        saved = at.share.click(
+            self._share, [at.turns, at.language], at.shared, concurrency_limit=2, **PRIVATE
+        )
+        saved.success(None, at.shared, None, js=DOWNLOAD, show_progress="hidden", **PRIVATE)
         everything = [*rest, at.look_picture, at.look_share]
         gr.on([at.clear.click, at.chat.clear], self._clear, at.language, everything, **AT_ONCE)
         at.gallery.select(self._add_example, at.box, at.box, **AT_ONCE)
@@ -178,13 +184,13 @@ class Page:
         try:
             yield self._running(turns) | ({at.box: None} if box else {})
             yield from self._generate(turns, wish, cancel)
-            yield self._done(turns, language)
+            yield self._done(turns)
         except Exception as error:  # whatever it is, the visitor hears of it and the slot is free
             if not isinstance(error, ValueError | OSError):
                 log.exception("an answer failed")
                 error = text("bug", language)
             self._warn("failed", language, error=error)
-            yield self._done(before, language) | ({at.box: box} if box else {})
+            yield self._done(before) | ({at.box: box} if box else {})
         finally:
             del self._cancels[wish.session]
 
@@ -214,7 +220,7 @@ class Page:
                 at.stop: gr.update(interactive=True),
                 at.again: gr.update(interactive=False)}  # fmt: skip
 
-    def _done(self, turns: list[Turn], code: str) -> dict:
+    def _done(self, turns: list[Turn]) -> dict:
         """The page at rest."""
         at = self.parts
         return {
@@ -223,24 +229,23 @@ class Page:
             at.status: turns[-1].note if turns else "",
             at.stop: gr.update(interactive=False),
             at.again: gr.update(interactive=bool(turns)),
-            at.share: gr.update(value=self._write_share(turns, code), interactive=bool(turns)),
+            at.share: gr.update(interactive=bool(turns)),
         }
 
-    def _write_share(self, turns: list[Turn], code: str) -> str | None:
-        if not turns:
-            return None
-        path = Path(mkdtemp(dir=self.folder)) / "conversation.html"
-        path.write_text(web_chat.to_html(turns, language=code, text=text), encoding="utf-8")
-        return str(path)
+    def _share(self, turns: list[Turn], language: str) -> str:
+        """The conversation as a page, handed to the browser alone: no file of it is kept here."""
+        return web_chat.to_html(turns, language=LANGUAGES[language], text=text)
 
     def _clear(self, language: str, request: gr.Request) -> dict:
         if request.session_hash in self._cancels:
             return self._warn("busy", LANGUAGES[language])
         at = self.parts
         gone = dict.fromkeys((at.box, at.look_picture, at.look_share))
-        return self._done([], LANGUAGES[language]) | gone
+        return self._done([]) | gone
 
     def _add_example(self, box: dict, event: gr.SelectData) -> dict:
+        if event.index not in range(len(self.examples)):
+            return box
         return box | {"files": [*box["files"], str(self.examples[event.index])]}
 
     def _add_photo(self, photo: str | None, box: dict) -> tuple:
@@ -251,8 +256,9 @@ class Page:
         at, code = self.parts, LANGUAGES[language]
         try:
             engine = self.weights.get(wanted)
-        except (ValueError, OSError) as error:
-            self._warn("not_loaded", code, weight=wanted, error=error)
+        except (ValueError, OSError):
+            log.exception("%r was picked and does not load", wanted)
+            self._warn("not_loaded", code, weight=wanted)
             return {at.weight: current}
         layers = engine.model.config.num_hidden_layers
         key = "loaded" if engine.can_see else "blind"
@@ -269,15 +275,16 @@ class Page:
             engine = self.weights.get(weight)
             messages, images = prompt_of(engine, turns)
             shown = min(max(int(image or 1), 1), len(images)) - 1
-            maps = engine.look(messages, images, turns[-1].answer, layer=wanted)
-            pixels = engine.processor.pixel_values([images[shown]])
+            pixels = engine.processor.pixel_values(images)
+            maps = engine.look(messages, pixels, turns[-1].answer, layer=wanted)
         except (ValueError, OSError) as error:
             return self._warn("failed", code, error=error)
-        (picture,) = engine.processor.pictures(pixels)
+        (picture,) = engine.processor.pictures(pixels[shown : shown + 1])
         share = text("look_share", code, share=maps[shown].sum().item())
         return {at.look_picture: draw_look(picture, maps[shown]), at.look_share: share}
 
     def _warn(self, key: str, language: str, **values) -> dict:
         """Show the visitor a message, which Gradio takes for HTML, and leave the page as it is."""
+        values = {k: without_paths(v) if k == "error" else v for k, v in values.items()}
         gr.Warning(html.escape(text(key, language, **values)))
         return {self.parts.status: gr.skip()}

@@ -4,16 +4,21 @@ import hmac
 import os
 import shutil
 import tempfile
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from model.inference import Sampling
+from model.serving.connections import close_when_idle
+from model.serving.hosts import KnownHosts, allowed_hosts
+from model.serving.web import care
+from model.serving.web.quota import Quota
 from model.web_chat import MAX_UPLOAD_BYTES
-from model.web_guard import NoRemoteFiles
-from model.web_text import CSS
+from model.web_text import ANY_NAME, CSS
 from model.web_weights import Weights
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MAX_EXAMPLES = 8
+EXAMPLES, UPLOADS = "examples", "uploads"  # within the folder that visitors' files lie in
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
 NOT_WANTED = {  # each would reach out of this machine, or show more than the page
     "share": False, "ssr_mode": False, "pwa": False, "mcp_server": False, "run_history": False,
@@ -37,35 +42,59 @@ def serve_page(
     Raises:
         OSError: the address is taken.
     """
-    with tempfile.TemporaryDirectory(prefix="minimind-v-") as folder:
-        # Gradio reads these when it is imported: files of visitors lie in a folder that is ours.
-        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
+    with tempfile.TemporaryDirectory(prefix="minimind-v-") as name:
+        # Files of visitors lie in a folder that is ours, resolved as Gradio resolves what is asked.
+        folder = Path(name).resolve()
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)
+        care.set_before_import()
         import gradio as gr
-        from starlette.middleware import Middleware
 
         from model.web_page import Page
 
         page = Page(
-            weights, defaults, folder=Path(folder), concurrency=concurrency,
-            examples=copy_examples(examples, Path(folder) / "examples"),
+            weights, defaults, concurrency=concurrency,
+            examples=copy_examples(examples, folder / EXAMPLES),
         )  # fmt: skip
         theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONTS,
                                font_mono=("monospace",))  # fmt: skip
         page.blocks.queue(max_size=max(1, queue))  # what runs at once passes the queue too
+        care.calm(page.blocks)
         page.blocks.launch(
             server_name=host, server_port=port or None, max_file_size=MAX_UPLOAD_BYTES, css=CSS,
-            theme=theme, app_kwargs={"middleware": [Middleware(NoRemoteFiles)]}, quiet=True,
+            theme=theme, app_kwargs={"lifespan": guarded(folder, names=allowed_hosts(host))},
             auth=None if password is None else lambda _, given: is_same(given, password),
-            prevent_thread_lock=True, **NOT_WANTED,
+            auth_message=ANY_NAME, quiet=True, prevent_thread_lock=True,
+            state_session_capacity=care.MAX_SESSIONS, **NOT_WANTED,
         )  # fmt: skip
+        close_when_idle(page.blocks.server.config)
         print(f"talk to it at {page.blocks.local_url} (Ctrl-C ends it)", flush=True)
         page.blocks.block_thread()
     return 0
 
 
+def guarded(folder: Path, *, names: list[str]):
+    """The lifespan of Gradio's application: it begins by putting our guards around all of it."""
+    from model.serving.web.guard import Guard
+    from model.serving.web.uploads import Uploads
+
+    quota = Quota(folder / UPLOADS)
+    keeper = care.Care(folder, quota, uploads=folder / UPLOADS, kept=folder / EXAMPLES)
+
+    @asynccontextmanager
+    async def lifespan(app):
+        guard = Guard(app.middleware_stack, care=keeper, uploads=Uploads(quota), folder=folder)
+        app.middleware_stack = KnownHosts(guard, names)
+        async with keeper.lifespan(app):
+            yield
+
+    return lifespan
+
+
 def is_same(given: str, password: str) -> bool:
     """Compare in a time that tells nothing."""
-    return hmac.compare_digest(given.encode(), password.encode())
+    return hmac.compare_digest(
+        *(text.encode("utf-8", "surrogatepass") for text in (given, password))
+    )
 
 
 def copy_examples(source: Path, folder: Path) -> list[Path]:

@@ -54,10 +54,11 @@ TEXTS = {
         "{weight} 没有投影层：它看不见图片，关于图片的话都是编的。",
     ),
     "not_loaded": (
-        "{weight} was not loaded, the one before stays: {error}",
-        "无法加载 {weight}，继续使用原权重：{error}",
+        "{weight} was not loaded, the one before stays; the server's log says why.",
+        "无法加载 {weight}，继续使用原权重；原因见服务器日志。",
     ),
     "refused": ("Not sent: {error}", "未发送：{error}"),
+    "not_taken": ("Not taken: {error}", "未接收：{error}"),
     "failed": ("The answer failed: {error}", "生成失败：{error}"),
     "bug": ("something broke; the server's log says what", "程序出错，详见服务器日志"),
     "nothing_to_look_at": (
@@ -76,6 +77,7 @@ TEXTS = {
         " · 最早的 {count} 轮对话已放不下",
     ),
 }  # fmt: skip
+ANY_NAME = "Any name will do; the password is the server's. 用户名随意，密码请问服务器主人。"
 
 
 def text(key: str, language: str, **values) -> str:

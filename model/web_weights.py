@@ -1,14 +1,17 @@
 """Owns the weights that the page offers: the described ones of a folder, loaded on demand."""
 
 import argparse
+import logging
 import threading
 from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
 
 from model.inference import VLMEngine
-from model.weights import read_metadata
+from model.loading import check_native
+from model.weights import read_metadata, tower_sha256
 
+log = logging.getLogger(__name__)
 MAX_LOADED = 3  # models held at once; the one unused for longest goes
 
 
@@ -25,24 +28,44 @@ class Weights:
         first = VLMEngine.from_args(args)
         self.default = first.path.stem
         self._loaded = OrderedDict({self.default: first})
+        self._tower = (first.model.vision_dir, tower_sha256(first.model.vision_encoder))
+        self._checked: dict[Path, tuple[tuple, str | None]] = {}  # of which files -> what is shown
 
     def names(self) -> dict[str, str]:
-        """File stem -> what the page says about it, for each weight that has its `.json`."""
+        """File stem -> what the page says about it, for each weight with its `.json` that loads.
+
+        One that would not is left out, with a line in the log when it is first seen so.
+        """
         found = {self.default: self.default}
-        for path in sorted(self._args.save_dir.glob("*.json")):
-            if not path.with_suffix(".pth").is_file():
-                continue
+        for beside in sorted(self._args.save_dir.glob("*.json")):
+            path = beside.with_suffix(".pth")
             try:
-                metadata = read_metadata(path.with_suffix(".pth"))
-            except (ValueError, OSError):
-                metadata = {}  # loading it says what is wrong
-            config, stage = metadata.get("config", {}), metadata.get("stage")
-            about = [str(stage)] if stage else []
-            if "hidden_size" in config:
-                kind = " MoE" if config.get("use_moe") else ""
-                about.append(f"{config['hidden_size']} x {config.get('num_hidden_layers')}{kind}")
-            found[path.stem] = f"{path.stem} ({', '.join(about)})" if about else path.stem
+                files = tuple((s.st_mtime_ns, s.st_size) for s in (path.stat(), beside.stat()))
+            except OSError:
+                continue  # no weight is beside it, or it has just gone
+            if self._checked.get(path, (None,))[0] != files:
+                self._checked[path] = (files, self._about(path))
+            about = self._checked[path][1]
+            if about is not None:
+                found[path.stem] = about
         return found
+
+    def _about(self, path: Path) -> str | None:
+        """What the page says about a weight; None for one that would not load."""
+        try:
+            metadata = read_metadata(path)
+            tower, expected = check_native(self._args, path), metadata.get("vision_tower_sha256")
+            if expected and tower.resolve() == self._tower[0] and expected != self._tower[1]:
+                raise ValueError(f"{path} was trained with another vision tower than {tower}")
+        except (ValueError, TypeError, OSError) as error:
+            log.warning("not offered on the page: %s", error)
+            return None
+        config, stage = metadata.get("config", {}), metadata.get("stage")
+        about = [str(stage)] if stage else []
+        if "hidden_size" in config:
+            kind = " MoE" if config.get("use_moe") else ""
+            about.append(f"{config['hidden_size']} x {config.get('num_hidden_layers')}{kind}")
+        return f"{path.stem} ({', '.join(about)})" if about else path.stem
 
     def get(self, name: str) -> VLMEngine:
         """The model of one of `names`, loaded now if need be.

@@ -18,6 +18,7 @@ from model.atomic_file import atomic_write, staged_write
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT_DIR = ROOT / "out"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VISION_PREFIX = "vision_encoder."
 PROJECTION_PREFIX = "vision_proj."
 METADATA_FORMAT = 1
@@ -168,14 +169,16 @@ def find_weight(
     )
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
     """The state dict of a weight file, refusing what is not one.
+
+    With `shapes_only` the tensors have no values (they are on `meta`).
 
     Raises:
         ValueError: unreadable, of the first release, or a training state.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # the unpickler raises almost anything on damaged data
@@ -302,28 +305,34 @@ def load_weights(
         ValueError: naming the tensors that are missing, left over, misshapen or untied.
     """
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(VISION_PREFIX)}
-    tied = ("model.embed_tokens.weight", "lm_head.weight")
-    has_projection = any(k.startswith(PROJECTION_PREFIX) for k in state)
-    missing = [k for k in own if k not in state and k != tied[1]]
-    if may_lack_projection and not has_projection:
-        missing = [k for k in missing if not k.startswith(PROJECTION_PREFIX)]
-    unexpected = [k for k in state if k not in own]
-    misshapen = [k for k in state if k in own and state[k].shape != own[k].shape]
-    not_finite = [k for k in state if not state[k].isfinite().all()]
-    for problem, names in (
-        ("lacks", missing),
-        ("has unknown", unexpected),
-        ("has another size of", misshapen),
-        ("has values that are not finite in", not_finite),
-    ):
-        if names:
-            raise ValueError(
-                f"{path} {problem} {len(names)} tensor(s): {', '.join(names[:4])}"
-                f"{', ...' if len(names) > 4 else ''}; it is not a weight of this model"
-            )
-    if all(k in state for k in tied) and not torch.equal(state[tied[0]], state[tied[1]]):
-        raise ValueError(f"{path}: {tied[1]} differs from {tied[0]}, but here they are one tensor")
+    has_projection = check_tensors(own, state, path=path, may_lack_projection=may_lack_projection)
+    infinite = [k for k in state if not state[k].isfinite().all()]
+    _refuse(path, "has values that are not finite in", infinite)
+    if {EMBEDDING, HEAD} <= state.keys() and not torch.equal(state[EMBEDDING], state[HEAD]):
+        raise ValueError(f"{path}: {HEAD} differs from {EMBEDDING}, but here they are one tensor")
     with torch.no_grad():
         for name, tensor in state.items():
             own[name].copy_(tensor)
     return has_projection
+
+
+def check_tensors(
+    own: dict[str, Tensor], state: dict[str, Tensor], *, path: Path, may_lack_projection: bool
+) -> bool:
+    """Names and shapes only; returns and raises as `load_weights` does."""
+    has_projection = any(k.startswith(PROJECTION_PREFIX) for k in state)
+    missing = [k for k in own if k not in state and k != HEAD]
+    if may_lack_projection and not has_projection:
+        missing = [k for k in missing if not k.startswith(PROJECTION_PREFIX)]
+    _refuse(path, "lacks", missing)
+    _refuse(path, "has unknown", [k for k in state if k not in own])
+    _refuse(path, "has another size of", [k for k in state if state[k].shape != own[k].shape])
+    return has_projection
+
+
+def _refuse(path: Path, problem: str, names: list[str]) -> None:
+    if names:
+        raise ValueError(
+            f"{path} {problem} {len(names)} tensor(s): {', '.join(names[:4])}"
+            f"{', ...' if len(names) > 4 else ''}; it is not a weight of this model"
+        )

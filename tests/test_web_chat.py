@@ -1,8 +1,6 @@
 """What the page is made of, without a browser: questions, prompts, saved pages, weights, limits."""
 
 import argparse
-import asyncio
-import json
 import re
 import shutil
 import string
@@ -14,7 +12,6 @@ from conftest import write_png
 from PIL import Image, ImageFile
 from tiny_vlm import GREEDY, make_loaded, picture, save_tiny
 
-from model import web_guard
 from model.inference import VLMEngine, add_model_arguments, ask
 from model.web_chat import Turn, check_image, new_turn, prompt_of, to_html
 from model.web_look import SIDE, draw_look
@@ -58,7 +55,7 @@ def test_question_is_checked(tmp_path, pictures):
         ("  ", [], "no question"),
         ("a" * 20_001, [], "20000 characters"),
         ("Hi", pictures * 5, "10 pictures at once, 8 at most"),
-        ("Hi", [str(tmp_path / "gone.png")], "gone.png"),
+        ("Hi", [str(tmp_path / "gone.png")], "gone.png is no longer here"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             new_turn(question, images, default_question="?")
@@ -143,74 +140,13 @@ def weights_args(assets, tmp_path) -> argparse.Namespace:
 def test_weights_are_found_and_loaded_on_demand(weights_args):
     weights = Weights(weights_args)
     assert weights.default == "w1_32"
-    assert set(weights.names()) == {f"w{i}_32" for i in range(4)} | {"broken_32"}
+    assert set(weights.names()) == {f"w{i}_32" for i in range(4)}
     assert weights.names()["w3_32"] == "w3_32 (32 x 4)"
     layers = [weights.get(f"w{i}_32").model.config.num_hidden_layers for i in range(4)]
     assert layers == [1, 2, 3, 4]
     assert weights.get("w3_32") is weights.get("w3_32")
     assert len(weights._loaded) == MAX_LOADED
     assert weights.get("w1_32").model.config.num_hidden_layers == 2  # loaded again after it left
-    for name, message in (("broken_32", "not a readable weight"), ("../x", "no weight '../x'")):
+    for name, message in (("broken_32", "no weight 'broken_32'"), ("../x", "no weight '../x'")):
         with pytest.raises(ValueError, match=message):
             weights.get(name)
-
-
-async def respond(
-    app, *, path="/", body=b"", kind="application/json", kinds=None, method="POST"
-) -> int:
-    """The status of a request through the middleware; `kinds` for several content types."""
-    sent, pieces = [], [body[i : i + 1000] for i in range(0, len(body), 1000)] or [b""]
-    messages = [
-        {"type": "http.request", "body": piece, "more_body": i < len(pieces) - 1}
-        for i, piece in enumerate(pieces)
-    ]
-
-    async def receive():
-        return messages.pop(0)
-
-    async def send(message):
-        sent.append(message)
-
-    headers = [(b"content-type", k) for k in ([kind.encode()] if kinds is None else kinds)]
-    scope = {"type": "http", "path": path, "method": method, "headers": headers}
-    await web_guard.NoRemoteFiles(app)(scope, receive, send)
-    return sent[0]["status"]
-
-
-def test_guard_lets_nothing_be_fetched():
-    seen = []
-
-    async def app(scope, receive, send):
-        body = b""
-        while True:
-            message = await receive()
-            body += message["body"]
-            if not message["more_body"]:
-                break
-        seen.append(body)
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    def status(**request) -> int:
-        return asyncio.run(respond(app, **request))
-
-    def files(path: str) -> bytes:
-        return json.dumps({"data": [{"text": "x" * 5000, "files": [{"path": path}]}]}).encode()
-
-    assert status(body=files("uploads/a.png")) == 200 and seen == [files("uploads/a.png")]
-    assert status(body=files(" HTTPS://example.com/a.png")) == 403
-    assert status(body=files("file:///etc/passwd")) == 403
-    assert status(body=b"{") == 400 and status(body=b"[" * 100_000) == 400
-    assert status(body=b'"' + b"a" * (5 << 20) + b'"') == 413
-    for path in ("/gradio_api/file=http://x/a", "/gradio_api/file/https://x", "/proxy=http://x"):
-        assert status(path=path, method="GET") == 403
-    assert status(path="/gradio_api/file=uploads/a.png", method="GET") == 200
-    for kind in ("Application/JSON", "application/x+json", "APPLICATION/json; charset=utf-8", ""):
-        assert status(body=files("http://example.com/a.png"), kind=kind) == 403, kind
-    for kind in ("multipart/form-data; boundary=x", "Multipart/Form-Data",
-                 "application/x-www-form-urlencoded"):  # fmt: skip
-        assert status(body=b"no json", kind=kind) == 200, kind
-    # Of two headers the application takes one, and not the guard chooses which.
-    both = [b"multipart/form-data", b"application/json"]
-    for kinds in (both, both[::-1], []):
-        assert status(body=files("http://example.com/a.png"), kinds=kinds) == 403, kinds
-    assert len(seen) == 5

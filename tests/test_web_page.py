@@ -193,14 +193,21 @@ def test_where_it_looks_and_the_other_language(browser, site, folder, screenshot
         me.shoot(screenshots, "8_english")
 
 
-def test_switching_weights(browser, site, screenshots):
+def test_switching_weights(browser, site, folder, screenshots):
+    for suffix in (".pth", ".json"):
+        shutil.copy(folder / f"sft_vlm_32{suffix}", folder / f"late_32{suffix}")
     with visiting(browser, site) as me:
         me.choose_weight("other_32_moe")
         me.page.get_by_text("Now talking: other_32_moe").wait_for()
         assert "other_32_moe" in me.ask("What is a circle?")
-        me.choose_weight("broken_32")
+        # One that does not load is not offered; this one breaks while the page is open.
+        me.page.locator("#weight input").click()
+        assert me.page.get_by_role("option", name=re.compile("^broken_32")).count() == 0
+        me.page.keyboard.press("Escape")
+        (folder / "late_32.pth").write_bytes(b"no longer a weight")
+        me.choose_weight("late_32")
         shot = (screenshots, "9_weights")
-        me.is_told("broken_32 was not loaded, the one before stays", shot=shot)
+        me.is_told("late_32 was not loaded, the one before stays", shot=shot)
         me.page.wait_for_function(
             "document.querySelector('#weight input').value.startsWith('other_32_moe')"
         )
@@ -236,11 +243,10 @@ def test_what_must_not_be_sent_is_refused_and_the_page_goes_on(browser, site, fo
     num_before = len(site.events("question"))
     with visiting(browser, site) as me:
         for name, message in (("text.jpg", "not a readable image"), ("bomb.png", "pixels")):
-            me.attach_picture(folder / name)
-            me.send("What is it?")
+            me.attach(folder / name)
             shot = (screenshots, f"11_{Path(name).stem}")
-            me.is_told(f"{name}: .*{message}", shot=shot)
-            me.page.get_by_label("Remove file").click()
+            me.is_told(f"Not taken: {name}: .*{message}", shot=shot)
+            assert me.page.locator("#box .thumbnail-item").count() == 0
         me.attach(folder / "huge.png")
         me.is_told("exceed the maximum allowed size of 20")
         me.box.fill("")
@@ -326,20 +332,16 @@ def test_page_of_a_weight_that_cannot_see_says_so_from_the_start(browser, tmp_pa
         assert "projection" not in me.page.locator("#status").inner_text()
 
 
-def test_without_the_password_nothing_is_served(site):
-    stranger = Client(site, password="guess")
-    assert stranger.login == 400
-    assert stranger.status("/config") == 401
-    assert stranger.status("/gradio_api/upload", b"") == 401
-    assert stranger.status("/gradio_api/queue/join", b"{}") == 401
-    assert Client(site, password=PASSWORD).status("/config") == 200
-
-
 def test_the_server_itself_refuses_a_large_upload(site):
     client = Client(site, password=PASSWORD)
     head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-    for size, statuses in ((1 << 20, {200}), (25 << 20, {413, HUNG_UP})):
-        body = head + bytes(size) + b"\r\n--x--\r\n"
+    red = (site.folder / "red.png").read_bytes()
+    for size, statuses in (
+        (1 << 20, {200}),
+        (25 << 20, {400, HUNG_UP}),
+        (205 << 20, {413, HUNG_UP}),
+    ):
+        body = head + red + bytes(size) + b"\r\n--x--\r\n"
         kind = "multipart/form-data; boundary=x"
         assert client.status("/gradio_api/upload", body, kind) in statuses
 
@@ -360,9 +362,8 @@ def test_no_file_of_the_server_is_served_or_taken(site, folder):
                 0.6, 0.8, 0, 1, 5]  # fmt: skip
         event = {"data": data, "fn_index": submit["id"], "session_hash": "stranger"}
         for kind in ("application/json", "Application/JSON", "application/x+json"):
-            status = client.status("/gradio_api/queue/join", json.dumps(event).encode(), kind)
-            assert status == 403 or not path.startswith("http"), kind
-            if status != 403:
-                answer = client.get("/gradio_api/queue/data?session_hash=stranger").decode()
-                assert '"success":false' in answer.replace(" ", "")
+            assert client.status("/gradio_api/queue/join", json.dumps(event).encode(), kind) in (
+                403,
+                415,
+            )
     assert len(site.events("question")) == num_before

@@ -3,10 +3,13 @@
     python tests/web_site.py RECORD [flags of web_demo.py]
 
 A question that holds BREAK breaks the model. Each token takes a moment, so that there is time to
-press Stop, and no answer ends before its longest length.
+press Stop, and no answer ends before its longest length. With SHORT in the environment visitors
+may upload little, and all that waits for hours or minutes waits for seconds.
 """
 
+import functools
 import json
+import os
 import sys
 import threading
 import time
@@ -17,10 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny_vlm import never_end
 
 import web_demo
+from model import web_chat, web_server
 from model.inference import Stream, VLMEngine
+from model.serving.web import care, uploads
 
 BREAK = "break the model"
 TOKEN_S = 0.01
+SHORT_KEEP_S, SHORT_SILENCE_S, SHORT_HEAD_S = 3, 1, 1
+SHORT_QUOTA = {"visitor_bytes": 100_000, "address_bytes": 400_000, "all_bytes": 400_000}
 
 
 def record(path: Path) -> None:
@@ -51,9 +58,25 @@ def record(path: Path) -> None:
             write(event="answer", text=said.text, finish_reason=said.finish_reason)
             raise
 
+    def shared(*arguments, **options):
+        write(event="share")
+        return to_html(*arguments, **options)
+
+    to_html, web_chat.to_html = web_chat.to_html, shared
     VLMEngine.__init__, VLMEngine.stream, Stream.__next__ = endless, recorded, slow
+
+
+def hurry() -> None:
+    """Limits that a test can reach."""
+    care.KEEP_S, care.SWEEP_EVERY_S, uploads.SILENCE_S = SHORT_KEEP_S, 0.3, SHORT_SILENCE_S
+    web_server.Quota = functools.partial(web_server.Quota, **SHORT_QUOTA)
+    web_server.close_when_idle = functools.partial(
+        web_server.close_when_idle, head_s=SHORT_HEAD_S
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
     record(Path(sys.argv[1]))
+    if os.environ.get("SHORT"):
+        hurry()
     sys.exit(web_demo.main(sys.argv[2:]))

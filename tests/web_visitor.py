@@ -41,6 +41,7 @@ class Site:
     url: str
     record: Path
     folder: Path
+    pid: int
 
     def events(self, kind: str) -> list[dict]:
         if not self.record.is_file():
@@ -79,7 +80,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(folder: Path, *flags):
+def serving(folder: Path, *flags, **environment):
     """The page behind a password, started from another directory."""
     port, record = free_port(), folder / "record.jsonl"
     command = [sys.executable, ROOT / "tests" / "web_site.py", record, *model_flags(folder),
@@ -87,7 +88,7 @@ def serving(folder: Path, *flags):
     outside = socket.create_server(("127.0.0.1", 0))  # stands for the rest of the world
     outside.setblocking(False)
     proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
-    environment = script_environment() | {
+    environment = script_environment() | environment | {
         "MINIMIND_PASSWORD": PASSWORD, "http_proxy": proxy, "https_proxy": proxy,
         "no_proxy": "127.0.0.1,localhost",
     }  # fmt: skip
@@ -103,7 +104,7 @@ def serving(folder: Path, *flags):
                 folder / "log.txt"
             ).read_text()
             time.sleep(0.1)
-        yield Site(f"http://127.0.0.1:{port}", record, folder)
+        yield Site(f"http://127.0.0.1:{port}", record, folder, process.pid)
         assert process.poll() is None, "the server died"
         with pytest.raises(BlockingIOError):
             outside.accept()  # nothing has tried to reach the world

@@ -1,0 +1,1 @@
+"""The web page: what its server takes, keeps and refuses."""

@@ -1,0 +1,223 @@
+"""Owns what stands between the page's visitors and Gradio: each request passes here.
+
+What the page never asks for is refused, what it asks for is checked first, and whatever still
+breaks in Gradio by what a visitor sent ends here, as the request's fault and in the server's log.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import re
+import secrets
+from pathlib import Path
+from urllib.parse import parse_qs
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+
+from model.serving.web.care import Care
+from model.serving.web.login import Throttle
+from model.serving.web.requests import (
+    SESSION,
+    Refused,
+    check_file,
+    check_join,
+    find_route,
+    read_json,
+)
+from model.serving.web.uploads import Uploads
+
+log = logging.getLogger(__name__)
+MAX_BODY_BYTES = 1 << 20  # of a question: pictures are uploaded before, on their own
+MAX_LOGIN_BYTES = 16 << 10
+BODY_S = 30  # for a whole body of that size
+SEND_S = 60  # for a reader to take a piece; one that does not read is cut off
+TOKEN = re.compile(r"[A-Za-z0-9_-]{22}")
+ALL_IS_SENT = b'data: {"msg": "done"}\n\n'
+
+
+class Guard:
+    """ASGI middleware around all of Gradio's application.
+
+    Args:
+        folder: where all files lie that a visitor can name.
+    """
+
+    def __init__(self, app, *, care: Care, uploads: Uploads, folder: Path):
+        self._app, self._care, self._uploads, self._folder = app, care, uploads, folder
+        self._throttle = Throttle()
+        # Servers at other ports of this machine share its cookies.
+        self._cookie = f"visitor-{secrets.token_hex(4)}"
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        answer = _Answer(send)
+        try:
+            await self._serve(Request(scope, receive), answer)
+        except Refused as refusal:
+            await _say(answer, refusal.status, str(refusal))
+        except (ClientDisconnect, _NoReader):
+            pass
+        except Exception as error:
+            is_ours = isinstance(error, OSError | MemoryError)
+            log.exception("%s %.200s broke", scope["method"], scope["path"])
+            await _say(answer, 500 if is_ours else 400, "this could not be answered")
+        if answer.is_withheld:
+            await _say(answer, 400, "this could not be answered")
+
+    async def _serve(self, request: Request, answer: "_Answer") -> None:
+        scope = request.scope
+        route, match = find_route(scope["method"], scope["path"])
+        if not route.is_public and not _has_entered(request):
+            raise Refused(401, "log in first")
+        visitor = self._visitor_of(request)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._care.visitors.here(visitor))
+            if route.name == "upload":
+                response = await self._uploads.take(request, visitor)
+                return await response(scope, request.receive, answer.send)
+            if route.name == "progress":  # the page wants to hear of it, if only the end
+                response = Response(ALL_IS_SENT, media_type="text/event-stream")
+                return await response(scope, request.receive, answer.send)
+            if route.name == "login":
+                return await self._log_in(request, answer)
+            receive = request.receive
+            if route.name == "page" and self._cookie not in request.cookies:
+                answer.cookie = f"{self._cookie}={secrets.token_urlsafe(16)}"
+            if route.name in ("page", "config"):
+                scope["query_string"] = b""  # there are names of files among what it could hold
+            elif route.name == "file":
+                check_file(match["path"], self._folder)
+            elif route.name == "heartbeat":
+                stack.enter_context(self._care.sessions.here(match["session"]))
+            elif route.name == "data":
+                stack.enter_context(self._care.sessions.here(self._session_asked(scope)))
+            elif route.name == "join":
+                body = await self._json_body(request)
+                session = check_join(read_json(body), scope["app"].get_blocks(), self._folder)
+                stack.enter_context(self._care.sessions.here(session))
+                receive = _replay(body, receive)
+            await self._app(scope, receive, answer.send)
+
+    def _visitor_of(self, request: Request) -> str:
+        """Who asks: by our cookie, or without one by the address."""
+        token = request.cookies.get(self._cookie, "")
+        return f"cookie {token}" if TOKEN.fullmatch(token) else f"address {_client(request)}"
+
+    def _session_asked(self, scope) -> str:
+        given = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])
+        if not re.fullmatch(SESSION, given[0]) or not self._care.knows(given[0]):
+            raise Refused(404, "nothing was asked in this session")
+        return given[0]
+
+    async def _json_body(self, request: Request) -> bytes:
+        kinds = request.headers.getlist("content-type")
+        if [kind.partition(";")[0].strip().lower() for kind in kinds] != ["application/json"]:
+            raise Refused(415, "the content type is not application/json")
+        return await _read(request.receive, MAX_BODY_BYTES)
+
+    async def _log_in(self, request: Request, answer: "_Answer") -> None:
+        client, throttle = _client(request), self._throttle
+        body = await _read(request.receive, MAX_LOGIN_BYTES)
+        wait_s = throttle.wait_s(client)
+        if wait_s > 0:
+            raise Refused(429, f"too many wrong passwords; try again in {math.ceil(wait_s)} s")
+        throttle.note_attempt(client)
+        if not await throttle.pass_one_by_one():
+            raise Refused(429, "too many wrong passwords; try again in a minute")
+        await self._app(request.scope, _replay(body, request.receive), answer.send)
+        if answer.status is not None and answer.status < 400:
+            throttle.forgive(client)
+
+
+class _NoReader(Exception):
+    """Whoever asked does not read the answer."""
+
+
+class _Answer:
+    """What is sent: a failure of the application is withheld, and so is one that nobody reads."""
+
+    def __init__(self, send):
+        self._send = send
+        self.status: int | None = None
+        self.is_withheld = self.is_done = False
+        self.cookie: str | None = None
+
+    async def send(self, message) -> None:
+        if message["type"] == "http.response.start":
+            if message["status"] == 500:
+                self.is_withheld = True
+                return
+            self.status = message["status"]
+            if self.cookie:
+                value = f"{self.cookie}; Path=/; HttpOnly; SameSite=Lax".encode()
+                headers = [*message["headers"], (b"set-cookie", value)]
+                message = message | {"headers": headers}
+        elif self.is_withheld:
+            return
+        elif message["type"] == "http.response.body":
+            self.is_done = not message.get("more_body", False)
+        try:
+            await asyncio.wait_for(self._send(message), SEND_S)
+        except TimeoutError:
+            raise _NoReader from None
+
+    async def finish(self, response: Response) -> None:
+        """Say something in place of what was not said; an answer half sent is ended."""
+        self.is_withheld = False
+        if self.status is None:
+            self.status, self.is_done = response.status_code, True
+            await response({"type": "http"}, None, self._send)
+        elif not self.is_done:
+            self.is_done = True
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _say(answer: _Answer, status: int, message: str) -> None:
+    await answer.finish(PlainTextResponse(message, status_code=status))
+
+
+def _client(request: Request) -> str:
+    return request.client.host if request.client else ""
+
+
+def _has_entered(request: Request) -> bool:
+    """Whether a visitor has logged in, where that is asked for: as Gradio's `login_check`."""
+    app = request.scope["app"]
+    names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
+    return app.auth is None or any(request.cookies.get(n) in app.tokens for n in names)
+
+
+async def _read(receive, max_bytes: int) -> bytes:
+    """A whole body.
+
+    Raises:
+        Refused: 413 as soon as it is too long, 408 if it does not come.
+    """
+    pieces, num_bytes = [], 0
+    try:
+        async with asyncio.timeout(BODY_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                pieces.append(message.get("body", b""))
+                num_bytes += len(pieces[-1])
+                if num_bytes > max_bytes:
+                    raise Refused(413, f"more than {max_bytes} bytes")
+                if not message.get("more_body", False):
+                    return b"".join(pieces)
+    except TimeoutError:
+        raise Refused(408, "the body did not come") from None
+
+
+def _replay(body: bytes, receive):
+    """A `receive` that gives the body again, then goes on with the connection."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again():
+        return messages.pop() if messages else await receive()
+
+    return again
