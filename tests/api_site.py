@@ -49,12 +49,12 @@ def question(*content: str | Image.Image, **fields) -> dict:
 
 
 @contextlib.contextmanager
-def started_process(*flags) -> Iterator[tuple[str, int]]:
+def started_process(*flags, env: dict | None = None) -> Iterator[tuple[str, int]]:
     """`web_demo.py --api` on a free port; yields its address and process id."""
     command = [sys.executable, ROOT / "web_demo.py", "--api", "--port", "0", *flags]
     process = subprocess.Popen(
         [str(word) for word in command], stdout=subprocess.PIPE, text=True,
-        env=script_environment(), stdin=subprocess.DEVNULL,
+        env=script_environment() | (env or {}), stdin=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         line = process.stdout.readline()

@@ -18,6 +18,9 @@ from model.inference import Sampling, VLMEngine, ask
 NUM_SEEDS = 8
 MAX_TOKENS = 12
 LONG = {"max_tokens": 20_000}
+# glibc keeps what was freed, a share for each thread: given back, what is left is what is held.
+GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
+             "MALLOC_TRIM_THRESHOLD_": "65536"}  # fmt: skip
 POLITE_S = 2  # how long a slow client goes on
 
 
@@ -127,5 +130,6 @@ def api_in_soak(assets: Path, folder: Path) -> Iterator[tuple[int, list[Behaviou
     round_weights(loaded)
     loaded.model.model.embed_tokens.weight[2] = 0
     save_tiny(loaded, folder / f"{MODEL}.pth")
-    with started_process(*model_flags(assets, folder), "--max_new_tokens", 3) as (address, pid):
+    flags = [*model_flags(assets, folder), "--max_new_tokens", 3]
+    with started_process(*flags, env=GIVE_BACK) as (address, pid):
         yield pid, ApiClients(address, VLMEngine(loaded)).behaviours()

@@ -52,9 +52,11 @@ class Soak:
             shares = [behaviour.share for behaviour in self.behaviours]
             while time.monotonic() < deadline and not has_failed.is_set():
                 with lock:
-                    if next(left, None) is None:
+                    if (i := next(left, None)) is None:
                         return
-                (behaviour,) = rng.choices(self.behaviours, shares)
+                # Each comes once before chance decides.
+                rest = self.behaviours[i : i + 1] or rng.choices(self.behaviours, shares)
+                behaviour = rest[0]
                 try:
                     behaviour.act(rng)
                 except BaseException:
