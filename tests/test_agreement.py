@@ -114,8 +114,9 @@ def test_edited_answers_of_equal_length_are_not_resumed(assets, tmp_path, data, 
     argv = train_flags(assets, tmp_path, *data, batch_size=24)
     assert train_pretrain_vlm.main(argv) == 0
     before = ends_fingerprint(data[0], 24)
-    text = data[0].read_text()
-    data[0].write_text(text.replace("picture. ", "drawing. "))
+    lines = data[0].read_text().splitlines(keepends=True)
+    edited = [line.replace("picture. ", "drawing. ") for line in lines[1:-1]]
+    data[0].write_text("".join([lines[0], *edited, lines[-1]]))
     assert ends_fingerprint(data[0], 24) == before  # all that earlier versions looked at
     assert train_pretrain_vlm.main([*argv, "--from_resume", "1"]) == 1
     assert "cannot be resumed: its data is" in capfd.readouterr().err

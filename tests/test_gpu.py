@@ -44,10 +44,10 @@ def test_training_forward_never_waits_for_the_device(use_moe, assets, tmp_path):
 @pytest.mark.parametrize("use_moe", [0, 1])
 def test_training_on_the_gpu_learns_and_resumes(dtype, use_moe, assets, tmp_path):
     data = make_records(tmp_path / "data", multi=True)
-    argv = train_flags(assets, tmp_path, *data, device="cuda", dtype=dtype, use_moe=use_moe,
-                       epochs=3, learning_rate=0.003)  # fmt: skip
-    assert train_pretrain_vlm.main(argv) == 0
+    flags = {"device": "cuda", "dtype": dtype, "use_moe": use_moe, "learning_rate": 0.003}
+    assert train_pretrain_vlm.main(train_flags(assets, tmp_path, *data, epochs=3, **flags)) == 0
     metrics = next((tmp_path / "out").glob("*_metrics.jsonl")).read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in metrics]
     assert losses[-1] < losses[0] - 1
-    assert train_pretrain_vlm.main([*argv, "--epochs", "4", "--from_resume", "1"]) == 0
+    argv = train_flags(assets, tmp_path, *data, epochs=4, from_resume=1, **flags)
+    assert train_pretrain_vlm.main(argv) == 0
