@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_records, run_script, train_flags
+from conftest import make_records, train_flags
 from rank_group import RankGroup, record_steps, recorded_steps
 
 import eval_vlm
 import web_demo
 from dataset import fingerprint
 from dataset.fingerprint import ends_fingerprint, file_fingerprint
-from trainer import train_args, train_llm, train_pretrain_vlm
+from trainer import plot, train_args, train_llm, train_pretrain_vlm
 
 STATE = "pretrain_vlm_32_resume.pth"
 
@@ -50,7 +50,9 @@ def take_own_data(own: Path, *flags: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["fewer records", "other words", "other flags"])
+@pytest.mark.parametrize(
+    "fault", ["fewer records", "other words", pytest.param("other flags", marks=pytest.mark.full)]
+)
 def test_ranks_that_differ_say_so_before_the_first_step(fault, assets, tmp_path, data):
     own = tmp_path / "own.jsonl"
     own.write_bytes(data[0].read_bytes())
@@ -191,8 +193,9 @@ def test_file_system_without_locks_is_said(assets, tmp_path, data, monkeypatch, 
         (train_llm.main, ("--hidden_size", "32", "--dim", "32")),
         (eval_vlm.main, ("--weight", "a", "--weight=b")),
         (web_demo.main, ("--port", "1", "--port", "2")),
+        (plot.main, ("--out", "a", "--out", "b")),
     ],
-    ids=["pretrain", "llm, by another name", "evaluation", "page"],
+    ids=["pretrain", "llm, by another name", "evaluation", "page", "plot"],
 )
 def test_repeated_flag_is_refused_in_one_line(main, flags, capfd):
     with pytest.raises(SystemExit) as ended:
@@ -200,12 +203,6 @@ def test_repeated_flag_is_refused_in_one_line(main, flags, capfd):
     assert ended.value.code == 2
     err = capfd.readouterr().err
     assert err.count("\n") == 1 and "is given more than once" in err
-
-
-@pytest.mark.slow
-def test_repeated_flag_of_a_real_command():
-    ended = run_script("trainer/plot.py", "--out", "a", "--out", "b", check=False)
-    assert ended.returncode == 2 and "--out is given more than once" in ended.stderr
 
 
 def test_steps_without_a_gradient_are_said_once(assets, tmp_path, capfd):
