@@ -19,9 +19,10 @@ from dataset.lm_dataset import BadSample, VLMDataset
 from model.feed_forward import MoEFeedForward
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import rank_meeting, train_pretrain_vlm
-from trainer.build import lighten_tower, train_loader, val_loader
+from trainer.build import Loaders, lighten_tower
 from trainer.engine import Engine
 from trainer.optim import make_optimizer, orthogonal
+from trainer.ranks.signals import StopSignal
 from trainer.setup import say_why, wrap_for_ranks
 from trainer.train_args import TrainArgs
 from trainer.train_clip_tiny import PROCESSOR, preprocess
@@ -46,9 +47,9 @@ def test_every_batch_for_a_gpu_has_a_length_of_a_multiple_of_64(assets, tmp_path
     args = TrainArgs(batch_size=3, num_workers=0, seed=1)
     for device, multiple in ((CPU, 1), (GPU, 64)):
         ranks = Ranks(0, 1, device)
-        loaders = (train_loader(dataset, args, ranks, 0, 0, 0), val_loader(dataset, args, ranks, 0))
-        for loader in loaders:
-            loader.pin_memory = False  # there is no GPU to pin for
+        made = Loaders(args, ranks, StopSignal(), 0)
+        for loader in (made.train(dataset, 0, 0), made.validation(dataset)):
+            loader._batches.pin_memory = False  # there is no GPU to pin for
             shapes = {batch.inputs[name].shape for batch in loader for name in NAMES}
             lengths = {shape[1] for shape in shapes}
             assert all(length % multiple == 0 for length in lengths)

@@ -190,8 +190,8 @@ def test_clock_that_jumps_changes_nothing(assets, tmp_path, data):
             path = tmp_path / name / STATE
             os.utime(path, (0, 0))
             os.utime(f"{path}.previous", (4e9, 4e9))
-        run_ranks([*argv, "--from_resume", "1", "--epochs", "2"], tmp_path, world_size=2,
-                  hook=hook, name=name)  # fmt: skip
+        argv = flags(assets, tmp_path / name, data, epochs=2, batch_size=5, from_resume=1)
+        run_ranks(argv, tmp_path, world_size=2, hook=hook, name=name)
         states.append(torch.load(tmp_path / name / STATE, weights_only=True))
     assert states[0]["progress"] == states[1]["progress"]
     for name, tensor in states[0]["model"].items():
@@ -256,7 +256,8 @@ def test_torchrun_restarts_a_run_that_goes_on_from_its_own_state(assets, tmp_pat
     assert re.search(r"resumed .* at step \d+", said), said
     assert_same_model(tmp_path / "whole", tmp_path / "cut")
     # A new launch is not a restart: it leaves that state alone and says so.
-    with torchrun([*argv, "--epochs", "1"], *launch) as process:
+    again = flags(assets, tmp_path / "cut", data, **(options | {"epochs": 1}))
+    with torchrun(again, *launch) as process:
         assert "is the state of an earlier run" in process.stdout.read()
     assert_nothing_runs(str(tmp_path))
     survived("kill -9 of a rank under torchrun --max-restarts, to the bit")

@@ -293,7 +293,7 @@ def test_thin_picture_is_refused_before_it_fills_the_memory(assets, tmp_path, ca
 def test_home_folder_is_expanded(assets, tmp_path, data, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    argv = train_flags(assets, tmp_path, *data)
+    argv = train_flags(assets, tmp_path, *data, save_dir=None)
     assert train_pretrain_vlm.main([*argv, "--save_dir=~/weights"]) == 0
     assert (tmp_path / "home" / "weights" / "pretrain_vlm_32.pth").is_file()
     assert not (tmp_path / "~").exists()

@@ -157,7 +157,14 @@ def test_worker_that_is_killed_or_stopped(signum, assets, tmp_path, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SIGHUP",
+        "SIGUSR1",
+        *(pytest.param(n, marks=pytest.mark.full) for n in ("SIGUSR2", "SIGXCPU")),
+    ],
+)
 def test_signals_of_terminals_and_schedulers_save(name, assets, tmp_path, data):
     signum = getattr(signal, name)
     with RankGroup(flags(assets, tmp_path, data), tmp_path, world_size=1,

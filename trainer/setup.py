@@ -142,10 +142,12 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
         former_identity={"data": parts.dataset.former_fingerprint[:16]},
     )
     with run_lock([lock_path(paths.weight), lock_path(paths.state)], ranks):
-        return run_state(state, parts, stop, zero_config)
+        return resume_and_train(state, parts, stop, zero_config)
 
 
-def run_state(state: RunState, parts: Parts, stop: StopSignal, zero_config: dict | None) -> int:
+def resume_and_train(
+    state: RunState, parts: Parts, stop: StopSignal, zero_config: dict | None
+) -> int:
     """Go on from what is saved, if that is asked for, and train; returns the exit status."""
     is_resumed = state.start()
     state.engine = make_engine(state, zero_config)

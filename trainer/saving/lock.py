@@ -43,7 +43,7 @@ def run_lock(paths: Iterable[Path], ranks: Ranks) -> Iterator[None]:
             try:
                 for path in dict.fromkeys(paths):
                     held.enter_context(_locked(path))
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 problem = str(error)
         problem = ranks.from_first(problem)
         if problem:
