@@ -136,7 +136,7 @@ def _install(monkeypatch, *gpus: Gpu) -> Driver:
         monkeypatch.setattr(torch.cuda, name, value, raising=False)
     accelerator = {
         "is_available": lambda: True,
-        "current_accelerator": lambda **_: torch.device("cuda"),
+        "current_accelerator": lambda *_, **__: torch.device("cuda"),
         "device_count": lambda: len(driver.gpus),
         "current_device_index": lambda: driver.current,
         "current_stream": driver.stream,
