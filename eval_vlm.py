@@ -296,6 +296,8 @@ def run_scores(args: argparse.Namespace, ranks: Ranks) -> int:
     known = check_second(args) if args.compare else None
     engine = load(args)
     name = engine.path.name
+    if args.max_seq_len > engine.max_tokens:
+        raise ValueError(f"--max_seq_len {args.max_seq_len}: {name} takes {engine.max_tokens}")
     if known not in (None, tokenizer_sha256(engine.processor.tokenizer)):
         raise ValueError(
             f"--compare {args.compare} has another tokenizer than {name}, so losses per token "
@@ -355,8 +357,10 @@ def show(found: Results | tuple, args: argparse.Namespace, ranks: Ranks) -> dict
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if something could not be loaded, or an image described."""
     args = parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # a character that the terminal lacks ends no run
-        sys.stdout.reconfigure(errors="backslashreplace")
+    # A character that the terminal lacks, or bytes that are none, end neither run nor chat.
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
     try:
         check_args(args)
         ranks = init_distributed_mode(args.device, timeout=SLOWEST_RANK)
