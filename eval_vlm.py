@@ -73,6 +73,7 @@ DEFAULT_PROMPT = "仔细看一下这张图：\n\n<image>\n\n描述一下这个�
 DESCRIBE_DEFAULTS = {"max_new_tokens": 512, "temperature": 0.65}
 SCORE_DEFAULTS = {"max_new_tokens": 64, "temperature": 0.0}
 WINDOW_BATCHES = 4  # batches of records that are read and sorted by length together
+READER_LEFT = 141  # exit status, as a shell has it for SIGPIPE (which Windows lacks)
 SLOWEST_RANK = timedelta(hours=12)  # how long the others wait for it
 
 
@@ -375,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
             return (run_scores if is_scored else describe_folder)(args, ranks)
     except BrokenPipeError:
         silence_stdout()
-        return 128 + signal.SIGPIPE
+        return READER_LEFT
     except (ValueError, OSError) as error:
         if os.environ.get("MINIMIND_TRACEBACK"):
             raise
