@@ -75,6 +75,7 @@ DEFAULT_PROMPT = "仔细看一下这张图：\n\n<image>\n\n描述一下这个�
 DESCRIBE_DEFAULTS = {"max_new_tokens": 512, "temperature": 0.65}
 SCORE_DEFAULTS = {"max_new_tokens": 64, "temperature": 0.0}
 WINDOW_BATCHES = 4  # batches of records that are read and sorted by length together
+READER_LEFT = 141  # exit status, as a shell has it for SIGPIPE (which Windows lacks)
 SLOWEST_RANK = timedelta(hours=12)  # how long the others wait for it
 
 
@@ -296,6 +297,8 @@ def run_scores(args: argparse.Namespace, ranks: Ranks) -> int:
     known = check_second(args) if args.compare else None
     engine = load(args)
     name = engine.path.name
+    if args.max_seq_len > engine.max_tokens:
+        raise ValueError(f"--max_seq_len {args.max_seq_len}: {name} takes {engine.max_tokens}")
     if known not in (None, tokenizer_sha256(engine.processor.tokenizer)):
         raise ValueError(
             f"--compare {args.compare} has another tokenizer than {name}, so losses per token "
@@ -367,8 +370,10 @@ def run_task(args: argparse.Namespace, ranks: Ranks) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if something could not be loaded, or an image described."""
     args = parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # a character that the terminal lacks ends no run
-        sys.stdout.reconfigure(errors="backslashreplace")
+    # A character that the terminal lacks, or bytes that are none, end neither run nor chat.
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
     try:
         check_args(args)
         ranks = init_distributed_mode(args.device, timeout=SLOWEST_RANK)
@@ -377,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
             return run_task(args, ranks)
     except BrokenPipeError:
         silence_stdout()
-        return 128 + signal.SIGPIPE
+        return READER_LEFT
     except (ValueError, OSError) as error:
         if os.environ.get("MINIMIND_TRACEBACK"):
             raise

@@ -103,7 +103,8 @@ class ChoiceFile:
             raise ValueError(f"--choices {path}: expected a .tsv or .parquet file")
         self._rows = readers[path.suffix]
         self._check_columns(self._columns())
-        self._shared_images = self._read_shared_images() if path.suffix == ".tsv" else {}
+        # Either reads all of it once, so that damage is found before hours go into its beginning.
+        self._shared_images = self._read_shared_images()
 
     def _columns(self) -> list[str]:
         if self.path.suffix == ".tsv":
@@ -187,17 +188,23 @@ class ChoiceFile:
         )
 
     def _parquet_rows(self) -> Iterator[dict]:
+        import pyarrow
         import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetFile(self.path) as file:
-            for batch in file.iter_batches(ROWS_AT_ONCE):
-                yield from batch.to_pylist()
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                for batch in file.iter_batches(ROWS_AT_ONCE):
+                    yield from batch.to_pylist()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{self.path}: a damaged Parquet file ({error})") from error
 
     def _read_shared_images(self) -> dict[str, str]:
         """The pictures that other rows point to, by the index of the row that has them."""
         wanted = {
-            row["image"] for row in self._rows() if len(row["image"] or "") <= MAX_REFERENCE
-        } - {None, ""}
+            image
+            for row in self._rows()
+            if isinstance(image := row["image"], str) and 0 < len(image) <= MAX_REFERENCE
+        }
         if not wanted:
             return {}
         return {row["index"]: row["image"] for row in self._rows() if row.get("index") in wanted}

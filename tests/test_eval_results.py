@@ -252,6 +252,14 @@ def test_terminal_of_another_encoding_shows_what_it_can(assets, painted, photos,
     assert rb"[\u7167\u7247.png] " in shown.buffer.getvalue()
 
 
+def test_bytes_that_are_no_text_lose_no_question_of_a_chat(assets, painted, monkeypatch, capfd):
+    typed = io.TextIOWrapper(io.BytesIO(b"/seed 5\n\xff\xfe?\n/seed 6\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert eval_vlm.main(eval_flags(assets, painted, chat=True)) == 0
+    out = capfd.readouterr().out
+    assert "seed 5" in out and "half a character" in out and "seed 6" in out
+
+
 def test_ctrl_c_keeps_what_is_described(assets, painted, tmp_path, monkeypatch, capfd):
     many, real = many_photos(painted, tmp_path / "many", count=5), eval_vlm.describe
 

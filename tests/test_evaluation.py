@@ -286,6 +286,8 @@ def test_languages_by_script():
         ({"batch_size": 0}, "--batch_size must be 1 or more"),
         ({"choices": "a.tsv"}, "--data_path and --choices are two tasks"),
         ({"chat": True}, "--data_path and --chat are two tasks"),
+        ({"max_seq_len": 40000}, "--max_seq_len 40000: sft_vlm_32.pth takes 32768"),
+        ({"data_path": None, "images_path": None, "chat": True, "json": "a.json"}, "--chat has"),
         ({"html": "a.html"}, "--html is a gallery of --image_dir"),
         ({"circular": 1}, "--circular needs --choices"),
         ({"data_path": None}, "--images_path needs --data_path"),

@@ -187,6 +187,17 @@ def test_nul_and_surplus_cells_are_named(tmp_path):
     assert "row 3: has more cells than the file has columns" in str(rows[3]) and len(rows) == 10
 
 
+def test_damage_within_a_parquet_file_is_found_at_once(painted, tmp_path):
+    path = tmp_path / "star.parquet"
+    write_parquet(path, painted, as_struct=False)
+    whole = bytearray(path.read_bytes())
+    start = len(whole) // 4
+    whole[start : start + 200] = bytes(200)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"star\.parquet"):
+        ChoiceFile(path)
+
+
 def test_large_picture_is_one_cell(tmp_path):
     """Python's own limit is 128 KiB."""
     write_rows(tmp_path / "a.tsv", {2: "A" * 400_000}, column=5)
