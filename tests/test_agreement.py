@@ -4,6 +4,7 @@ name; and each flag once."""
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import eval_vlm
 import web_demo
 from dataset import fingerprint
 from dataset.fingerprint import ends_fingerprint, file_fingerprint
-from trainer import plot, train_args, train_llm, train_pretrain_vlm
+from trainer import plot, train_args, train_llm, train_pretrain_vlm, train_sft_vlm
 
 STATE = "pretrain_vlm_32_resume.pth"
 
@@ -190,19 +191,39 @@ def test_file_system_without_locks_is_said(assets, tmp_path, data, monkeypatch, 
     ("main", "flags"),
     [
         (train_pretrain_vlm.main, ("--data_path", "a", "--data_path", "b")),
-        (train_llm.main, ("--hidden_size", "32", "--dim", "32")),
-        (eval_vlm.main, ("--weight", "a", "--weight=b")),
-        (web_demo.main, ("--port", "1", "--port", "2")),
-        (plot.main, ("--out", "a", "--out", "b")),
+        (train_llm.main, ("--data_path", "a.txt", "--data_path=b.txt")),
+        (train_sft_vlm.main, ("--val_images_path", "a", "--val_images_path", "a")),
+        (eval_vlm.main, ("--choices", "a", "--choices=b")),
     ],
-    ids=["pretrain", "llm, by another name", "evaluation", "page", "plot"],
+    ids=["pretrain", "llm", "sft", "evaluation"],
 )
-def test_repeated_flag_is_refused_in_one_line(main, flags, capfd):
+def test_data_that_is_named_twice_is_refused_in_one_line(main, flags, capfd):
     with pytest.raises(SystemExit) as ended:
         main(list(flags))
     assert ended.value.code == 2
     err = capfd.readouterr().err
-    assert err.count("\n") == 1 and "is given more than once" in err
+    assert err.count("\n") == 1 and f"{flags[0]} is given more than once" in err
+
+
+@pytest.mark.parametrize(
+    ("parse", "flags"),
+    [
+        (partial(train_args.parse_args, train_llm.STAGE, description=""),
+         ("--hidden_size", "32", "--dim", "64")),
+        (eval_vlm.parse_args, ("--weight", "a", "--weight=b")),
+        (web_demo.parse_args, ("--port", "1", "--port", "2")),
+        (plot.parse_args, ("--out", "a", "--out", "b")),
+    ],
+    ids=["llm, by another name", "evaluation", "page", "plot"],
+)  # fmt: skip
+def test_of_a_repeated_flag_the_last_counts_and_is_said(parse, flags, capfd):
+    args = parse(list(flags))
+    name, value = flags[0].removeprefix("--"), flags[-1].rpartition("=")[2]
+    assert str(getattr(args, name)) == value
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and f"more than once; the last, {value}, counts" in err
+    parse([*flags[:2], *flags[:2]])
+    assert capfd.readouterr().err == ""
 
 
 def test_steps_without_a_gradient_are_said_once(assets, tmp_path, capfd):

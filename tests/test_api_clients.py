@@ -193,7 +193,7 @@ def test_out_of_memory_is_one_error_and_frees_the_place(engine, monkeypatch, is_
         with connect(address) as client:
             client.sendall(whole(question("What?", max_tokens=10, stream=is_stream)))
             status, reply = read_reply(client)
-        assert status == (200 if is_stream else 500)
+        assert status == (200 if is_stream else 503)
         assert reply.count(b'"error"') == 1 and b"server_error" in reply
         monkeypatch.undo()
         assert is_answered(address)

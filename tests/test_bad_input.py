@@ -57,8 +57,7 @@ def test_bad_flag_ends_in_one_line(case, assets, tmp_path, capfd):
         pytest.skip("this machine has CUDA")
     flags, message = FLAG_CASES[case]
     data = make_records(tmp_path / "data", num_records=4)
-    argv = train_flags(assets, tmp_path, *data)
-    argv += [t for name, value in flags.items() for t in (f"--{name}", str(value))]
+    argv = train_flags(assets, tmp_path, *data, **flags)
     assert message in error_of(capfd, argv)
 
 
@@ -212,8 +211,7 @@ def test_runs_from_any_directory_with_relative_paths(assets, tmp_path):
 def test_eval_reports_bad_input(assets, trained, tmp_path, capfd):
     folder, _ = trained
     base = ["--save_dir", folder / "out", "--vision_model_path", assets / "tower",
-            "--tokenizer_path", assets / "tokenizer", "--image_dir", folder / "data" / "images",
-            "--max_new_tokens", 2]  # fmt: skip
+            "--tokenizer_path", assets / "tokenizer", "--max_new_tokens", 2]  # fmt: skip
     for extra, message in (
         (["--weight", "gone"], "no weight gone_512.pth"),
         (["--weight", "llm", "--hidden_size", 64], "no weight llm_64.pth"),

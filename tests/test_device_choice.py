@@ -21,6 +21,7 @@ import web_demo
 from model.inference import Sampling, ask
 from trainer import (
     benchmark_saving,
+    build,
     report,
     setup,
     train_clip_tiny,
@@ -132,12 +133,11 @@ def test_training_runs_whole(name, device, machine, monkeypatch, assets, folder,
     # Worker processes know no pretend GPU: the count is looked at, then the batches are made here.
     asked = []
 
-    def loader(*args, _loader=setup.train_loader, **kwargs):
-        asked.append(args[1].num_workers)
-        args[1].num_workers = 0
-        return _loader(*args, **kwargs)
+    def loader(*args, num_workers, _loader=build.Loader, **kwargs):
+        asked.append(num_workers)
+        return _loader(*args, num_workers=0, **kwargs)
 
-    monkeypatch.setattr(setup, "train_loader", loader)
+    monkeypatch.setattr(build, "Loader", loader)
     argv = [*training(name, assets, folder, tmp_path), *named(device)]
     assert STAGES[name].main(argv) == 0
     assert_computed_on(machine, WISHES[device])

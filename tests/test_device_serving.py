@@ -76,7 +76,7 @@ def test_page_tells_the_visitor_and_answers_the_next(engine, tmp_path, monkeypat
     told = []
     monkeypatch.setattr(gr, "Warning", told.append)
     weights = SimpleNamespace(default=MODEL, get=lambda _: engine, names=lambda: {MODEL: MODEL})
-    page = Page(weights, SHORT, folder=tmp_path, examples=[], concurrency=1)
+    page = Page(weights, SHORT, examples=[], concurrency=1)
     values = {
         "max_new_tokens": 4,
         "temperature": 0,

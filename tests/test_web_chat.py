@@ -1,6 +1,7 @@
 """What the page is made of, without a browser: questions, prompts, saved pages, weights, limits."""
 
 import argparse
+import asyncio
 import re
 import shutil
 import string
@@ -8,11 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+<<<<<<< HEAD
 from conftest import write_png
 from PIL import Image, ImageFile
+=======
+from conftest import ROOT, write_png
+from PIL import Image
+>>>>>>> e-page
 from tiny_vlm import GREEDY, make_loaded, picture, save_tiny
 
+from model import vlm_processor, web_chat
 from model.inference import VLMEngine, add_model_arguments, ask
+from model.serving.web import login
+from model.serving.web.privacy import without_paths
+from model.vlm_processor import open_image
 from model.web_chat import Turn, check_image, new_turn, prompt_of, to_html
 from model.web_look import SIDE, draw_look
 from model.web_text import TEXTS, language_of, text
@@ -46,6 +56,62 @@ def test_prompt_holds_every_turn_and_picture(engine, pictures):
     turns[0].answer = "Something else."
     (other,) = engine.generate([prompt_of(engine, turns)], GREEDY)
     assert answer.num_prompt_tokens != other.num_prompt_tokens
+
+
+def test_a_turn_decodes_each_picture_once(engine, pictures, monkeypatch):
+    opened = []
+
+    def counted(source, **options):
+        opened.append(source)
+        return open_image(source, **options)
+
+    for module in (web_chat, vlm_processor):
+        monkeypatch.setattr(module, "open_image", counted)
+    turn = new_turn("What is in them?", pictures, default_question="?")
+    messages, images = prompt_of(engine, [turn])
+    (answer,) = engine.generate([(messages, images)], GREEDY)
+    assert opened == pictures
+    pixels = engine.processor.pixel_values(images)  # as the page looks: the picture is drawn, too
+    maps = engine.look(messages, pixels, "A red circle.")
+    assert opened == pictures * 2 and len(maps) == len(pictures)
+    again = engine.look(messages, images, "A red circle.")
+    assert all(torch.equal(a, b) for a, b in zip(maps, again, strict=True))
+
+
+@pytest.mark.parametrize("said", [
+    "cannot identify image file '/home/me/my photos/x.png'",
+    f"{ROOT}/out/x.png is not readable", "C:\\Users\\me\\x.png is broken",
+    "no file /tmp/minimind-v-abc/uploads/x.png there",
+])  # fmt: skip
+def test_an_error_loses_its_paths(said):
+    shown = without_paths(ValueError(said))
+    assert "x.png" in shown and not re.search(r"home|me\b|Users|tmp|uploads", shown), shown
+    assert without_paths(FileNotFoundError(2, "No such file", "/home/me/x")) == "No such file"
+    assert without_paths("1/2 of <b>text</b> and/or more") == "1/2 of <b>text</b> and/or more"
+
+
+def test_guesses_from_everywhere_pass_one_by_one(monkeypatch):
+    monkeypatch.setattr(login, "ONE_BY_ONE_S", 0.001)
+    now_s = 0.0
+
+    async def guess() -> list[bool]:
+        nonlocal now_s
+        throttle = login.Throttle(clock=lambda: now_s)
+        for i in range(login.BUSY_FAILURES - 1):
+            throttle.note_attempt(f"address {i}")
+        assert await throttle.pass_one_by_one() and throttle.wait_s("address 1") == 0
+        throttle.note_attempt("another")
+        turns = [throttle.pass_one_by_one() for _ in range(login.MAX_WAITING + 5)]
+        passed = await asyncio.gather(*turns)
+        throttle.forgive("another")
+        now_s += login.BUSY_WINDOW_S + 1
+        assert await throttle.pass_one_by_one()
+        for _ in range(login.FREE_FAILURES + 20):
+            throttle.note_attempt("me")
+        assert throttle.wait_s("me") == login.MAX_WAIT_S and throttle.wait_s("you") == 0
+        return passed
+
+    assert asyncio.run(guess()).count(False) == 5
 
 
 def test_question_is_checked(tmp_path, pictures):

@@ -71,7 +71,7 @@ def _event(rng: random.Random, visitor: HttpVisitor) -> Attack:
         event |= {"fn_index": rng.randrange(-1, 16), "data": ["English"] * rng.randrange(12)}
     event = copy.deepcopy(event)
     for _ in range(rng.randrange(1, 3)):
-        place, value = event, rng.choice(ODD_VALUES)
+        place, value = event, copy.deepcopy(rng.choice(ODD_VALUES))
         while True:
             keys = list(place) if isinstance(place, dict) else list(range(len(place)))
             if not keys:
@@ -113,9 +113,7 @@ def _file(rng: random.Random, visitor: HttpVisitor) -> Attack:
 
 
 def _session(rng: random.Random, visitor: HttpVisitor) -> Attack:
-    name = rng.choice(
-        ("", "x", "%00", LONG, "a/b", "..", "%ff", "fuzz1", "a b".replace(" ", "%20"))
-    )
+    name = rng.choice(("", "x", "%00", LONG, "a/b", "..", "%ff", "a%20b"))
     place = rng.choice(("heartbeat/", "queue/data?session_hash=", "queue/data?x=",
                         "upload_progress?upload_id="))  # fmt: skip
     return Attack("GET", f"/gradio_api/{place}{name}")

@@ -14,7 +14,7 @@ import anyio
 from gradio_client.utils import strip_invalid_filename_characters
 from PIL import Image
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -71,7 +71,9 @@ class Uploads:
             return JSONResponse([str(path) for path in stored])
         except OverQuota as error:
             return _refusal(413, error, language)
-        except (ValueError, MultiPartException) as error:
+        except HTTPException as error:  # what Starlette says of a form that is none
+            return _refusal(error.status_code, error.detail, language)
+        except ValueError as error:
             return _refusal(400, error, language)
         except _Silent as error:
             return _refusal(408, error, language)
@@ -142,7 +144,7 @@ def _delete(stored: list[Path]) -> None:
         shutil.rmtree(path if path.is_dir() else path.parent, ignore_errors=True)
 
 
-def _refusal(status: int, error: Exception, language: str) -> Response:
+def _refusal(status: int, error: Exception | str, language: str) -> Response:
     """A text that the page shows; Gradio takes it for HTML."""
     message = html.escape(text("not_taken", language, error=error))
     return PlainTextResponse(message, status_code=status)
