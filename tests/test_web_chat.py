@@ -9,13 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-<<<<<<< HEAD
-from conftest import write_png
-from PIL import Image, ImageFile
-=======
 from conftest import ROOT, write_png
-from PIL import Image
->>>>>>> e-page
+from PIL import Image, ImageFile
 from tiny_vlm import GREEDY, make_loaded, picture, save_tiny
 
 from model import vlm_processor, web_chat
