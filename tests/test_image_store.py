@@ -79,11 +79,11 @@ def test_fifo_or_device_named_like_a_picture_is_not_opened(tmp_path):
     os.mkfifo(images / "pipe.png")
     (images / "folder.png").mkdir()
     (images / "linked.png").symlink_to("pipe.png")
-    (images / "endless.png").symlink_to("/dev/zero")
+    (images / "device.png").symlink_to("/dev/null")
     (images / "good.png").symlink_to("0_0.png")
     data = tmp_path / "a.jsonl"
     with within_s(10):
-        for name in ("pipe.png", "folder.png", "linked.png", "endless.png"):
+        for name in ("pipe.png", "folder.png", "linked.png", "device.png"):
             data.write_text(json.dumps(conversation("<image>", "x", image=name)))
             with pytest.raises(BadRecordError, match=f"^a.jsonl:1: .*{name}"):
                 dataset = VLMDataset(data, images, stub_processor)
