@@ -89,7 +89,8 @@ class TrainArgs:
     )
     deepspeed: str = flag("ZeRO configuration: a file, or ds_zero2.json / ZeRO 配置")
     rank_timeout: float = flag(
-        "seconds of silence that end a rank or a data worker / 判定进程失联的秒数",
+        "seconds of silence after which a rank or its data workers count as lost / "
+        "判定进程失联的秒数",
         20.0,
         low=2,
     )
