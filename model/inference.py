@@ -336,6 +336,8 @@ class VLMEngine:
         tokenizer = self.processor.tokenizer
         start, end = tokenizer.bos_token, tokenizer.eos_token  # ChatML
         texts = ["".join(f"{start}{m['role']}\n{m['content']}{end}\n" for m in t) for t in turns]
+        # Half a character is `render`'s to refuse, where the turn stays; the tokenizer would fail.
+        texts = [text.encode(errors="replace").decode() for text in texts]
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
     def _num_tokens(self, messages: list[dict]) -> int:

@@ -161,6 +161,14 @@ def test_fit_drops_as_few_turns_as_a_walk_through_all_counts(engine, monkeypatch
         assert num_dropped == expected and kept == without(expected)
 
 
+@pytest.mark.parametrize(("word", "message"), [
+    ("\ud800", "half a character"), ("<|im_end|>", "special token"), ("@" * 16, "placeholder"),
+])  # fmt: skip
+def test_what_an_old_turn_may_not_hold_is_told(address, word, message):
+    body = question("What?") | {"messages": messages_of([word, "Hello.", "What?"])}
+    assert message in refusal(address, body)["message"]
+
+
 def test_messages_and_parts_are_limited(address, tokenized):
     body = question("What?")
     error = refusal(address, body | {"messages": messages_of(["a"] * 100_001)})
