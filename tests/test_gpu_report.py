@@ -11,6 +11,8 @@ import torch
 from conftest import ROOT, run_script
 from gpu import report, run
 from gpu.room import Case, Skip
+from support.pretend_gpu import pretend_gpus
+from support.pretend_tensor import pretend_tensors
 
 RUN = "tests/gpu/run.py"
 LINE = re.compile(r"^(pass|FAIL|skip|not run) +(.+?)  \[[\d.]+ s\]  (.*)$")
@@ -48,6 +50,18 @@ def test_every_case_passes_in_rehearsal(only, tmp_path):
     assert re.search(r"torch \d.*CUDA .*OS ", text) and "a rehearsal, not a GPU" in text
     assert re.search(rf"\n{len(found)} pass, 0 FAIL, 0 skip, 0 not run; \d+ s; report: ", text)
     assert "profile of" in text and "aten::mm" in text
+
+
+@pytest.mark.slow
+def test_cases_pass_on_a_pretend_gpu(tmp_path):
+    """What they do for a GPU alone: waiting is an error, memory is pinned, the driver is asked."""
+    path = tmp_path / "report.txt"
+    only = "no step waits: moe, adamw|single prompts: dense, float16|decode, 96|decoding|without a"
+    argv = ["--device", "cuda", "--rehearsal", "1", "--report", str(path), "--only", only]
+    with pretend_gpus() as driver, pretend_tensors(driver) as world:
+        assert report.main(argv) == 0
+    assert {kind for kind, _ in outcomes(path).values()} == {"pass"} and world.kernels
+    assert "device cuda:0: Pretend GPU, compute capability 9.0, 80.0 GiB" in path.read_text()
 
 
 @pytest.mark.gpu
