@@ -78,8 +78,9 @@ def say_why(error: BaseException, *, lost: str | None) -> int | None:
         say_error(f"{str(error).splitlines()[0]}; memory or /dev/shm may be full: use fewer "
                   "--num_workers, and go on with --from_resume 1")  # fmt: skip
     elif isinstance(error, dist.DistError):
-        say_error(f"the ranks lost touch with one another ({str(error).splitlines()[0]}); see the "
-                  "other ranks' messages, and go on with --from_resume 1")  # fmt: skip
+        first_line, *_ = str(error).split("\n")
+        say_error(f"the ranks lost touch with one another ({first_line}); see the other ranks' "
+                  "messages, and go on with --from_resume 1")  # fmt: skip
     elif isinstance(error, (ValueError, OSError)) and not os.environ.get("MINIMIND_TRACEBACK"):
         say_error(error)
     else:
