@@ -11,6 +11,8 @@ import torch
 from conftest import ROOT, run_script
 from gpu import report, run
 from gpu.room import Case, Skip
+from support.pretend_gpu import pretend_gpus
+from support.pretend_tensor import pretend_tensors
 
 RUN = "tests/gpu/run.py"
 LINE = re.compile(r"^(pass|FAIL|skip|not run) +(.+?)  \[[\d.]+ s\]  (.*)$")
@@ -28,8 +30,8 @@ def outcomes(path: Path) -> dict[str, tuple[str, str]]:
 
 # One of each kind; the processes of several ranks take long to start.
 SOME = (
-    "no step waits: moe, muon|resume: dense, float16|minute|single prompts: moe, float32|"
-    "attention against.* 96.*bfloat16|decoding|grouped|expert without|memory|sft 48x3: moe, float16"
+    "no step waits: moe, muon|minute|single prompts: moe, float32|attention against.* 96.*bfloat16|"
+    "expert without|memory|sft 48x3: dense, float32"
 )
 
 
@@ -48,6 +50,18 @@ def test_every_case_passes_in_rehearsal(only, tmp_path):
     assert re.search(r"torch \d.*CUDA .*OS ", text) and "a rehearsal, not a GPU" in text
     assert re.search(rf"\n{len(found)} pass, 0 FAIL, 0 skip, 0 not run; \d+ s; report: ", text)
     assert "profile of" in text and "aten::mm" in text
+
+
+@pytest.mark.slow
+def test_cases_pass_on_a_pretend_gpu(tmp_path):
+    """What they do for a GPU alone: waiting is an error, memory is pinned, the driver is asked."""
+    path = tmp_path / "report.txt"
+    only = "no step waits: moe, adamw|decode, 96|decoding"
+    argv = ["--device", "cuda", "--rehearsal", "1", "--report", str(path), "--only", only]
+    with pretend_gpus() as driver, pretend_tensors(driver) as world:
+        assert report.main(argv) == 0
+    assert {kind for kind, _ in outcomes(path).values()} == {"pass"} and world.kernels
+    assert "device cuda:0: Pretend GPU, compute capability 9.0, 80.0 GiB" in path.read_text()
 
 
 @pytest.mark.gpu
@@ -115,7 +129,7 @@ def test_without_pytorch_it_says_what_to_install():
     assert ended.returncode == 1 and "has no PyTorch; install its CUDA build" in ended.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_missing_package_is_named_where_it_cannot_be_fetched(tmp_path, monkeypatch):
     """In an environment of its own that sees this one's PyTorch."""
     monkeypatch.setattr(run, "VENV", tmp_path / "own")

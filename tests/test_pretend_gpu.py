@@ -103,6 +103,14 @@ def test_each_copy_to_the_host_is_noted_with_its_line(kind, gpu):
     assert copy.waits and copy.line.startswith("tests/test_pretend_gpu.py")
 
 
+def test_waiting_is_an_error_where_the_program_says_so(gpu):
+    tensor = torch.ones(3, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"):
+        tensor.sum().item()
+    tensor.to("cpu", non_blocking=True)
+
+
 def test_copies_to_the_device_wait_unless_pinned_and_not_blocking(gpu):
     plain = torch.ones(3)
     plain.to("cuda", non_blocking=True)

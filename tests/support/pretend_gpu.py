@@ -47,6 +47,7 @@ class Driver:
     gpus: list[Gpu]
     current: int = 0
     num_synchronized: int = 0
+    sync_debug_mode: int = 0  # of `torch.cuda.set_sync_debug_mode`; 2 makes waiting an error
     generators: tuple = field(default_factory=tuple)
 
     def __post_init__(self):
@@ -70,6 +71,9 @@ class Driver:
 
     def synchronize(self) -> None:
         self.num_synchronized += 1
+
+    def set_sync_debug_mode(self, mode: int) -> None:
+        self.sync_debug_mode = mode
 
     def stream(self, *_) -> SimpleNamespace:
         """The one stream of each GPU."""
@@ -113,7 +117,8 @@ def _install(monkeypatch, *gpus: Gpu) -> Driver:
         "_cuda_memoryStats": driver.memory_stats,
         "_cuda_resetPeakMemoryStats": driver.check,
         "_cuda_emptyCache": lambda: None,
-        "_cuda_isInBadFork": False,
+        "_cuda_set_sync_debug_mode": driver.set_sync_debug_mode,
+        "_cuda_get_sync_debug_mode": lambda: driver.sync_debug_mode,
         "_cuda_getArchFlags": lambda: None,
     }
     for name, value in c_side.items():

@@ -8,16 +8,13 @@ A `PretendTensor` wraps a plain tensor. PyTorch's C++ takes it for a CPU tensor 
 driver then); Python sees a CUDA device, and two modes translate what Python asks for by name.
 """
 
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import pytest
 import torch
-from conftest import ROOT
 from support.pretend_gpu import Driver
+from support.pretend_world import World, entered, note_to_device, note_to_host, world
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._foreach_utils import _foreach_supported_types
@@ -34,87 +31,6 @@ WAITS = {
     "aten::repeat_interleave", "aten::nonzero_numpy", "aten::histc",
 }  # fmt: skip
 GROUPED_CAPABILITIES = (9, 10)  # elsewhere the group sizes are read by the host
-
-
-@dataclass(frozen=True)
-class Copy:
-    """One copy between host and device.
-
-    Args:
-        line: of this repository, such as "trainer/metrics.py:70 read".
-        waits: the host stands still until the copy is done.
-    """
-
-    what: str
-    line: str
-    waits: bool = True
-
-
-@dataclass
-class Traffic:
-    """All copies since the start, or since `clear`."""
-
-    to_host: list[Copy] = field(default_factory=list)
-    to_device: list[Copy] = field(default_factory=list)
-
-    def clear(self) -> None:
-        self.to_host.clear()
-        self.to_device.clear()
-
-
-@dataclass
-class World:
-    """The GPUs, what was copied and computed there, and where C++ code makes new tensors now.
-
-    `kernels` counts operations by name and GPU, such as `("aten::mm", 0)`.
-    """
-
-    driver: Driver
-    traffic: Traffic = field(default_factory=Traffic)
-    kernels: Counter = field(default_factory=Counter)
-    place: torch.device | None = None
-
-    def device(self, wish) -> torch.device:
-        """A wish such as "cuda" or 1 as PyTorch understands it, with an index."""
-        device = torch.device("cuda", wish) if isinstance(wish, int) else torch.device(wish)
-        if device.type != "cuda":
-            return device
-        if device.index is None:
-            return torch.device("cuda", self.driver.current)
-        return torch.device("cuda", self.driver.check(device.index))
-
-    @contextmanager
-    def at(self, place: torch.device | None) -> Iterator[None]:
-        former, self.place = self.place, place
-        try:
-            yield
-        finally:
-            self.place = former
-
-
-WORLD: World | None = None  # of the test that runs
-
-
-def calling_line() -> str:
-    """The innermost line of the repository, this folder apart, that the program stands in."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if name.startswith(str(ROOT)) and "/support/" not in name and "/.venv/" not in name:
-            where = name.removeprefix(f"{ROOT}/")
-            return f"{where}:{frame.f_lineno} {frame.f_code.co_name}"
-        frame = frame.f_back
-    return "?"
-
-
-def note_to_host(what: str, *, waits: bool = True) -> None:
-    WORLD.traffic.to_host.append(Copy(what, calling_line(), waits))
-
-
-def note_to_device(what: str, source: Tensor | None, *, non_blocking: bool) -> None:
-    is_pinned = source is not None and getattr(source, "is_pretend_pinned", False)
-    waits = not (is_pinned and non_blocking)
-    WORLD.traffic.to_device.append(Copy(what, calling_line(), waits))
 
 
 class PretendTensor(Tensor):
@@ -210,8 +126,8 @@ def call(func, args: tuple, kwargs: dict):
     pretend = [t for t in tensors_in(args, kwargs) if isinstance(t, PretendTensor)]
     own_place = pretend[0].place if pretend else None
     if kwargs.get("device") is not None:
-        return _made_on(func, WORLD.device(kwargs["device"]), args, kwargs)
-    with WORLD.at(own_place or WORLD.place):
+        return _made_on(func, world().device(kwargs["device"]), args, kwargs)
+    with world().at(own_place or world().place):
         return _plain_call(func, args, kwargs)
 
 
@@ -228,7 +144,7 @@ def _made_on(func, place: torch.device, args, kwargs):
     if place.type == "cuda" and name in ("tensor", "as_tensor", "asarray", "new_tensor"):
         if not (args and isinstance(args[-1], PretendTensor)):
             note_to_device(f"torch.{name}", None, non_blocking=False)
-    with WORLD.at(None):
+    with world().at(None):
         made = _plain_call(func, args, kwargs | {"device": CPU})
     raw = made.raw if isinstance(made, PretendTensor) else made
     if place.type == "cpu":
@@ -251,11 +167,11 @@ def _to(func, tensor: Tensor, *args, **kwargs):
             device = value
     non_blocking = kwargs.get("non_blocking", flags[0] if flags else False)
     is_copy = kwargs.get("copy", flags[1] if len(flags) > 1 else False)
-    target = place_of(tensor) if device is None else WORLD.device(device)
+    target = place_of(tensor) if device is None else world().device(device)
     if target.type == "meta":
         return torch.empty_like(tensor, dtype=dtype or tensor.dtype, device="meta")
     if target == place_of(tensor):
-        with WORLD.at(target if target.type == "cuda" else None):
+        with world().at(target if target.type == "cuda" else None):
             return _plain_call(
                 func, (tensor,), {"dtype": dtype or tensor.dtype, "copy": is_copy}
             )  # fmt: skip
@@ -327,8 +243,8 @@ def run(func, args: tuple, kwargs: dict):
     name, tensors = func._schema.name, tensors_in(args, kwargs)
     place = check_places(name, tensors)
     note_waits(name, args, kwargs)
-    WORLD.kernels[name, place.index] += 1
-    with WORLD.at(None):
+    world().kernels[name, place.index] += 1
+    with world().at(None):
         raws = swapped(args, PretendTensor, _raw)
         out = func(*raws, **{k: swapped(v, PretendTensor, _raw) for k, v in kwargs.items()})
     out = swapped(out, Tensor, lambda t: PretendTensor(t, place))
@@ -375,7 +291,7 @@ def note_waits(name: str, args: tuple, kwargs: dict) -> None:
         if masks and not is_fill:
             note_to_host(f"{name.removeprefix('aten::')} by a mask")
     elif name in ("aten::_grouped_mm", "aten::grouped_mm"):
-        major = WORLD.driver.gpus[args[0].place.index].capability[0]
+        major = world().driver.gpus[args[0].place.index].capability[0]
         if major not in GROUPED_CAPABILITIES or args[0].dtype != torch.bfloat16:
             note_to_host("group sizes of grouped_mm")
 
@@ -394,7 +310,7 @@ class ByName(TorchFunctionMode):
         moves = name in MOVES and args and isinstance(args[0], Tensor)
         if names_cuda or moves:
             return call(func, args, kwargs)
-        with WORLD.at(None):
+        with world().at(None):
             return func(*args, **kwargs)
 
 
@@ -406,11 +322,11 @@ class ByKernel(TorchDispatchMode):
     """Tensors that C++ makes on its way (a `zeros` inside another operation) are where it works."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, place = kwargs or {}, WORLD.place
+        kwargs, place = kwargs or {}, world().place
         tensors = tensors_in(args, kwargs)
         if any(isinstance(t, PretendTensor) for t in tensors):
             return run(func, args, kwargs)
-        with WORLD.at(None):
+        with world().at(None):
             out = func(*args, **kwargs)
         if place is None or tensors:
             return out
@@ -420,17 +336,19 @@ class ByKernel(TorchDispatchMode):
 @contextmanager
 def pretend_tensors(driver: Driver) -> Iterator[World]:
     """Tensors may live on the driver's GPUs, on this thread, until the block ends."""
-    global WORLD
-    WORLD = World(driver)
     _foreach_supported_types.append(PretendTensor)
     try:
-        with pytest.MonkeyPatch.context() as monkeypatch, ByKernel(), ByName():
+        with (
+            pytest.MonkeyPatch.context() as monkeypatch,
+            entered(World(driver)) as new,
+            ByKernel(),
+            ByName(),
+        ):
             monkeypatch.setattr(torch._C, "_group_tensors_by_device_and_dtype", _grouped)
             _translate_autocast(monkeypatch)
-            yield WORLD
+            yield new
     finally:
         _foreach_supported_types.remove(PretendTensor)
-        WORLD = None
 
 
 def _translate_autocast(monkeypatch) -> None:
