@@ -51,7 +51,7 @@ class HttpVisitor:
     """Someone at the page of a site, in a session of their own.
 
     Args:
-        like: who opens one more page in the same browser.
+        like: whose login is used, by somebody else.
         length: tokens of each answer.
     """
 
@@ -63,7 +63,11 @@ class HttpVisitor:
         self.cookies: dict[str, str] = {}
         self.session, self.length = secrets.token_hex(6), length
         if like is not None:
-            self.cookies, self.functions = like.cookies, like.functions
+            self.functions = like.functions
+            self.cookies = {
+                name: secrets.token_urlsafe(16) if name.startswith("visitor-") else value
+                for name, value in like.cookies.items()
+            }
         elif password is not None:
             assert self.log_in(password).status == 200
             self.request("GET", "/")  # for the cookie by which the server knows its visitors
