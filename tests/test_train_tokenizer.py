@@ -30,8 +30,10 @@ def shipped():
 def make_small(folder, *flags):
     text = folder / "text.txt"
     text.write_text(SMALL_TEXT * 40, encoding="utf-8")
-    arguments = ["--data_path", text, "--num_scenes", 20, "--hanzi_weight", 0,
-                 "--vocab_size", 330, "--save_dir", folder / "made", *flags]  # fmt: skip
+    arguments = [*flags, "--num_scenes", 20, "--hanzi_weight", 0]
+    for name, value in (("data_path", text), ("vocab_size", 330), ("save_dir", folder / "made")):
+        if f"--{name}" not in flags:
+            arguments += [f"--{name}", value]
     return train_tokenizer.main([str(argument) for argument in arguments])
 
 
