@@ -8,7 +8,10 @@ from api_soak import api_in_soak
 from soak import MAX_GROWTH, Soak
 
 SITES = [api_in_soak]  # each: (assets, folder) -> a context of a process id and behaviours
-WARM_ACTS = 80  # until caches, threads and the allocator have what they need
+WARM_ACTS = 80
+# The tokenizer remembers the last 10,000 words it met: the long form starts with that filled.
+LONG_WARM_ACTS = 1600
+NUM_READINGS = 5  # a peak passes between them, a leak does not
 MINUTES = float(os.environ.get("SOAK_MINUTES", 30))
 
 
@@ -24,7 +27,7 @@ def test_short_soak_leaves_the_memory_as_it_was(assets, tmp_path, site):
 @pytest.mark.parametrize("site", SITES, ids=lambda site: site.__name__)
 def test_long_soak_leaves_the_memory_as_it_was(assets, tmp_path, site):
     with site(assets, tmp_path) as (pid, behaviours):
-        warm = {"num_acts": 5 * WARM_ACTS}
+        warm = {"num_acts": LONG_WARM_ACTS}
         check(Soak(pid, behaviours), warm=warm, long={"seconds": 60 * MINUTES})
 
 
@@ -33,7 +36,10 @@ def check(soak: Soak, *, warm: dict, long: dict) -> None:
     soak.run(**warm)
     before = soak.memory_mib()
     soak.run(**long)
-    after = soak.memory_mib()
+    for _ in range(NUM_READINGS):
+        if (after := soak.memory_mib()) <= before * (1 + MAX_GROWTH):
+            break
+        soak.run(num_acts=WARM_ACTS)
     print(f"{before:.0f} MiB before, {after:.0f} MiB after; {dict(soak.counts)}")
     assert set(soak.counts) == {behaviour.name for behaviour in soak.behaviours}
     assert after <= before * (1 + MAX_GROWTH)
