@@ -28,6 +28,7 @@ class Reply:
     body: bytes = b""
 
     def json(self):
+        assert self.status == 200, self
         return json.loads(self.body)
 
 
