@@ -29,14 +29,7 @@ from dataset.eval_data import EvalData, spread
 from dataset.lm_dataset import VLMDataset
 from dataset.multiple_choice import MODES, Choice, ChoiceFile
 from model.chat import chat
-from model.describe import (
-    Description,
-    describe,
-    find_samples,
-    gallery,
-    print_descriptions,
-    to_json,
-)
+from model.describe import Description, describe, find_samples, gallery, print_descriptions, to_json
 from model.device import memory_guard
 from model.evaluation import ChoiceRow, Evaluator
 from model.inference import (
@@ -60,13 +53,7 @@ from model.score_report import (
     print_difference,
     print_report,
 )
-from model.terminal import (
-    Terminated,
-    one_line,
-    printing,
-    sigterm_as_ctrl_c,
-    silence_stdout,
-)
+from model.terminal import Terminated, one_line, printing, sigterm_as_ctrl_c, silence_stdout
 from model.vlm_processor import tokenizer_sha256
 from model.weights import ROOT
 from trainer.trainer_utils import Logger, Ranks, init_distributed_mode, warn
