@@ -28,22 +28,16 @@ from tqdm import tqdm
 from dataset.eval_data import EvalData, spread
 from dataset.lm_dataset import VLMDataset
 from dataset.multiple_choice import MODES, Choice, ChoiceFile
-from model.chat import chat
-from model.describe import Description, describe, find_samples, gallery, print_descriptions, to_json
-from model.device import memory_guard
-from model.evaluation import ChoiceRow, Evaluator
-from model.inference import (
-    VLMEngine,
-    add_model_arguments,
-    add_sampling_arguments,
-    parse_bool,
-    parse_path,
-    sampling_from,
+from model.evaluation.describe import (
+    Description,
+    describe,
+    find_samples,
+    gallery,
+    print_descriptions,
+    to_json,
 )
-from model.loading import NATIVE
-from model.options import OnceParser
-from model.result_files import check_result_files, write_html, write_json
-from model.score_report import (
+from model.evaluation.evaluator import ChoiceRow, Evaluator
+from model.evaluation.report import (
     Results,
     build_report,
     choice_report,
@@ -53,9 +47,15 @@ from model.score_report import (
     print_difference,
     print_report,
 )
-from model.terminal import Terminated, one_line, printing, sigterm_as_ctrl_c, silence_stdout
+from model.evaluation.result_files import check_result_files, write_html, write_json
+from model.generation.engine import VLMEngine
+from model.generation.sampling import add_sampling_arguments, sampling_from
+from model.machine.device import memory_guard
+from model.machine.paths import ROOT
+from model.machine.terminal import Terminated, one_line, printing, sigterm_as_ctrl_c, silence_stdout
+from model.options import NATIVE, OnceParser, add_model_arguments, parse_bool, parse_path
+from model.serving.terminal_chat import chat
 from model.vlm_processor import tokenizer_sha256
-from model.weights import ROOT
 from trainer.trainer_utils import Logger, Ranks, init_distributed_mode, warn
 
 DEFAULT_PROMPT = "仔细看一下这张图：\n\n<image>\n\n描述一下这个图像的内容。"

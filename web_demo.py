@@ -17,18 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from model.api_server import serve_api
-from model.inference import (
-    VLMEngine,
-    add_model_arguments,
-    add_sampling_arguments,
-    parse_path,
-    sampling_from,
-)
-from model.options import OnceParser
-from model.web_server import serve_page
-from model.web_weights import Weights
-from model.weights import ROOT
+from model.generation.engine import VLMEngine
+from model.generation.sampling import add_sampling_arguments, sampling_from
+from model.machine.paths import ROOT
+from model.options import OnceParser, add_model_arguments, parse_path
+from model.serving.api.server import serve_api
+from model.serving.web.server import serve_page
+from model.serving.web.weights import Weights
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

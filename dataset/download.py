@@ -128,14 +128,10 @@ def record_pairing(weight: Path, origin: dict, tokenizer_dir: Path) -> None:
     Raises:
         ValueError: not a weight, or metadata there that names another tokenizer.
     """
-    from model.atomic_file import atomic_write
+    from model.machine.atomic_file import atomic_write
     from model.vlm_processor import load_tokenizer, tokenizer_sha256
-    from model.weights import (
-        METADATA_FORMAT,
-        read_metadata,
-        read_weights,
-        sizes_from_tensors,
-    )
+    from model.weights.metadata import METADATA_FORMAT, read_metadata
+    from model.weights.strict_loading import read_weights, sizes_from_tensors
 
     sha256 = tokenizer_sha256(load_tokenizer(tokenizer_dir))
     beside = weight.with_suffix(".json")

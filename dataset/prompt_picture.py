@@ -229,10 +229,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
-    from model.atomic_file import atomic_write
-    from model.inference import placeholder_config
-    from model.model_vlm import find_vision_dir, load_image_processor, load_vision_config
+    from model.machine.atomic_file import atomic_write
+    from model.vision_tower import find_vision_dir, load_image_processor, load_vision_config
     from model.vlm_processor import VLMProcessor, load_tokenizer
+    from model.weights.build_model import placeholder_config
 
     args = parse_args(argv)
     try:

@@ -22,7 +22,6 @@ ROLES["gpt"] = "assistant"  # the first release's names are human and gpt
 JSONL_FIELDS = {"conversations", "image", "types"}
 PARQUET_FIELDS = ("conversations", "image_bytes")
 SCAN_CHUNK_BYTES = 1 << 24
-
 DATASET_DIR = Path(__file__).resolve().parent
 DEFAULT_FILES = {
     "pretrain": (("pretrain_data", "pretrain_vlm_data", "pretrain_i2t"), "pretrain_images"),

@@ -53,7 +53,6 @@ HELDOUT_PAIRS = (
     ("black", "heart"),
 )
 TRAIN_PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELDOUT_PAIRS)
-
 HELDOUT_SHARE = 8  # one of so many scenes belongs to the held-out set
 CENTRE_JITTER = 0.02
 MAX_ANGLE_DEGREES = 12.0

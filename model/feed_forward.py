@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from model.device import has_grouped_mm
+from model.machine.device import has_grouped_mm
 
 
 class FeedForward(nn.Module):

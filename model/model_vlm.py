@@ -1,4 +1,4 @@
-"""Owns the vision-language model: VLMConfig, the frozen CLIP tower, VisionProj, MiniMindVLM.
+"""Owns the vision-language model: VLMConfig, VisionProj, MiniMindVLM.
 
 Shapes: B batch, T tokens, I images of the whole batch, N images of a sample, P image tokens,
 V width of the vision tower, D hidden, S image side in pixels.
@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
-from transformers.utils import logging as hf_logging
+from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 from model.image_fusion import (
     check_image_count,
@@ -20,9 +19,13 @@ from model.image_fusion import (
     placeholder_mask,
 )
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput
-
-VISION_DIR = Path(__file__).resolve().parent / "vision_model"
-CLIP_DIR = VISION_DIR / "clip-vit-base-patch16"
+from model.vision_tower import (
+    count_image_tokens,
+    find_vision_dir,
+    load_image_processor,
+    load_vision_config,
+    load_vision_tower,
+)
 
 
 class VLMConfig(MiniMindConfig):
@@ -55,97 +58,6 @@ class VLMConfig(MiniMindConfig):
     @property
     def num_image_tokens(self) -> int:
         return len(self.image_ids)
-
-
-def find_vision_dir(
-    vision_model_path: str | Path | None = None, *, named: str | None = None
-) -> Path:
-    """The folder of the CLIP tower: the given one, else the default places.
-
-    Args:
-        named: the folder in `model/vision_model/` that a weight was trained with.
-    Raises:
-        FileNotFoundError: no `config.json` there; says what to do.
-    """
-    if vision_model_path:
-        candidates = [Path(vision_model_path)]
-    else:
-        known = [VISION_DIR / Path(named).name] if named else []
-        candidates = [*known, CLIP_DIR, VISION_DIR]
-    for folder in candidates:
-        if (folder / "config.json").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"no CLIP vision tower: {' nor '.join(str(c) for c in candidates)} holds a config.json; "
-        "fetch it by `python dataset/download.py vision`, or name another folder by "
-        "--vision_model_path"
-    )
-
-
-def load_vision_config(folder: Path) -> CLIPVisionConfig:
-    """The tower's config, from a full CLIP folder or a vision-only one."""
-    config, _ = CLIPVisionConfig.get_config_dict(folder)
-    kind = config.get("model_type")
-    if kind == CLIPConfig.model_type:
-        return CLIPConfig.from_pretrained(folder).vision_config
-    if kind == CLIPVisionConfig.model_type:
-        return CLIPVisionConfig.from_pretrained(folder)
-    raise ValueError(
-        f"{folder}/config.json: model_type {kind!r} is not a CLIP tower; "
-        "use for example openai/clip-vit-base-patch16"
-    )
-
-
-def count_image_tokens(vision_config: CLIPVisionConfig, *, keep_cls: bool) -> int:
-    """Patches of one image, plus one if the CLS token is kept."""
-    return (vision_config.image_size // vision_config.patch_size) ** 2 + int(keep_cls)
-
-
-def load_image_processor(folder: Path, vision_config: CLIPVisionConfig) -> CLIPImageProcessorPil:
-    """CLIP's preprocessing for this tower; a folder without a description gets CLIP's own."""
-    side = vision_config.image_size
-    if (folder / "preprocessor_config.json").is_file():
-        processor = CLIPImageProcessorPil.from_pretrained(folder)
-        crop = processor.crop_size
-        if (crop["height"], crop["width"]) != (side, side):
-            raise ValueError(
-                f"{folder}: preprocessor_config.json crops to {crop['height']}x{crop['width']} "
-                f"but the tower takes {side}x{side}; the two files belong to different towers"
-            )
-        return processor
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
-
-
-def load_vision_tower(folder: Path) -> CLIPVisionModel:
-    """The frozen tower in float32 and eval mode; every one of its tensors must be in the file."""
-    config = load_vision_config(folder)
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # a full CLIP folder reports its text half as unexpected
-    progress_bar = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        tower, report = CLIPVisionModel.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True
-        )
-    except Exception as error:  # safetensors and the unpickler raise almost anything
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{folder}: the tower's weights cannot be read ({first_line}); fetch the folder again "
-            "(a clone may need `git lfs pull`)"
-        ) from error
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if progress_bar:
-            hf_logging.enable_progress_bar()
-    lost = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
-    if lost:
-        raise ValueError(
-            f"{folder}: {len(lost)} tensors of the vision tower are missing or of another size, "
-            f"such as {lost[0]}; fetch the folder again"
-        )
-    return tower.eval().requires_grad_(False)
 
 
 class VisionProj(nn.Module):

@@ -19,9 +19,10 @@ import uvicorn
 from conftest import ROOT, script_environment
 from PIL import Image
 
-from model.api_server import create_app
-from model.inference import Sampling, VLMEngine
+from model.generation.engine import VLMEngine
+from model.generation.sampling import Sampling
 from model.serving.api.connection import Patience, server_config
+from model.serving.api.server import create_app
 
 MODEL = "sft_vlm_32"
 TIMEOUT_S = 300  # a busy machine is slow

@@ -13,7 +13,8 @@ from api_socket import HEAD, connect, read_reply, whole
 from soak import Behaviour
 from tiny_vlm import make_loaded, picture, round_weights, save_tiny
 
-from model.inference import Sampling, VLMEngine, ask
+from model.generation.engine import VLMEngine, ask
+from model.generation.sampling import Sampling
 
 NUM_SEEDS = 8
 MAX_TOKENS = 12

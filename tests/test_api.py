@@ -27,9 +27,10 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from PIL import Image
 from tiny_vlm import make_loaded, picture, round_weights, save_tiny
 
-from model.api_reply import StopText
-from model.inference import Sampling, VLMEngine, ask
-from model.terminal import CONTROLS
+from model.generation.engine import VLMEngine, ask
+from model.generation.sampling import Sampling
+from model.machine.terminal import CONTROLS
+from model.serving.api.reply import StopText
 
 SETTINGS = {"temperature": 0.9, "top_p": 0.9, "seed": 5, "max_completion_tokens": 16}
 SAMPLING = Sampling(16, 0.9, 0.9, seed=5)

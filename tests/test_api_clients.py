@@ -11,7 +11,7 @@ from api_socket import HEAD, connect, eventually, is_closed, read_reply, whole
 from tiny_vlm import make_loaded, never_end, picture
 
 from model import vlm_processor
-from model.inference import VLMEngine
+from model.generation.engine import VLMEngine
 from model.serving.api.connection import Patience
 from model.serving.hosts import allowed_hosts
 

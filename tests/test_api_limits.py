@@ -8,9 +8,10 @@ from api_site import MODEL, parts, post, question, served_thread
 from api_socket import HEAD, chunk, connect, read_reply
 from tiny_vlm import make_loaded, picture
 
-from model.api_reply import StopText
-from model.api_request import ApiError, parse_request
-from model.inference import Sampling, VLMEngine
+from model.generation.engine import VLMEngine
+from model.generation.sampling import Sampling
+from model.serving.api.reply import StopText
+from model.serving.api.request import ApiError, parse_request
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_vlm import make_loaded, save_tiny
 
-from model.atomic_file import atomic_write, check_place
-from model.weights import read_metadata, read_weights
+from model.machine.atomic_file import atomic_write, check_place
+from model.weights.metadata import read_metadata
+from model.weights.strict_loading import read_weights
 from trainer.state_file import vlm_checkpoint
 
 

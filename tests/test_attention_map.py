@@ -8,7 +8,7 @@ from tiny_vlm import NUM_TOKENS, conversations, make_loaded, picture
 from transformers.models.llama import modeling_llama
 
 import model.model_minimind as minimind
-from model.inference import VLMEngine, ask
+from model.generation.engine import VLMEngine, ask
 
 ANSWER = "A red circle"
 

@@ -15,8 +15,9 @@ import pytest
 from conftest import ROOT, script_environment
 from tiny_vlm import make_loaded, picture, round_weights, save_tiny
 
-from model.inference import Sampling, VLMEngine, ask
-from model.terminal import CONTROLS
+from model.generation.engine import VLMEngine, ask
+from model.generation.sampling import Sampling
+from model.machine.terminal import CONTROLS
 
 pytestmark = pytest.mark.slow  # every test starts a program
 QUESTION = "图像里有什么？ What is red?"

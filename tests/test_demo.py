@@ -15,7 +15,9 @@ from PIL import Image
 
 from dataset.synthetic_drawing import EVAL_IMAGES
 from dataset.synthetic_text import CHINESE
-from model.inference import Sampling, VLMEngine, add_model_arguments
+from model.generation.engine import VLMEngine
+from model.generation.sampling import Sampling
+from model.options import add_model_arguments
 from trainer import demo
 
 SCRIPT = "trainer/train_pretrain_vlm.py"

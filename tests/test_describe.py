@@ -11,7 +11,7 @@ from conftest import ROOT
 from painted import eval_flags
 
 import eval_vlm
-from model import describe as describe_module
+from model.evaluation import describe as describe_module
 
 EVIL = '<img src=x onerror=alert(1)>&".png'
 

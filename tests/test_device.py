@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import make_records, train_flags
 
-from model import device as devices
-from model.device import (
+from model.machine import device as devices
+from model.machine.device import (
     OutOfMemory,
     check_dtype,
     choose_device,
@@ -20,7 +20,8 @@ from model.device import (
     out_of_memory_line,
     prepare_device,
 )
-from model.loading import add_model_arguments, load_model
+from model.options import add_model_arguments
+from model.weights.build_model import load_model
 from trainer import benchmark_saving, train_clip_tiny, train_pretrain_vlm
 from trainer.report import RunPaths, print_header
 from trainer.setup import check_run
@@ -235,7 +236,7 @@ def test_model_is_loaded_in_what_the_device_computes_in(assets, tmp_path, monkey
     argv = train_flags(assets, tmp_path, *make_records(tmp_path / "data", num_records=4))
     assert train_pretrain_vlm.main(argv) == 0
     args = model_args(assets, "--save_dir", tmp_path / "out", "--weight", "pretrain_vlm")
-    monkeypatch.setattr("model.loading.default_dtype", lambda _device: "float16")
+    monkeypatch.setattr("model.weights.build_model.default_dtype", lambda _device: "float16")
     assert load_model(args).model.dtype == torch.float16
     args.device, args.dtype, cuda.capability = "cuda", "bfloat16", (7, 5)
     with pytest.raises(ValueError, match="no bfloat16"):

@@ -18,7 +18,8 @@ from tiny_vlm import make_loaded, save_tiny
 
 import eval_vlm
 import web_demo
-from model.inference import Sampling, ask
+from model.generation.engine import ask
+from model.generation.sampling import Sampling
 from trainer import (
     benchmark_saving,
     build,

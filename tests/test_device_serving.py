@@ -12,13 +12,14 @@ from test_device import CUDA_ERROR
 from tiny_vlm import make_loaded, never_end, picture, save_tiny
 
 import eval_vlm
-from model.chat import Chat
-from model.device import OutOfMemory
-from model.inference import Sampling, VLMEngine, ask
+from model.generation.engine import VLMEngine, ask
+from model.generation.sampling import Sampling
+from model.machine.device import OutOfMemory
 from model.model_vlm import MiniMindVLM
-from model.web_chat import Turn
-from model.web_layout import LIMITS
-from model.web_page import Page, Wish
+from model.serving.terminal_chat import Chat
+from model.serving.web.conversation import Turn
+from model.serving.web.layout import LIMITS
+from model.serving.web.page import Page, Wish
 from trainer.trainer_utils import Ranks
 
 SIZES = "Tried to allocate 20.00 GiB"

@@ -25,7 +25,8 @@ from dataset import assets as manifest
 from dataset import download
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.vlm_processor import load_tokenizer, tokenizer_sha256
-from model.weights import read_metadata, read_weights, weight_config
+from model.weights.metadata import read_metadata
+from model.weights.strict_loading import read_weights, weight_config
 
 WEIGHTS = manifest.WEIGHTS[0].repo
 TOKENIZER = manifest.ASSETS["tokenizer"].huggingface.repo

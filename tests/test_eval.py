@@ -11,7 +11,8 @@ from conftest import make_records, run_script, train_flags
 import eval_vlm
 import web_demo
 from dataset import prompt_picture
-from model.inference import add_model_arguments, load_model
+from model.options import add_model_arguments
+from model.weights.build_model import load_model
 from trainer import train_pretrain_vlm
 
 

@@ -16,7 +16,7 @@ from tiny_vlm import make_loaded, save_tiny
 
 import eval_vlm
 from dataset.eval_data import EvalData
-from model.evaluation import Evaluator
+from model.evaluation.evaluator import Evaluator
 
 ODD_NAMES = (b"caf\xe9.png", b"new\nline.png", b"clear\x1b[2J.png", "照片.png".encode())
 SHORT = {"prompt": "<image>\nDescribe it.", "max_new_tokens": 4, "temperature": 0}

@@ -14,10 +14,11 @@ from PIL import Image
 import eval_vlm
 from dataset.eval_data import EvalData, language_of
 from dataset.lm_dataset import VLMDataset
-from model.evaluation import CONDITIONS, ChoiceRow
-from model.inference import VLMEngine
-from model.score_report import compare_choices
-from model.scoring import Row, interval, resample, score_candidates, score_rows
+from model.evaluation.evaluator import CONDITIONS, ChoiceRow
+from model.evaluation.likelihood import Row, score_candidates, score_rows
+from model.evaluation.report import compare_choices
+from model.evaluation.statistics import interval, resample
+from model.generation.engine import VLMEngine
 
 
 def score(assets, painted, out, **values) -> dict:

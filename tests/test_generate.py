@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_vlm import NEW_TOKENS, conversations, make_loaded, naive_greedy_ids, picture
 
-from model.inference import LoadedModel
 from model.model_minimind import MiniMindForCausalLM
+from model.weights.build_model import LoadedModel
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])

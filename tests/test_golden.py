@@ -12,7 +12,12 @@ from dataset.loss_mask import supervised_mask
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_processor import VLMProcessor, load_tokenizer
-from model.weights import load_weights, read_weights, sizes_from_tensors, weight_config
+from model.weights.strict_loading import (
+    load_weights,
+    read_weights,
+    sizes_from_tensors,
+    weight_config,
+)
 
 torch.set_num_threads(1)  # at these sizes more threads only wait for each other
 TOLERANCE = 1e-4  # the contract's bar: max abs difference of logits and features

@@ -8,8 +8,9 @@ import torch
 from conftest import TOKENIZER_TEXT
 from tiny_vlm import GREEDY, NEW_TOKENS, conversations, make_loaded, naive_greedy_ids, picture
 
-from model.decoding import Row, TextPieces
-from model.inference import Sampling, VLMEngine, ask
+from model.generation.decoding import Row, TextPieces
+from model.generation.engine import VLMEngine, ask
+from model.generation.sampling import Sampling
 from model.vlm_processor import load_tokenizer
 
 SAMPLED = Sampling(NEW_TOKENS, temperature=1.0, top_p=0.95, seed=3)

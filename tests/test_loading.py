@@ -7,10 +7,12 @@ import torch
 from conftest import TINY_MODEL
 from tiny_vlm import GREEDY, VOCAB, conversations, make_loaded, save_tiny
 
-from model.inference import LoadedModel, VLMEngine, add_model_arguments, load_model
+from model.generation.engine import VLMEngine
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.options import add_model_arguments
 from model.vlm_processor import load_tokenizer, tokenizer_sha256
-from model.weights import describe_model
+from model.weights.build_model import LoadedModel, load_model
+from model.weights.metadata import describe_model
 
 KINDS = pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
 

@@ -5,7 +5,8 @@ import torch
 from conftest import TINY_MODEL, make_tower
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from model.model_vlm import MiniMindVLM, VLMConfig, count_image_tokens, find_vision_dir
+from model.model_vlm import MiniMindVLM, VLMConfig
+from model.vision_tower import count_image_tokens, find_vision_dir
 
 torch.set_num_threads(1)  # at these sizes more threads only wait for each other
 AT, TEXT, SIDE = 34, 7, 32

@@ -10,7 +10,7 @@ from conftest import within_s, write_png
 from PIL import EpsImagePlugin, Image, ImageFile
 
 from model.pictures import FORMATS, open_image, picture_size
-from model.web_chat import check_image
+from model.serving.web.conversation import check_image
 
 RED = (255, 0, 0)
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"

@@ -10,8 +10,8 @@ from support.pretend_tensor import pretend_tensors
 from test_resume import assert_same_state, saved
 from tiny_vlm import GREEDY, conversations, make_loaded
 
-from model.device import prepare_device
-from model.inference import VLMEngine
+from model.generation.engine import VLMEngine
+from model.machine.device import prepare_device
 from trainer import report, train_loop, train_pretrain_vlm
 
 GROUPED = "aten::_grouped_mm"

@@ -8,9 +8,9 @@ from PIL import Image, ImageFont
 
 from dataset import prompt_picture
 from dataset.lm_dataset import IGNORE_INDEX, VLMDataset
-from model.inference import placeholder_config
-from model.model_vlm import load_image_processor, load_vision_config
+from model.vision_tower import load_image_processor, load_vision_config
 from model.vlm_processor import VLMProcessor, load_tokenizer
+from model.weights.build_model import placeholder_config
 
 GREEN, BLUE = (0xB7, 0xE1, 0xCD), (0xAE, 0xCB, 0xFA)
 

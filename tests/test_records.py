@@ -15,9 +15,9 @@ from PIL import Image
 from dataset.collate import VLMCollator
 from dataset.lm_dataset import BadSample, VLMDataset
 from dataset.records import BadRecordError, default_data_paths, open_records
-from model.inference import placeholder_config
-from model.model_vlm import load_image_processor, load_vision_config
+from model.vision_tower import load_image_processor, load_vision_config
 from model.vlm_processor import VLMProcessor, load_tokenizer
+from model.weights.build_model import placeholder_config
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ import torch
 from conftest import make_records, make_tower, train_flags
 from rank_group import CONTEXT, RankGroup, record_steps, recorded_steps
 
-from model.weights import read_metadata, save_weights, weight_id
+from model.weights.metadata import read_metadata, weight_id
+from model.weights.saving import save_weights
 from trainer import benchmark_saving, state_file, train_pretrain_vlm
 from trainer.state_file import Snapshot, fault_of, old_path, previous_path, vlm_checkpoint
 

@@ -8,7 +8,8 @@ from conftest import conversation, make_records, train_flags
 from PIL import Image
 
 import eval_vlm
-from model.scoring import score_answers, wilson_lower_bound
+from model.evaluation.likelihood import score_answers
+from model.evaluation.statistics import wilson_lower_bound
 from trainer import train_pretrain_vlm
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
@@ -65,7 +66,9 @@ def test_score_of_an_answer_is_that_of_greedy_decoding(assets, seeing):
 
     from dataset.collate import VLMCollator
     from dataset.lm_dataset import VLMDataset
-    from model.inference import Sampling, VLMEngine, add_model_arguments
+    from model.generation.engine import VLMEngine
+    from model.generation.sampling import Sampling
+    from model.options import add_model_arguments
 
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)
@@ -89,7 +92,8 @@ def test_loss_sums_are_those_of_the_forward_pass(assets, seeing):
 
     from dataset.collate import VLMCollator
     from dataset.lm_dataset import VLMDataset
-    from model.inference import add_model_arguments, load_model
+    from model.options import add_model_arguments
+    from model.weights.build_model import load_model
 
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)

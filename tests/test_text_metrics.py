@@ -5,7 +5,7 @@ import math
 import pytest
 import sacrebleu
 
-from model.text_metrics import CiderD, bleu_and_chrf, vqa_accuracy, words
+from model.evaluation.text_metrics import CiderD, bleu_and_chrf, vqa_accuracy, words
 
 LN2 = math.log(2)
 

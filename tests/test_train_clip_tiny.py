@@ -15,7 +15,8 @@ from conftest import ROOT, script_environment
 from PIL import Image
 
 from dataset.synthetic_world import COLOURS, GROUNDS, SHAPES, recolour, sample_scene
-from model.model_vlm import MiniMindVLM, count_image_tokens
+from model.model_vlm import MiniMindVLM
+from model.vision_tower import count_image_tokens
 from model.vlm_processor import load_tokenizer
 from trainer import train_clip_tiny
 from trainer.train_clip_tiny import (

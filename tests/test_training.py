@@ -9,7 +9,8 @@ import torch
 from conftest import conversation, make_records, make_tower, run_script, train_flags
 from rank_group import run_ranks
 
-from model.weights import read_metadata, save_weights
+from model.weights.metadata import read_metadata
+from model.weights.saving import save_weights
 from trainer import train_pretrain_vlm, train_sft_vlm
 from trainer.trainer_utils import Ranks, epoch_order, rank_batches
 

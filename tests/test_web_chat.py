@@ -13,15 +13,17 @@ from conftest import ROOT, write_png
 from PIL import Image, ImageFile
 from tiny_vlm import GREEDY, make_loaded, picture, save_tiny
 
-from model import vlm_processor, web_chat
-from model.inference import VLMEngine, add_model_arguments, ask
-from model.serving.web import login
-from model.serving.web.privacy import without_paths
+from model import vlm_processor
+from model.generation.engine import VLMEngine, ask
+from model.options import add_model_arguments
+from model.serving.web import conversation as web_chat
+from model.serving.web.attention_picture import SIDE, draw_look
+from model.serving.web.conversation import Turn, check_image, new_turn, prompt_of, to_html
+from model.serving.web.protection import login
+from model.serving.web.protection.privacy import without_paths
+from model.serving.web.text import TEXTS, language_of, text
+from model.serving.web.weights import MAX_LOADED, Weights
 from model.vlm_processor import open_image
-from model.web_chat import Turn, check_image, new_turn, prompt_of, to_html
-from model.web_look import SIDE, draw_look
-from model.web_text import TEXTS, language_of, text
-from model.web_weights import MAX_LOADED, Weights
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,9 @@ from web_visitor import (
     visiting,
 )
 
-from model.inference import Sampling, VLMEngine, add_model_arguments, ask
+from model.generation.engine import VLMEngine, ask
+from model.generation.sampling import Sampling
+from model.options import add_model_arguments
 
 pytestmark = pytest.mark.slow
 NUM_VISITORS = 20

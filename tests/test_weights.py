@@ -7,17 +7,15 @@ import pytest
 import torch
 from conftest import TINY_MODEL, make_tower
 
-from model import weights
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.weights import (
-    describe_model,
-    find_weight,
+from model.weights import strict_loading as weights
+from model.weights.file_names import find_weight
+from model.weights.metadata import describe_model, read_metadata, tower_sha256
+from model.weights.saving import save_weights
+from model.weights.strict_loading import (
     load_weights,
-    read_metadata,
     read_weights,
-    save_weights,
     sizes_from_tensors,
-    tower_sha256,
     weight_config,
 )
 

@@ -7,10 +7,13 @@ import torch
 from conftest import TINY_MODEL
 from PIL import Image
 
-from model.inference import LoadedModel, Sampling, ask
+from model.generation.engine import ask
+from model.generation.sampling import Sampling
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_processor import VLMProcessor, load_tokenizer, tokenizer_sha256
-from model.weights import describe_model, save_weights
+from model.weights.build_model import LoadedModel
+from model.weights.metadata import describe_model
+from model.weights.saving import save_weights
 
 NUM_TOKENS, NEW_TOKENS, VOCAB = 16, 24, 400
 GREEDY = Sampling(max_new_tokens=NEW_TOKENS, temperature=0)

@@ -20,9 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny_vlm import never_end
 
 import web_demo
-from model import web_chat, web_server
-from model.inference import Stream, VLMEngine
-from model.serving.web import care, uploads
+from model.generation.engine import Stream, VLMEngine
+from model.serving.web import conversation as web_chat
+from model.serving.web import server as web_server
+from model.serving.web import uploads
+from model.serving.web.protection import care
 
 BREAK = "break the model"
 TOKEN_S = 0.01

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from model.device import choose_device, has_bfloat16, memory_guard, prepare_device
+from model.machine.device import choose_device, has_bfloat16, memory_guard, prepare_device
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.options import OnceParser
 from trainer.engine import Engine

@@ -12,18 +12,15 @@ from dataset.collate import VLMCollator
 from dataset.lm_dataset import VLMDataset
 from dataset.records import default_data_paths
 from dataset.text_dataset import TextDataset
-from model.device import pad_multiple
-from model.inference import attach_tower, placeholder_config
+from model.machine.device import pad_multiple
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.model_vlm import MiniMindVLM, find_vision_dir
+from model.model_vlm import MiniMindVLM
+from model.vision_tower import find_vision_dir
 from model.vlm_processor import VLMProcessor, check_special_tokens, load_tokenizer
-from model.weights import (
-    find_weight,
-    load_weights,
-    read_metadata,
-    read_weights,
-    weight_config,
-)
+from model.weights.build_model import attach_tower, placeholder_config
+from model.weights.file_names import find_weight
+from model.weights.metadata import read_metadata
+from model.weights.strict_loading import load_weights, read_weights, weight_config
 from trainer import preflight
 from trainer.loop.loading import Loader
 from trainer.ranks.signals import StopSignal

@@ -5,9 +5,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from model.atomic_file import atomic_write
-from model.model_vlm import VISION_DIR
-from model.weights import OUT_DIR
+from model.machine.atomic_file import atomic_write
+from model.machine.paths import OUT_DIR
+from model.vision_tower import VISION_DIR
 
 TOWER, LLM, VLM = "clip-tiny-patch16", "llm_demo_128", "sft_vlm_demo_128"  # as the repository has
 SIZES = ("--hidden_size", 128, "--num_hidden_layers", 4, "--num_attention_heads", 4)

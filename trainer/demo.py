@@ -25,11 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from dataset.synthetic_text import CHANCE
-from model.inference import parse_bool
-from model.model_vlm import VISION_DIR
-from model.options import OnceParser
+from model.machine.paths import OUT_DIR, ROOT
+from model.options import OnceParser, parse_bool
+from model.vision_tower import VISION_DIR
 from model.vlm_processor import MODEL_DIR
-from model.weights import OUT_DIR, ROOT
 from trainer.chain import (
     FROM_ZERO,
     LLM,
@@ -193,7 +192,9 @@ def write_report(chain: Chain) -> None:
 
 def answered_examples(chain: Chain) -> list[tuple[Path, str]]:
     """A few held-out pictures, each with a question and the model's and the right answer."""
-    from model.inference import Sampling, VLMEngine, add_model_arguments
+    from model.generation.engine import VLMEngine
+    from model.generation.sampling import Sampling
+    from model.options import add_model_arguments
 
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from model.device import heeds_found_inf
-from model.weights import VISION_PREFIX
+from model.machine.device import heeds_found_inf
+from model.weights.strict_loading import VISION_PREFIX
 
 
 class Engine:

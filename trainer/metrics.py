@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model.atomic_file import atomic_write
+from model.machine.atomic_file import atomic_write
 from trainer.trainer_utils import warn
 
 GIB = 2**30

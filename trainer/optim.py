@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from model.device import product_dtype
+from model.machine.device import product_dtype
 
 WEIGHT_DECAY = 0.01
 OPTIMIZERS = ("adamw", "muon")

@@ -13,9 +13,9 @@ import math
 import sys
 from pathlib import Path
 
-from model.atomic_file import atomic_write
+from model.machine.atomic_file import atomic_write
+from model.machine.paths import OUT_DIR
 from model.options import OnceParser
-from model.weights import OUT_DIR
 
 METRICS_SUFFIX = "_metrics.jsonl"
 PANELS = (  # field, title, axis, logarithmic

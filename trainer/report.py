@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from model.weights import ROOT, weight_stem
+from model.machine.paths import ROOT
+from model.weights.file_names import weight_stem
 from trainer.plot import METRICS_SUFFIX, write_curves
 from trainer.train_args import Stage, TrainArgs
 from trainer.train_loop import Run

@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model.atomic_file import remove_leftovers
+from model.machine.atomic_file import remove_leftovers
 from model.vlm_processor import tokenizer_sha256
-from model.weights import describe_model, read_metadata, save_weights
+from model.weights.metadata import describe_model, read_metadata
+from model.weights.saving import save_weights
 from trainer.build import Parts
 from trainer.engine import Engine
 from trainer.metrics import GIB

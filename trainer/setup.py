@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.device import out_of_memory_line
-from model.weights import VISION_PREFIX
+from model.machine.device import out_of_memory_line
+from model.weights.strict_loading import VISION_PREFIX
 from trainer import preflight, zero
 from trainer.build import Loaders, Parts, build, lighten_tower
 from trainer.engine import Engine

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.atomic_file import (
+from model.machine.atomic_file import (
     atomic_write,
     real_place,
     remove_leftovers,

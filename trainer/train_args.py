@@ -5,9 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from dataset.text_dataset import LOSS_ON
-from model.inference import parse_bool, parse_path
-from model.options import OnceParser
-from model.weights import OUT_DIR, ROOT
+from model.machine.paths import OUT_DIR, ROOT
+from model.options import OnceParser, parse_bool, parse_path
 from trainer.optim import OPTIMIZERS
 
 DTYPES = ("bfloat16", "float16", "float32")

@@ -40,10 +40,10 @@ from dataset.synthetic_world import (
     recolour,
     sample_scene,
 )
-from model.device import check_dtype, choose_device, memory_guard, prepare_device
+from model.machine.device import check_dtype, choose_device, memory_guard, prepare_device
+from model.machine.paths import ROOT
 from model.options import OnceParser
 from model.vlm_processor import load_tokenizer
-from model.weights import ROOT
 from trainer.optim import get_lr, make_optimizer
 from trainer.preflight import check_writable
 from trainer.trainer_utils import autocast, setup_seed

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Sampler
 
-from model.device import check_dtype, choose_device, memory_guard, prepare_device
+from model.machine.device import check_dtype, choose_device, memory_guard, prepare_device
 from trainer.rank_meeting import join_process_group
 
 # A save or a slow first batch must fit; ranks that died are noticed long before (rank_watch.py).

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.weights import ROOT, VISION_PREFIX
+from model.machine.paths import ROOT
+from model.weights.strict_loading import VISION_PREFIX
 from trainer.engine import trained_state
 from trainer.train_args import TrainArgs
 from trainer.trainer_utils import Ranks, is_main_process, local_ranks

@@ -8,9 +8,11 @@ from gpu.room import Case, Room, Skip
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.device import OutOfMemory, has_grouped_mm, memory_guard
 from model.feed_forward import MoEFeedForward
-from model.inference import LoadedModel, Sampling, VLMEngine, ask
+from model.generation.engine import VLMEngine, ask
+from model.generation.sampling import Sampling
+from model.machine.device import OutOfMemory, has_grouped_mm, memory_guard
+from model.weights.build_model import LoadedModel
 
 # Largest difference that counts as rounding, as a share of the largest true value.
 TOLERANCE = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-4}

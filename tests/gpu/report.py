@@ -28,8 +28,8 @@ import torch
 from gpu import cases_compute, cases_ranks, cases_train
 from gpu.room import Case, Room, Skip
 
-from model.device import choose_device, prepare_device
-from model.loading import parse_bool
+from model.machine.device import choose_device, prepare_device
+from model.options import parse_bool
 from trainer.report import git_state, versions
 
 MINUTES = 8.0

@@ -17,10 +17,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dataset.collate import VLMCollator
 from dataset.lm_dataset import VLMDataset
-from model.device import has_bfloat16, pad_multiple
-from model.loading import placeholder_config
+from model.machine.device import has_bfloat16, pad_multiple
 from model.model_vlm import MiniMindVLM
 from model.vlm_processor import VLMProcessor, load_tokenizer
+from model.weights.build_model import placeholder_config
 from trainer import report, train_pretrain_vlm, train_sft_vlm
 
 STAGES = {"pretrain": train_pretrain_vlm, "sft": train_sft_vlm}

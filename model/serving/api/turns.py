@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import anyio
 
-from model.api_request import ApiError
+from model.serving.api.request import ApiError
 
 MAX_WAIT_S = 600  # for one's turn
 

@@ -16,9 +16,9 @@ from urllib.parse import parse_qs
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 
-from model.serving.web.care import Care
-from model.serving.web.login import Throttle
-from model.serving.web.requests import (
+from model.serving.web.protection.care import Care
+from model.serving.web.protection.login import Throttle
+from model.serving.web.protection.requests import (
     SESSION,
     Refused,
     check_file,

@@ -18,10 +18,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from model.serving.web.quota import LEAST_BYTES, OverQuota, Quota
+from model.serving.web.conversation import MAX_UPLOAD_BYTES, check_image
+from model.serving.web.protection.quota import LEAST_BYTES, OverQuota, Quota
+from model.serving.web.text import language_of, text
 from model.vlm_processor import open_image
-from model.web_chat import MAX_UPLOAD_BYTES, check_image
-from model.web_text import language_of, text
 
 MAX_FILES = 20  # chosen at once; a question takes fewer
 MAX_FORM_BYTES = MAX_FILES * MAX_UPLOAD_BYTES

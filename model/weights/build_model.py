@@ -1,4 +1,4 @@
-"""Owns loading a model with its processor, and the flags that say which one."""
+"""Owns building a model and its processor from a weight or from a transformers folder."""
 
 import argparse
 from dataclasses import dataclass
@@ -6,83 +6,22 @@ from pathlib import Path
 
 import torch
 
-from model.device import (
+from model.machine.device import (
     check_dtype,
     choose_device,
     default_dtype,
     memory_guard,
     prepare_device,
 )
-from model.model_vlm import (
-    MiniMindVLM,
-    VLMConfig,
-    count_image_tokens,
-    find_vision_dir,
-    load_vision_config,
-)
+from model.model_vlm import MiniMindVLM, VLMConfig
+from model.options import NATIVE
+from model.vision_tower import count_image_tokens, find_vision_dir, load_vision_config
 from model.vlm_processor import VLMProcessor, check_special_tokens, load_tokenizer
-from model.weights import (
-    OUT_DIR,
-    check_tensors,
-    find_weight,
-    load_weights,
-    read_metadata,
-    read_weights,
-    tower_sha256,
-    weight_config,
-)
+from model.weights.file_names import find_weight
+from model.weights.metadata import read_metadata, tower_sha256
+from model.weights.strict_loading import check_tensors, load_weights, read_weights, weight_config
 
-NATIVE = "model"  # --load_from: our own weight files
 BLIND_SEED = 0  # of the projection that a language model lacks
-
-
-def parse_bool(text: str) -> bool:
-    """0/1, true/false in any case."""
-    values = {"0": False, "1": True, "false": False, "true": True}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of 0, 1, true, false")
-    return values[text.lower()]
-
-
-def parse_path(text: str) -> Path:
-    """A path; `~` is the home folder also where the shell left it alone."""
-    return Path(text).expanduser()
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which model to use; evaluation, demo and export share them."""
-    add = parser.add_argument
-    add("--load_from", default=NATIVE,
-        help="'model': a weight of this project; else a transformers folder / "
-             "原生权重，或 transformers 目录")  # fmt: skip
-    add(
-        "--save_dir",
-        "--out_dir",
-        type=parse_path,
-        default=OUT_DIR,
-        help="folder of weights / 权重目录",
-    )
-    add("--weight", default="sft_vlm", help="name or path of the weight / 权重名称或路径")
-    add("--hidden_size", "--dim", type=int, help="default: the weight's / 默认随权重")
-    add("--num_hidden_layers", "--n_layers", type=int, help="default: the weight's / 默认随权重")
-    add(
-        "--use_moe",
-        type=parse_bool,
-        nargs="?",
-        const=True,
-        help="default: the weight's / 默认随权重",
-    )
-    add("--vision_model_path", type=parse_path, help="folder of the CLIP tower / CLIP 目录")
-    add("--tokenizer_path", type=parse_path, help="folder of the tokenizer / 分词器目录")
-    add("--keep_cls", type=parse_bool, nargs="?", const=True,
-        help="CLS is an image token (first release) / 保留 CLS")  # fmt: skip
-    add("--image_special_token", help="placeholder text of one image / 图像占位符")
-    add("--inference_rope_scaling", type=parse_bool, nargs="?", const=True, default=False,
-        help="YaRN for prompts over 2048 tokens / 长上下文外推")  # fmt: skip
-    add("--device", default=None, help="cpu, cuda, cuda:1, mps; default: the best / 默认自动选择")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
-        help="default: float32 on a CPU, bfloat16 on a GPU, float16 on one without / "
-             "默认 CPU 用 float32，GPU 用 bfloat16，不支持则 float16")  # fmt: skip
 
 
 @dataclass

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from model.atomic_file import atomic_write, check_place, real_place
+from model.machine.atomic_file import atomic_write, check_place, real_place
 
 HALF = re.compile("[\ud800-\udfff]")  # of a character: a byte of a name that is not UTF-8
 

@@ -7,14 +7,14 @@ import tempfile
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from model.inference import Sampling
+from model.generation.sampling import Sampling
 from model.serving.connections import close_when_idle
 from model.serving.hosts import KnownHosts, allowed_hosts
-from model.serving.web import care
-from model.serving.web.quota import Quota
-from model.web_chat import MAX_UPLOAD_BYTES
-from model.web_text import ANY_NAME, CSS
-from model.web_weights import Weights
+from model.serving.web.conversation import MAX_UPLOAD_BYTES
+from model.serving.web.protection import care
+from model.serving.web.protection.quota import Quota
+from model.serving.web.text import ANY_NAME, CSS
+from model.serving.web.weights import Weights
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MAX_EXAMPLES = 8
@@ -49,7 +49,7 @@ def serve_page(
         care.set_before_import()
         import gradio as gr
 
-        from model.web_page import Page
+        from model.serving.web.page import Page
 
         page = Page(
             weights, defaults, concurrency=concurrency,

@@ -7,9 +7,9 @@ from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
 
-from model.inference import VLMEngine
-from model.loading import check_native
-from model.weights import read_metadata, tower_sha256
+from model.generation.engine import VLMEngine
+from model.weights.build_model import check_native
+from model.weights.metadata import read_metadata, tower_sha256
 
 log = logging.getLogger(__name__)
 MAX_LOADED = 3  # models held at once; the one unused for longest goes

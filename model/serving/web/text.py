@@ -1,7 +1,6 @@
 """Owns the words of the web page, in English and Chinese, and its looks."""
 
 LANGUAGES = {"English": "en", "中文": "zh"}
-
 TEXTS = {
     "head": (
         "<h1>Talk to MiniMind-V</h1><p>A tiny vision-language model: show it pictures, ask about "

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.inference import Sampling, VLMEngine
-from model.scoring import AnswerScore, Row, score_candidates, score_rows
+from model.evaluation.likelihood import AnswerScore, Row, score_candidates, score_rows
+from model.generation.engine import VLMEngine
+from model.generation.sampling import Sampling
 
 # The images: the record's own, another record's, plain grey ones, none (and no tags).
 CONDITIONS = ("right", "shuffled", "grey", "blind")

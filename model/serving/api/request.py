@@ -8,7 +8,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from model.inference import Sampling, VLMEngine, ask
+from model.generation.engine import VLMEngine, ask
+from model.generation.sampling import Sampling
 from model.pictures import picture_size
 from model.vlm_processor import IMAGE_TAG
 

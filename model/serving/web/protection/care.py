@@ -15,8 +15,8 @@ from pathlib import Path
 
 import anyio
 
-from model.serving.web.presence import Presence
-from model.serving.web.quota import Quota
+from model.serving.web.protection.presence import Presence
+from model.serving.web.protection.quota import Quota
 
 log = logging.getLogger(__name__)
 KEEP_S = 3600  # files and conversation of a visitor who has gone

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import gradio as gr
 
-from model.inference import Sampling
-from model.web_chat import MAX_QUESTION_CHARACTERS
-from model.web_text import LANGUAGES, text
+from model.generation.sampling import Sampling
+from model.serving.web.conversation import MAX_QUESTION_CHARACTERS
+from model.serving.web.text import LANGUAGES, text
 
 LIMITS = {  # slider: from, to (a default of the flags outside them widens it), step
     "temperature": (0, 2, 0.05),

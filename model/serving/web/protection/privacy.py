@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from model.weights import ROOT
+from model.machine.paths import ROOT
 
 QUOTED = re.compile(r"""(['"])(?:/|[A-Za-z]:[/\\])[^'"]*[/\\]([^'"/\\]*)\1""")
 BARE = re.compile(r"(?<![\w.<>/\\:])(?:/|[A-Za-z]:[/\\])(?:[^\s/\\:,;'\"<>]+[/\\])+")

@@ -10,9 +10,9 @@ from functools import cached_property
 
 import numpy as np
 
-from model.evaluation import CONDITIONS, AnswerRow, CaptionRow, ChoiceRow, TextRow
-from model.scoring import NUM_RESAMPLES, interval, resample, wilson_lower_bound
-from model.text_metrics import CiderD, bleu_and_chrf, vqa_accuracy
+from model.evaluation.evaluator import CONDITIONS, AnswerRow, CaptionRow, ChoiceRow, TextRow
+from model.evaluation.statistics import NUM_RESAMPLES, interval, resample, wilson_lower_bound
+from model.evaluation.text_metrics import CiderD, bleu_and_chrf, vqa_accuracy
 
 TOTALS = ("right", "total", "loss_sum", "num_tokens")
 BOOTSTRAP_SEED = 0

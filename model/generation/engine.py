@@ -15,26 +15,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from model.attention_map import image_attention
-from model.decoding import MAX_SEED, Decoder, Row, Sampling, TextPieces
-from model.device import memory_guard
-from model.loading import (
-    LoadedModel,
-    add_model_arguments,
-    attach_tower,
-    load_model,
-    parse_bool,
-    parse_path,
-    placeholder_config,
-)
+from model.generation.attention_map import image_attention
+from model.generation.decoding import Decoder, Row, TextPieces
+from model.generation.sampling import Sampling
+from model.machine.device import memory_guard
 from model.vlm_processor import IMAGE_TAG
+from model.weights.build_model import LoadedModel, load_model
 
-__all__ = [
-    "MAX_SEED", "Answer", "LoadedModel", "Sampling", "Stream", "VLMEngine", "add_model_arguments",
-    "add_sampling_arguments", "ask", "attach_tower", "load_model", "parse_bool",
-    "parse_path", "placeholder_config", "sampling_from",
-]  # fmt: skip
-DEFAULT_SEED = 2026
 NO_ROOM_ADVICE = "ask more briefly, with fewer pictures, or lower --batch_size or --concurrency"
 RESERVED_SHARE = 4  # of the context, 1 / this: what earlier turns give way to at most
 
@@ -54,29 +41,6 @@ class Answer:
     num_prompt_tokens: int
     num_new_tokens: int
     num_dropped_turns: int
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `Sampling`; `sampling_from` reads them."""
-    add = parser.add_argument
-    add("--max_new_tokens", type=int, default=512, help="longest answer / 最大生成长度")
-    add("--temperature", type=float, default=0.65, help="0 is greedy / 采样温度")
-    add("--top_p", type=float, default=0.85, help="nucleus sampling / 核采样阈值")
-    add("--top_k", type=int, default=0, help="likeliest tokens only; 0: all / 仅取前 k 个")
-    add("--repetition_penalty", type=float, default=1.0, help="1 is none / 重复惩罚")
-    add("--seed", type=int, default=DEFAULT_SEED, help="of the sampling / 随机种子")
-
-
-def sampling_from(args: argparse.Namespace) -> Sampling:
-    """The `Sampling` of parsed flags.
-
-    Raises:
-        ValueError: a flag out of its range.
-    """
-    return Sampling(
-        args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.repetition_penalty,
-        args.seed,
-    )  # fmt: skip
 
 
 def ask(prompt: str, *, num_images: int) -> list[dict]:

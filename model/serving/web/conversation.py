@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model.inference import VLMEngine, ask
+from model.generation.engine import VLMEngine, ask
 from model.pictures import open_image
-from model.serving.web.privacy import without_paths
+from model.serving.web.protection.privacy import without_paths
 
 MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; a 48-megapixel photo is fine

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.inference import Sampling, VLMEngine, ask
+from model.generation.engine import VLMEngine, ask
+from model.generation.sampling import Sampling
+from model.machine.terminal import one_line, shown
 from model.pictures import open_image
-from model.terminal import one_line, shown
 from model.vlm_processor import IMAGE_TAG, VLMProcessor
 
 IMAGE_SUFFIXES = {  # those of HEIC and AVIF too: they are told apart and how to convert them

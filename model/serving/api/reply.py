@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from anyio import to_thread
 
-from model.api_request import ChatRequest
-from model.inference import Answer, Stream
+from model.generation.engine import Answer, Stream
+from model.serving.api.request import ChatRequest
 
 DONE = b"data: [DONE]\n\n"
 

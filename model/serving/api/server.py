@@ -24,12 +24,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from model.api_reply import DONE, Completion, event
-from model.api_request import ApiError, ChatRequest, parse_request
-from model.device import OutOfMemory
-from model.inference import Sampling, Stream, VLMEngine
+from model.generation.engine import Stream, VLMEngine
+from model.generation.sampling import Sampling
+from model.machine.device import OutOfMemory
 from model.serving.api.body import BODY_TIMEOUT_S, read_body
 from model.serving.api.connection import server_config
+from model.serving.api.reply import DONE, Completion, event
+from model.serving.api.request import ApiError, ChatRequest, parse_request
 from model.serving.api.turns import Gone, Presence, Turns
 from model.serving.hosts import ANY, KnownHosts, allowed_hosts
 

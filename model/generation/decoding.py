@@ -1,79 +1,17 @@
-"""Owns how an answer is written token by token: sampling, the loop over the cache, text pieces.
+"""Owns how an answer is written token by token: the loop over the cache, text in pieces.
 
 Shapes: B rows still being written, T tokens, V vocabulary.
 """
-
-import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.generation import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
+from model.generation.sampling import Sampling
 from model.model_vlm import MiniMindVLM
 
-MAX_SEED = 2**63 - 1
-MAX_TOP_K = 1_000_000
 HALF = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Args:
-        temperature: 0 is greedy. top_p: the nucleus. top_k: 0 takes all.
-        repetition_penalty: divides the logits of what prompt and answer hold already; 1 is none.
-        seed: of the answer alone; None draws one.
-    Raises:
-        ValueError: a value out of its range, by its flag's name.
-    """
-
-    max_new_tokens: int = 512
-    temperature: float = 0.65
-    top_p: float = 0.85
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self):
-        def must(is_right: bool, name: str, wanted: str) -> None:
-            if not is_right:
-                raise ValueError(f"--{name} must be {wanted}; got {getattr(self, name)}")
-
-        must(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
-        must(0 <= self.temperature < math.inf, "temperature", "at least 0 (0 is greedy)")
-        must(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        must(0 <= self.top_k <= MAX_TOP_K, "top_k", f"0 (all tokens) to {MAX_TOP_K}")
-        must(0.1 <= self.repetition_penalty <= 10, "repetition_penalty", "0.1 to 10 (1 is none)")
-        must(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", f"from 0 to {MAX_SEED}")
-
-    def processors(self) -> LogitsProcessorList:
-        """What is done to the logits of one row, in transformers' order."""
-        steps = LogitsProcessorList()
-        if self.repetition_penalty != 1:
-            steps.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
-        if self.temperature > 0:
-            steps.append(_peak_at_zero)
-            steps.append(TemperatureLogitsWarper(float(self.temperature)))
-            if self.top_k > 0:
-                steps.append(TopKLogitsWarper(self.top_k))
-            if self.top_p < 1:
-                steps.append(TopPLogitsWarper(float(self.top_p)))
-        return steps
-
-
-def _peak_at_zero(_ids: Tensor, logits: Tensor) -> Tensor:
-    """The same distribution; no temperature, however small, can overflow it."""
-    return logits - logits.max(-1, keepdim=True).values
 
 
 class Row:

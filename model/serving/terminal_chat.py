@@ -8,9 +8,11 @@ from dataclasses import replace
 
 from PIL import Image
 
-from model.inference import Sampling, VLMEngine, ask, parse_path
+from model.generation.engine import VLMEngine, ask
+from model.generation.sampling import Sampling
+from model.machine.terminal import shown
+from model.options import parse_path
 from model.pictures import open_image
-from model.terminal import shown
 from model.vlm_processor import IMAGE_TAG
 
 try:

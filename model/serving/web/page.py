@@ -15,14 +15,14 @@ from pathlib import Path
 
 import gradio as gr
 
-from model import web_chat
-from model.inference import MAX_SEED, Sampling
-from model.serving.web.privacy import without_paths
-from model.web_chat import Turn, chat_messages, new_turn, prompt_of
-from model.web_layout import LIMITS, Layout
-from model.web_look import draw_look
-from model.web_text import LANGUAGES, language_of, text
-from model.web_weights import Weights
+from model.generation.sampling import MAX_SEED, Sampling
+from model.serving.web import conversation as web_chat
+from model.serving.web.attention_picture import draw_look
+from model.serving.web.conversation import Turn, chat_messages, new_turn, prompt_of
+from model.serving.web.layout import LIMITS, Layout
+from model.serving.web.protection.privacy import without_paths
+from model.serving.web.text import LANGUAGES, language_of, text
+from model.serving.web.weights import Weights
 
 log = logging.getLogger(__name__)
 NUM_DRAWN_SEEDS = 2**31 - 1  # short enough to be copied by hand

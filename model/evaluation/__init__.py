@@ -1,0 +1,1 @@
+"""Scores: likelihood, statistics, text metrics, reports."""

@@ -1,0 +1,1 @@
+"""Answers: sampling, decoding, the engine, where it looks."""

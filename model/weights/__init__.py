@@ -1,0 +1,1 @@
+"""Weight files: names, descriptions, strict loading, building a model from one."""

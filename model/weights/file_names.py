@@ -1,0 +1,60 @@
+"""Owns how weight files are named and where one is looked for.
+
+A weight is `NAME_{hidden}{_moe}.pth`, with `NAME_{hidden}{_moe}.json` beside it that describes it.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from model.machine.paths import OUT_DIR
+
+
+def weight_stem(name: str, *, hidden_size: int, use_moe: bool) -> str:
+    """`NAME_{hidden}{_moe}`, the stem that weight, metadata, state and metrics share."""
+    return f"{name}_{hidden_size}{'_moe' if use_moe else ''}"
+
+
+def find_weight(
+    name: str, *, save_dir: Path, hidden_size: int | None, use_moe: bool | None
+) -> Path:
+    """The file of a weight name: in `save_dir`, then in `out/`; a path is taken as it is.
+
+    Without a hidden size the one that exists is taken, 512 before others.
+
+    Raises:
+        FileNotFoundError: nothing fits; lists what is there.
+        ValueError: several sizes fit.
+    """
+    if name.endswith(".pth") or os.sep in name:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"no weight file {name}")
+        return path
+    folders = list(dict.fromkeys([save_dir.resolve(), OUT_DIR]))
+    size = r"\d+" if hidden_size is None else str(hidden_size)
+    moe = "(_moe)?" if use_moe is None else "_moe" if use_moe else ""
+    for alias in (name, "lm") if name == "llm" else (name,):
+        pattern = re.compile(rf"{re.escape(alias)}_{size}{moe}\.pth")
+        for folder in folders:
+            found = sorted(p for p in folder.glob("*.pth") if pattern.fullmatch(p.name))
+            default = weight_stem(alias, hidden_size=512, use_moe=bool(use_moe))
+            usual = [p for p in found if p.stem == default]
+            if len(found) == 1 or usual:
+                return (usual or found)[0]
+            if found:
+                raise ValueError(
+                    f"several weights fit {name!r} in {folder}: "
+                    f"{', '.join(p.name for p in found)}; choose one by --hidden_size and --use_moe"
+                )
+    there = sorted({p.name for folder in folders for p in folder.glob("*.pth")})
+    wanted = weight_stem(name, hidden_size=hidden_size or 512, use_moe=bool(use_moe)) + ".pth"
+    ways = {
+        "llm": "fetch it by `python dataset/download.py llm_512`, make it by trainer/train_llm.py",
+        "pretrain_vlm": "make it by trainer/train_pretrain_vlm.py",
+        "sft_vlm": "make it by trainer/train_sft_vlm.py",
+    }
+    raise FileNotFoundError(
+        f"no weight {wanted} in {' or '.join(str(f) for f in folders)} (there: "
+        f"{', '.join(there) or 'no weights'}); {ways.get(name, 'make it first')}, or name its path"
+    )

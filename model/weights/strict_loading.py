@@ -1,0 +1,164 @@
+"""Owns reading a weight: its tensors, the sizes they imply, and loading them strictly.
+
+The vision tower is never in a weight; of all else nothing may be missing, unknown or misshapen.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model.weights.metadata import SIZE_FIELDS, read_metadata
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+VISION_PREFIX = "vision_encoder."
+PROJECTION_PREFIX = "vision_proj."
+
+# The first release (2024) called its tensors tok_embeddings, attention.wq, feed_forward.w1, ...
+FIRST_RELEASE_KEY = re.compile(r"tok_embeddings|attention\.w[qkvo]|feed_forward\.w\d")
+TRAINING_STATE_KEYS = {"model", "optimizer"}
+
+
+def read_weights(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
+    """The state dict of a weight file, refusing what is not one.
+
+    With `shapes_only` the tensors have no values (they are on `meta`).
+
+    Raises:
+        ValueError: unreadable, of the first release, or a training state.
+    """
+    try:
+        state = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the unpickler raises almost anything on damaged data
+        raise ValueError(
+            f"{path} is not a readable weight file ({type(error).__name__}); copy or fetch it again"
+        ) from error
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{path} is not a state dict of tensors")
+    if TRAINING_STATE_KEYS <= state.keys():
+        raise ValueError(
+            f"{path} is a training state, not a weight; use the weight saved beside it in out/, "
+            "or resume by --from_resume 1"
+        )
+    if any(FIRST_RELEASE_KEY.search(str(key)) for key in state):
+        raise ValueError(
+            f"{path} comes from the first release (2024), whose tensors are named otherwise; it "
+            "cannot be loaded here: use the weights published since then"
+        )
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds more than tensors, so it is not a weight file")
+    return {k: v for k, v in state.items() if not k.startswith(VISION_PREFIX)}
+
+
+def sizes_from_tensors(state: dict[str, Tensor], *, path: Path, num_heads: int = 8) -> dict:
+    """The sizes of a model, read off its tensors' shapes.
+
+    Args:
+        num_heads: query heads, which show in no shape.
+    """
+    try:
+        vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
+        num_layers = 1 + max(
+            int(m[1]) for k in state if (m := re.match(r"model\.layers\.(\d+)\.", k))
+        )
+        kv_dim = state["model.layers.0.self_attn.k_proj.weight"].shape[0]
+        up_projections = [k for k in state if re.match(r"model\.layers\.0\.mlp\..*up_proj", k)]
+        experts = [k for k in up_projections if ".experts." in k]
+        shared = [k for k in up_projections if ".shared_experts." in k]
+        mlp = "mlp.experts.0" if experts else "mlp"
+        intermediate = state[f"model.layers.0.{mlp}.up_proj.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a MiniMind weight: {error} is not among its {len(state)} tensors"
+        ) from None
+    sizes = {
+        "hidden_size": hidden_size,
+        "vocab_size": vocab_size,
+        "num_hidden_layers": num_layers,
+        "num_key_value_heads": kv_dim * num_heads // hidden_size,
+        "intermediate_size": intermediate,
+        "use_moe": bool(experts),
+    }
+    if experts:
+        sizes |= {"n_routed_experts": len(experts), "n_shared_experts": len(shared)}
+    projection = state.get("vision_proj.vision_proj.0.weight")
+    if projection is not None:
+        sizes["vision_hidden_size"] = projection.shape[1]
+    return sizes
+
+
+def weight_config(state: dict[str, Tensor], *, path: Path, flags: dict) -> dict:
+    """Config fields of a weight: from its metadata, else its shapes, else the flags.
+
+    Args:
+        flags: what the user asked for, None where left open.
+    Raises:
+        ValueError: a flag, or the metadata, contradicts the tensors.
+    """
+    config = read_metadata(path).get("config", {})
+    num_heads = config.get("num_attention_heads") or flags.get("num_attention_heads") or 8
+    sizes = sizes_from_tensors(state, path=path, num_heads=num_heads)
+    for name, size in sizes.items():
+        if name in config and config[name] != size:
+            raise ValueError(
+                f"{path.with_suffix('.json')} says {name} {config[name]} but the tensors of "
+                f"{path.name} say {size}: the two files do not belong together"
+            )
+    config = config | sizes
+    for name, wanted in flags.items():
+        if wanted is not None and name in SIZE_FIELDS and name in config and config[name] != wanted:
+            raise ValueError(
+                f"{path} has {name} {config[name]}, not {wanted} as the flags say; leave the "
+                f"flag out, or choose another weight"
+            )
+    return config | {k: v for k, v in flags.items() if v is not None}
+
+
+def load_weights(
+    model: nn.Module, state: dict[str, Tensor], *, path: Path, may_lack_projection: bool
+) -> bool:
+    """Copy a state dict into a model, strictly.
+
+    Args:
+        may_lack_projection: accept a language model without `vision_proj.*`.
+    Returns:
+        Whether the weight had a projection.
+    Raises:
+        ValueError: naming the tensors that are missing, left over, misshapen or untied.
+    """
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith(VISION_PREFIX)}
+    has_projection = check_tensors(own, state, path=path, may_lack_projection=may_lack_projection)
+    infinite = [k for k in state if not state[k].isfinite().all()]
+    _refuse(path, "has values that are not finite in", infinite)
+    if {EMBEDDING, HEAD} <= state.keys() and not torch.equal(state[EMBEDDING], state[HEAD]):
+        raise ValueError(f"{path}: {HEAD} differs from {EMBEDDING}, but here they are one tensor")
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+    return has_projection
+
+
+def check_tensors(
+    own: dict[str, Tensor], state: dict[str, Tensor], *, path: Path, may_lack_projection: bool
+) -> bool:
+    """Names and shapes only; returns and raises as `load_weights` does."""
+    has_projection = any(k.startswith(PROJECTION_PREFIX) for k in state)
+    missing = [k for k in own if k not in state and k != HEAD]
+    if may_lack_projection and not has_projection:
+        missing = [k for k in missing if not k.startswith(PROJECTION_PREFIX)]
+    _refuse(path, "lacks", missing)
+    _refuse(path, "has unknown", [k for k in state if k not in own])
+    _refuse(path, "has another size of", [k for k in state if state[k].shape != own[k].shape])
+    return has_projection
+
+
+def _refuse(path: Path, problem: str, names: list[str]) -> None:
+    if names:
+        raise ValueError(
+            f"{path} {problem} {len(names)} tensor(s): {', '.join(names[:4])}"
+            f"{', ...' if len(names) > 4 else ''}; it is not a weight of this model"
+        )
