@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch.distributed as dist
 from tqdm import tqdm
 
-from dataset.eval_data import EvalData, spread
+from dataset.evaluation.eval_data import EvalData, spread
+from dataset.evaluation.multiple_choice import MODES, Choice, ChoiceFile
 from dataset.lm_dataset import VLMDataset
-from dataset.multiple_choice import MODES, Choice, ChoiceFile
 from model.evaluation.describe import (
     Description,
     describe,

@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset import book
-from dataset.assets import (
+from dataset.fetching import corpus as book
+from dataset.fetching.assets import (
     ASSETS,
     CORPUS,
     DEFAULT_ASSETS,
@@ -27,7 +27,7 @@ from dataset.assets import (
     chosen_assets,
     make_plan,
 )
-from dataset.hub import ENDPOINTS, endpoint, fetch
+from dataset.fetching.hub import ENDPOINTS, endpoint, fetch
 
 ROOT = Path(__file__).resolve().parents[1]
 HUBS = ("huggingface", "modelscope")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.fingerprint import ends_fingerprint
 from dataset.loss_mask import supervised_mask
-from dataset.records import BadRecordError, Record, open_records, shorten
+from dataset.records.conversation import BadRecordError, Record, shorten
+from dataset.records.fingerprint import ends_fingerprint
+from dataset.records.reader import open_records
 
 IGNORE_INDEX = -100  # label of a position that is not supervised
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.data_file import check_file, check_text
-from dataset.fingerprint import ends_fingerprint, file_fingerprint
 from dataset.lm_dataset import IGNORE_INDEX, BadSample, Sample
 from dataset.loss_mask import supervised_mask
-from dataset.records import BadRecordError, check_conversation, decode, parse_json
+from dataset.records.conversation import BadRecordError, check_conversation, decode, parse_json
+from dataset.records.data_file import check_file, check_text
+from dataset.records.fingerprint import ends_fingerprint, file_fingerprint
 
 LOSS_ON = ("all", "answers")
 PROSE = (".txt", ".md", ".text", ".markdown")

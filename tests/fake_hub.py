@@ -18,9 +18,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 from huggingface_hub import close_session
 
-from dataset import assets as manifest
 from dataset import download
-from dataset import hub as network
+from dataset.fetching import assets as manifest
+from dataset.fetching import hub as network
 
 COMMIT = "c" * 40  # what a branch stands for
 LARGE = (".pth", ".parquet", ".zip", ".safetensors", ".bin")  # kept by Git LFS

@@ -15,8 +15,8 @@ from rank_group import RankGroup, record_steps, recorded_steps
 
 import eval_vlm
 import web_demo
-from dataset import fingerprint
-from dataset.fingerprint import ends_fingerprint, file_fingerprint
+from dataset.records import fingerprint
+from dataset.records.fingerprint import ends_fingerprint, file_fingerprint
 from trainer import plot, train_args, train_llm, train_pretrain_vlm, train_sft_vlm
 
 STATE = "pretrain_vlm_32_resume.pth"

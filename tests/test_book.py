@@ -8,7 +8,8 @@ import tarfile
 import pytest
 from fake_hub import error_of, files_below, run
 
-from dataset import book, download
+from dataset import download
+from dataset.fetching import corpus as book
 
 ENGLISH = """# A Title
 :label:`sec_x`

@@ -7,7 +7,8 @@ import os
 import pytest
 from conftest import conversation, make_records, train_flags, within_s
 
-from dataset.records import BadRecordError, open_records
+from dataset.records.conversation import BadRecordError
+from dataset.records.reader import open_records
 from dataset.text_dataset import TextDataset
 from model.vlm_processor import load_tokenizer
 from trainer import train_llm, train_pretrain_vlm

@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT, make_records, script_environment, train_flags
 from PIL import Image
 
-from dataset.synthetic_drawing import EVAL_IMAGES
-from dataset.synthetic_text import CHINESE
+from dataset.synthetic.drawing import EVAL_IMAGES
+from dataset.synthetic.text import CHINESE
 from model.generation.engine import VLMEngine
 from model.generation.sampling import Sampling
 from model.options import add_model_arguments

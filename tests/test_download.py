@@ -21,8 +21,8 @@ from fake_hub import (
     run,
 )
 
-from dataset import assets as manifest
 from dataset import download
+from dataset.fetching import assets as manifest
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.vlm_processor import load_tokenizer, tokenizer_sha256
 from model.weights.metadata import read_metadata

@@ -15,7 +15,7 @@ from painted import eval_flags
 from tiny_vlm import make_loaded, save_tiny
 
 import eval_vlm
-from dataset.eval_data import EvalData
+from dataset.evaluation.eval_data import EvalData
 from model.evaluation.evaluator import Evaluator
 
 ODD_NAMES = (b"caf\xe9.png", b"new\nline.png", b"clear\x1b[2J.png", "照片.png".encode())

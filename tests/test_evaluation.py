@@ -12,7 +12,8 @@ from painted import eval_flags
 from PIL import Image
 
 import eval_vlm
-from dataset.eval_data import EvalData, language_of
+from dataset.evaluation.eval_data import EvalData
+from dataset.evaluation.language import language_of
 from dataset.lm_dataset import VLMDataset
 from model.evaluation.evaluator import CONDITIONS, ChoiceRow
 from model.evaluation.likelihood import Row, score_candidates, score_rows

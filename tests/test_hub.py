@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, script_environment
 from fake_hub import CLIP, DATA, PARQUET, error_of, files_below, run
 
-from dataset import assets as manifest
-from dataset import hub as network
+from dataset.fetching import assets as manifest
+from dataset.fetching import hub as network
 
 
 def test_cut_connection_is_resumed_with_the_rest_only(hub, tmp_path):

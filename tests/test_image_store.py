@@ -10,9 +10,10 @@ import pytest
 from conftest import conversation, make_records, within_s
 from PIL import Image
 
-from dataset.image_store import ImageFolder, ImageZip
 from dataset.lm_dataset import BadSample, VLMDataset
-from dataset.records import BadRecordError, open_records
+from dataset.records.conversation import BadRecordError
+from dataset.records.images import ImageFolder, ImageZip
+from dataset.records.reader import open_records
 from model.pictures import open_image
 
 METHODS = {

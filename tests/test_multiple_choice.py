@@ -10,7 +10,7 @@ import pytest
 from painted import COLOURS, eval_flags
 
 import eval_vlm
-from dataset.multiple_choice import Choice, ChoiceFile, split_options
+from dataset.evaluation.multiple_choice import Choice, ChoiceFile, split_options
 
 MMBENCH = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image",
            "l2-category", "split")  # fmt: skip

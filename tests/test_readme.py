@@ -9,7 +9,8 @@ from conftest import ROOT
 
 import eval_vlm
 import web_demo
-from dataset import download, prompt_picture, synthetic
+from dataset import download, prompt_picture
+from dataset.synthetic import sample_data as synthetic
 from trainer import (
     demo,
     plot,

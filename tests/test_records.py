@@ -14,7 +14,8 @@ from PIL import Image
 
 from dataset.collate import VLMCollator
 from dataset.lm_dataset import BadSample, VLMDataset
-from dataset.records import BadRecordError, default_data_paths, open_records
+from dataset.records.conversation import BadRecordError
+from dataset.records.reader import default_data_paths, open_records
 from model.vision_tower import load_image_processor, load_vision_config
 from model.vlm_processor import VLMProcessor, load_tokenizer
 from model.weights.build_model import placeholder_config
@@ -239,7 +240,7 @@ def test_fingerprint_follows_the_content_not_the_place(tmp_path):
 
 
 def test_default_paths_are_the_contracts(tmp_path, monkeypatch):
-    monkeypatch.setattr("dataset.records.DATASET_DIR", tmp_path)
+    monkeypatch.setattr("dataset.records.reader.DATASET_DIR", tmp_path)
     with pytest.raises(FileNotFoundError, match="pretrain_data.jsonl.*--data_path"):
         default_data_paths("pretrain")
     for kind, name, images in (

@@ -8,7 +8,9 @@ import pytest
 from conftest import conversation, make_records, train_flags
 
 from dataset.lm_dataset import VLMDataset
-from dataset.records import BadRecordError, JsonlRecords, open_records
+from dataset.records.conversation import BadRecordError
+from dataset.records.jsonl import JsonlRecords
+from dataset.records.reader import open_records
 from trainer import train_sft_vlm
 
 BLIND = {

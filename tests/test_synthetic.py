@@ -13,19 +13,10 @@ import pytest
 from conftest import ROOT
 from PIL import Image, ImageChops
 
-from dataset import synthetic
-from dataset.records import open_records
-from dataset.synthetic_drawing import draw_scene
-from dataset.synthetic_text import (
-    CHANCE,
-    QUESTIONS,
-    STYLES,
-    describe,
-    pair_turns,
-    scene_turns,
-    word,
-)
-from dataset.synthetic_world import (
+from dataset.records.reader import open_records
+from dataset.synthetic import sample_data as synthetic
+from dataset.synthetic.drawing import draw_scene
+from dataset.synthetic.scenes import (
     CHARACTERS,
     COLOURS,
     HELDOUT_PAIRS,
@@ -34,6 +25,15 @@ from dataset.synthetic_world import (
     TEXTURES,
     sample_scene,
     scene_key,
+)
+from dataset.synthetic.text import (
+    CHANCE,
+    QUESTIONS,
+    STYLES,
+    describe,
+    pair_turns,
+    scene_turns,
+    word,
 )
 
 LANGUAGES = ("en", "zh")

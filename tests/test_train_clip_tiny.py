@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, script_environment
 from PIL import Image
 
-from dataset.synthetic_world import COLOURS, GROUNDS, SHAPES, recolour, sample_scene
+from dataset.synthetic.scenes import COLOURS, GROUNDS, SHAPES, recolour, sample_scene
 from model.model_vlm import MiniMindVLM
 from model.vision_tower import count_image_tokens
 from model.vlm_processor import load_tokenizer

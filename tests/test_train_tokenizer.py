@@ -9,9 +9,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from dataset.loss_mask import supervised_mask
-from dataset.synthetic import text_conversations
-from dataset.synthetic_text import CHINESE
-from dataset.synthetic_world import COLOURS, PLACES, SHAPES
+from dataset.synthetic.sample_data import text_conversations
+from dataset.synthetic.scenes import COLOURS, PLACES, SHAPES
+from dataset.synthetic.text import CHINESE
 from model.model_vlm import VLMConfig
 from model.vlm_processor import MODEL_DIR
 from trainer import train_tokenizer

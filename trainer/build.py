@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from dataset.collate import VLMCollator
 from dataset.lm_dataset import VLMDataset
-from dataset.records import default_data_paths
+from dataset.records.reader import default_data_paths
 from dataset.text_dataset import TextDataset
 from model.machine.device import pad_multiple
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM

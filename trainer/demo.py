@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dataset.synthetic_text import CHANCE
+from dataset.synthetic.text import CHANCE
 from model.machine.paths import OUT_DIR, ROOT
 from model.options import OnceParser, parse_bool
 from model.vision_tower import VISION_DIR

@@ -25,9 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from dataset.synthetic_drawing import draw_scene
-from dataset.synthetic_text import describe
-from dataset.synthetic_world import (
+from dataset.synthetic.drawing import draw_scene
+from dataset.synthetic.scenes import (
     CHARACTERS,
     COLOURS,
     PLACES,
@@ -40,6 +39,7 @@ from dataset.synthetic_world import (
     recolour,
     sample_scene,
 )
+from dataset.synthetic.text import describe
 from model.machine.device import check_dtype, choose_device, memory_guard, prepare_device
 from model.machine.paths import ROOT
 from model.options import OnceParser

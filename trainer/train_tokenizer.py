@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dataset.records import IMAGE_TAG, check_conversation
-from dataset.synthetic import sample_text
-from dataset.synthetic_text import CHINESE
+from dataset.records.conversation import IMAGE_TAG, check_conversation
+from dataset.synthetic.sample_data import sample_text
+from dataset.synthetic.text import CHINESE
 from model.options import OnceParser
 
 ROOT = Path(__file__).resolve().parents[1]

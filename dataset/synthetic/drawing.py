@@ -7,7 +7,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from dataset.synthetic_world import GROUNDS, PLACES, Item, Scene, sample_scene
+from dataset.synthetic.scenes import GROUNDS, PLACES, Item, Scene, sample_scene
 
 OVERSAMPLING = 2  # drawn so many times larger, then averaged down, for smooth edges
 MIN_IMAGE_SIZE = 32

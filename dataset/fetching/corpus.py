@@ -10,7 +10,7 @@ import re
 import tarfile
 from pathlib import Path
 
-from dataset.hub import RemoteFile, endpoint, fetch
+from dataset.fetching.hub import RemoteFile, endpoint, fetch
 
 AUTHORS = "Aston Zhang, Zachary C. Lipton, Mu Li, Alexander J. Smola and contributors"
 # The heads of the two repositories when this list was made: 2024-03-16 and 2023-08-18.

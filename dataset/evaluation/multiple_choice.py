@@ -17,9 +17,9 @@ from typing import IO
 
 from torch import Tensor
 
-from dataset.eval_data import language_of
+from dataset.evaluation.language import language_of
 from dataset.lm_dataset import Sample, make_sample
-from dataset.records import IMAGE_TAG, BadRecordError, Record
+from dataset.records.conversation import IMAGE_TAG, BadRecordError, Record
 
 LETTERS = "ABCDEFGHI"
 REQUIRED = ("question", "answer", "image")

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset.hub import RemoteFile, is_same, list_files, part_size
+from dataset.fetching.hub import RemoteFile, is_same, list_files, part_size
 
 CORPUS = "corpus"  # the asset that comes from no hub: see dataset/book.py
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -8,7 +8,7 @@ and of a shape is asked only what none of its questions name.
 from dataclasses import dataclass
 from random import Random
 
-from dataset.synthetic_world import CHARACTERS, COLOURS, PLACES, SHAPES, UNTOLD, Item, Scene
+from dataset.synthetic.scenes import CHARACTERS, COLOURS, PLACES, SHAPES, UNTOLD, Item, Scene
 
 LANGUAGES = ("en", "zh")
 PLACE_TURN_SHARE = 0.8  # of the records ask for a place; the same share asks for the number

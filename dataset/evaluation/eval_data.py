@@ -6,7 +6,6 @@ at a time.
 """
 
 import hashlib
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -15,29 +14,14 @@ from random import Random
 import torch
 from torch import Tensor
 
+from dataset.evaluation.language import language_of, num_words
 from dataset.lm_dataset import Sample, VLMDataset, make_sample
-from dataset.records import IMAGE_TAG, BadRecordError, Record
+from dataset.records.conversation import IMAGE_TAG, BadRecordError, Record
 
 SHORT_WORDS = 5  # a question whose answers have more on average asks for sentences
 CAPTION = "caption"  # the type of such a question
 MAX_TRIES = 1000  # records looked at for one with other images
 PICTURES_HELD = 64
-HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
-LATIN_WORD = re.compile(r"[A-Za-zÀ-ɏ]+")
-
-
-def language_of(*texts: str) -> str:
-    """The language of the first text that has one, by its script: "zh", "en" or "other"."""
-    for text in texts:
-        num_han, num_latin = len(HAN.findall(text)), len(LATIN_WORD.findall(text))
-        if num_han or num_latin:
-            return "zh" if num_han > num_latin else "en"
-    return "other"
-
-
-def num_words(answer: str) -> int:
-    """Words of an answer; each Chinese character is one."""
-    return len(LATIN_WORD.findall(answer)) + len(HAN.findall(answer))
 
 
 @dataclass(frozen=True)

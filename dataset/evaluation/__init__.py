@@ -1,0 +1,1 @@
+"""What evaluation asks of data: control images, wrong captions, multiple choice."""

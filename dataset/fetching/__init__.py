@@ -1,0 +1,1 @@
+"""Fetching real assets: hubs, the list of assets, the corpus."""

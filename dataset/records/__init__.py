@@ -1,0 +1,1 @@
+"""One reader over records and their images."""

@@ -1,0 +1,117 @@
+"""Owns what a record must hold: a conversation with roles and text, and one `<image>` per image."""
+
+import json
+from dataclasses import dataclass
+
+from dataset.records.stray_images import find_stray
+
+IMAGE_TAG = "<image>"
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant"}
+
+ROLES["gpt"] = "assistant"  # the first release's names are human and gpt
+
+
+class BadRecordError(ValueError):
+    """A record that cannot be used; the message begins with where it stands."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One checked conversation.
+
+    `images` are names below the images path, or the encoded bytes themselves; `types` says, where
+    the record does, what kind of question each answer belongs to.
+    """
+
+    messages: list[dict]
+    images: list[str | bytes]
+    where: str
+    types: tuple[str, ...] = ()
+
+
+def check_conversation(raw, *, where: str) -> list[dict]:
+    """A conversation of either format generation as `{"role", "content"}` messages.
+
+    Raises:
+        BadRecordError: not a list, an unknown role, text that is not a string, no answer.
+    """
+    if not isinstance(raw, list) or not raw:
+        raise BadRecordError(f"{where}: 'conversations' must be a list of at least one message")
+    messages = []
+    for turn, message in enumerate(raw, 1):
+        if not isinstance(message, dict):
+            raise BadRecordError(f"{where}: message {turn} is not an object with role and content")
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if not isinstance(role, str) or role not in ROLES:
+            raise BadRecordError(
+                f"{where}: message {turn} has role {role!r}; allowed are {', '.join(ROLES)}"
+            )
+        if not isinstance(content, str):
+            hint = ", but a list: write it as text and name the pictures in 'image'"
+            raise BadRecordError(
+                f"{where}: message {turn} has no text in 'content' (or 'value')"
+                f"{hint if isinstance(content, list) else ''}"
+            )
+        role = ROLES[role]
+        if role == "system" and turn > 1:
+            raise BadRecordError(f"{where}: message {turn} is a system message; it must be first")
+        if role == "assistant" and IMAGE_TAG in content:
+            raise BadRecordError(f"{where}: message {turn}, an answer, holds {IMAGE_TAG}")
+        messages.append({"role": role, "content": content})
+    if all(m["role"] != "assistant" for m in messages):
+        raise BadRecordError(f"{where}: no assistant message, so nothing to learn from")
+    return messages
+
+
+def decode(line: bytes, *, where: str) -> str:
+    """A line as text, without a byte order mark; raises `BadRecordError` where it is not UTF-8."""
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from None
+
+
+def parse_json(text: str, *, where: str):
+    """What a text says in JSON; raises `BadRecordError`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRecordError(f"{where}: not valid JSON ({error}); mend or delete it") from None
+
+
+def check_stray(fields: dict, turns: list[dict], images: list, *, read: str, where: str) -> None:
+    """Raise `BadRecordError` where a picture stands in none of the fields that are read.
+
+    One whose `images` are read may name them once more elsewhere, by their addresses for instance:
+    each of its tags has its image.
+
+    Args:
+        fields: of the record, those that are not read.
+        turns: its messages as they stand in the file.
+        read: the field that is.
+    """
+    stray = find_stray({} if images else fields, turns, image_tag=IMAGE_TAG)
+    if stray:
+        raise BadRecordError(
+            f"{where}: {stray}; put pictures into {read!r}, with {IMAGE_TAG} where each belongs"
+        )
+
+
+def check_tags(messages: list[dict], images: list, *, where: str) -> None:
+    """Raise `BadRecordError` unless there is exactly one `<image>` tag per image."""
+    num_tags = sum(m["content"].count(IMAGE_TAG) for m in messages)
+    if num_tags != len(images):
+        names = ", ".join(
+            shorten(image) if isinstance(image, str) else f"{len(image)} bytes"
+            for image in images[:3]
+        )
+        raise BadRecordError(
+            f"{where}: {num_tags} {IMAGE_TAG} tag(s) but {len(images)} image(s) [{names}]; "
+            "give every tag exactly one image"
+        )
+
+
+def shorten(name: str, *, limit: int = 80) -> str:
+    """A name in quotes, cut where it is too long to read."""
+    return repr(name if len(name) <= limit else name[:limit] + "...")

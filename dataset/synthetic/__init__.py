@@ -1,0 +1,1 @@
+"""The sample world: scenes, drawings, texts, records."""
