@@ -56,7 +56,7 @@ from model.machine.terminal import Terminated, one_line, printing, sigterm_as_ct
 from model.options import NATIVE, OnceParser, add_model_arguments, parse_bool, parse_path
 from model.serving.terminal_chat import chat
 from model.vlm_processor import tokenizer_sha256
-from trainer.trainer_utils import Logger, Ranks, init_distributed_mode, warn
+from trainer.ranks.group import Logger, Ranks, init_distributed_mode, warn
 
 DEFAULT_PROMPT = "仔细看一下这张图：\n\n<image>\n\n描述一下这个图像的内容。"
 DESCRIBE_DEFAULTS = {"max_new_tokens": 512, "temperature": 0.65}

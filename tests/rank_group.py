@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from trainer import train_loop, train_pretrain_vlm
+from trainer import train_pretrain_vlm
+from trainer.loop import train_loop
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["rank_group"])

@@ -23,12 +23,13 @@ from model.machine.device import (
 from model.options import add_model_arguments
 from model.weights.build_model import load_model
 from trainer import benchmark_saving, train_clip_tiny, train_pretrain_vlm
-from trainer.report import RunPaths, print_header
-from trainer.setup import check_run
+from trainer.loop.zero_engine import read_config
+from trainer.ranks.group import Ranks, init_distributed_mode, local_ranks, resolve_compute
+from trainer.run.report import print_header
+from trainer.run.setup import check_run
+from trainer.saving.run_paths import RunPaths
 from trainer.train_args import TrainArgs
 from trainer.train_pretrain_vlm import STAGE
-from trainer.trainer_utils import Ranks, init_distributed_mode, local_ranks, resolve_compute
-from trainer.zero import read_config
 
 CUDA_ERROR = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.15 GiB of "
@@ -146,7 +147,7 @@ def test_named_gpu_counts_for_a_process_that_is_alone(num_local, index, cuda, mo
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: num_local)
     monkeypatch.setattr(
-        "trainer.trainer_utils.join_process_group", lambda *a, **k: joined.append((a, k["device"]))
+        "trainer.ranks.group.join_process_group", lambda *a, **k: joined.append((a, k["device"]))
     )
     device = torch.device("cuda", index)
     assert init_distributed_mode("cuda:1").device == device
@@ -321,7 +322,7 @@ def test_training_out_of_memory_ends_in_one_line(assets, tmp_path, monkeypatch, 
         raise torch.OutOfMemoryError(CUDA_ERROR)
 
     monkeypatch.setattr("model.model_vlm.MiniMindVLM.forward", forward)
-    monkeypatch.setattr("trainer.preflight.check_tokenizer_fits", lambda *_, **__: None)
+    monkeypatch.setattr("trainer.run.preflight.check_tokenizer_fits", lambda *_, **__: None)
     argv = train_flags(assets, tmp_path, *make_records(tmp_path / "data", num_records=4))
     assert train_pretrain_vlm.main(argv) == 1
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]

@@ -20,17 +20,9 @@ import eval_vlm
 import web_demo
 from model.generation.engine import ask
 from model.generation.sampling import Sampling
-from trainer import (
-    benchmark_saving,
-    build,
-    report,
-    setup,
-    train_clip_tiny,
-    train_llm,
-    train_pretrain_vlm,
-    train_sft_vlm,
-    trainer_utils,
-)
+from trainer import benchmark_saving, train_clip_tiny, train_llm, train_pretrain_vlm, train_sft_vlm
+from trainer.ranks import group as trainer_utils
+from trainer.run import build, report, setup
 
 WISHES = {None: 0, "cuda": 0, "cuda:0": 0, "cuda:1": 1}  # of two GPUs, and which one it means
 STAGES = {"pretrain": train_pretrain_vlm, "sft": train_sft_vlm, "llm": train_llm}

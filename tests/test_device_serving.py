@@ -20,7 +20,7 @@ from model.serving.terminal_chat import Chat
 from model.serving.web.conversation import Turn
 from model.serving.web.layout import LIMITS
 from model.serving.web.page import Page, Wish
-from trainer.trainer_utils import Ranks
+from trainer.ranks.group import Ranks
 
 SIZES = "Tried to allocate 20.00 GiB"
 SHORT = Sampling(max_new_tokens=4, temperature=0)

@@ -18,16 +18,18 @@ from dataset.collate import Batch, VLMCollator
 from dataset.lm_dataset import BadSample, VLMDataset
 from model.feed_forward import MoEFeedForward
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer import rank_meeting, train_pretrain_vlm
-from trainer.build import Loaders, lighten_tower
-from trainer.engine import Engine
-from trainer.optim import make_optimizer, orthogonal
+from trainer import train_pretrain_vlm
+from trainer.loop.engine import Engine
+from trainer.loop.optimizers import make_optimizer, orthogonal
+from trainer.loop.randomness import rng_state, set_rng_state
+from trainer.loop.zero_engine import ZeroEngine
+from trainer.ranks import meeting as rank_meeting
+from trainer.ranks.group import Ranks
 from trainer.ranks.signals import StopSignal
-from trainer.setup import say_why, wrap_for_ranks
+from trainer.run.build import Loaders, lighten_tower
+from trainer.run.setup import say_why, wrap_for_ranks
 from trainer.train_args import TrainArgs
 from trainer.train_clip_tiny import PROCESSOR, preprocess
-from trainer.trainer_utils import Ranks, rng_state, set_rng_state
-from trainer.zero import ZeroEngine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:1")
 NAMES = ("input_ids", "labels", "attention_mask", "image_mask")
@@ -62,9 +64,9 @@ def test_every_batch_for_a_gpu_has_a_length_of_a_multiple_of_64(assets, tmp_path
 def test_longer_padding_trains_the_same(use_moe, assets, tmp_path, monkeypatch):
     data = make_records(tmp_path / "data", num_records=8, multi=True)
     val = {"val_data_path": data[0], "val_images_path": data[1]}
-    monkeypatch.setattr("trainer.report.draw_curves", lambda _paths: None)
+    monkeypatch.setattr("trainer.run.report.draw_curves", lambda _paths: None)
     for name, multiple in (("plain", 1), ("padded", 64)):
-        monkeypatch.setattr("trainer.build.pad_multiple", lambda _device, m=multiple: m)
+        monkeypatch.setattr("trainer.run.build.pad_multiple", lambda _device, m=multiple: m)
         argv = train_flags(assets, tmp_path / name, *data, use_moe=use_moe, **val)
         assert train_pretrain_vlm.main(argv) == 0
     for plain, padded in zip(*(figures_of(tmp_path / n) for n in ("plain", "padded")), strict=True):
@@ -141,7 +143,7 @@ def test_experts_of_odd_widths_train_in_bfloat16():
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_step_that_is_not_finite_is_left_out_where_kernels_do_not_heed_it(kind, monkeypatch):
-    monkeypatch.setattr("trainer.engine.heeds_found_inf", lambda _device: False)
+    monkeypatch.setattr("trainer.loop.engine.heeds_found_inf", lambda _device: False)
     model = nn.Linear(4, 3)
     optimizer = make_optimizer(model.named_parameters(), lr=0.1, kind=kind)
     step = optimizer.step
@@ -172,9 +174,10 @@ def test_muon_in_bfloat16_turns_as_it_does_in_float32(monkeypatch):
     assert cosine.min() > 0.999 and (exact - rough.float()).norm() / exact.norm() < 0.03
 
     dtypes = []
-    monkeypatch.setattr("trainer.optim.product_dtype", lambda _device: torch.bfloat16)
+    monkeypatch.setattr("trainer.loop.optimizers.product_dtype", lambda _device: torch.bfloat16)
     monkeypatch.setattr(
-        "trainer.optim.orthogonal", lambda m, *, dtype: dtypes.append(dtype) or orthogonal(m)
+        "trainer.loop.optimizers.orthogonal",
+        lambda m, *, dtype: dtypes.append(dtype) or orthogonal(m),
     )
     model = nn.Linear(4, 3)
     model(torch.ones(1, 4)).sum().backward()
@@ -201,7 +204,7 @@ def test_tower_kept_in_low_precision_computes_the_same_bits(dtype, assets):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_run_casts_the_towers_weights_once(dtype, assets, tmp_path, monkeypatch):
     runs = []
-    monkeypatch.setattr("trainer.setup.train", lambda run: runs.append(run) or False)
+    monkeypatch.setattr("trainer.run.setup.train", lambda run: runs.append(run) or False)
     argv = train_flags(assets, tmp_path, *make_records(tmp_path / "data"), dtype=dtype)
     assert train_pretrain_vlm.main(argv) == 128
     tower = runs[0].engine.model.vision_encoder

@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, make_records, script_environment, train_flags
 from rank_group import RankGroup, record_steps, recorded_steps, run_ranks
 
-from trainer import train_loop
+from trainer.loop import train_loop
 
 SCRIPT = "trainer/train_pretrain_vlm.py"
 STATE = "checkpoints/pretrain_vlm_32_resume.pth"

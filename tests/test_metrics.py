@@ -12,7 +12,7 @@ import termios
 import pytest
 from conftest import ROOT, make_records, script_environment, train_flags
 
-from trainer.metrics import JsonLog
+from trainer.tracking.metrics import JsonLog
 
 
 def test_json_log_drops_what_a_resumed_run_does_again(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.optim import OPTIMIZERS, make_optimizer, orthogonal
+from trainer.loop.optimizers import OPTIMIZERS, make_optimizer, orthogonal
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import pytest
 from conftest import make_records, run_script, train_flags
 from PIL import Image
 
-from trainer import plot, train_pretrain_vlm
+from trainer import train_pretrain_vlm
+from trainer.tracking import curves as plot
 
 BLUE, ORANGE = (0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)  # matplotlib's first two colours
 

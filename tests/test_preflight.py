@@ -6,7 +6,8 @@ from conftest import make_records, train_flags
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.vlm_processor import load_tokenizer
-from trainer import preflight, train_pretrain_vlm
+from trainer import train_pretrain_vlm
+from trainer.run import preflight
 
 
 @pytest.fixture(scope="module")

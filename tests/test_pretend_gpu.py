@@ -12,7 +12,9 @@ from tiny_vlm import GREEDY, conversations, make_loaded
 
 from model.generation.engine import VLMEngine
 from model.machine.device import prepare_device
-from trainer import report, train_loop, train_pretrain_vlm
+from trainer import train_pretrain_vlm
+from trainer.loop import train_loop
+from trainer.run import report
 
 GROUPED = "aten::_grouped_mm"
 

@@ -12,10 +12,10 @@ from conftest import make_records, train_flags
 from rank_group import run_ranks
 from torch import distributed as dist
 
-from trainer import rank_meeting
-from trainer.rank_meeting import meet
-from trainer.rank_watch import Beats
-from trainer.trainer_utils import resolve_compute
+from trainer.ranks import meeting as rank_meeting
+from trainer.ranks.group import resolve_compute
+from trainer.ranks.meeting import meet
+from trainer.ranks.watch import Beats
 
 
 def beat(count: int, **fields) -> bytes:

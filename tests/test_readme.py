@@ -13,13 +13,13 @@ from dataset import download, prompt_picture
 from dataset.synthetic import sample_data as synthetic
 from trainer import (
     demo,
-    plot,
     train_clip_tiny,
     train_llm,
     train_pretrain_vlm,
     train_sft_vlm,
     train_tokenizer,
 )
+from trainer.tracking import curves as plot
 from trainer.train_args import parse_args
 
 READMES = ("README.md", "README_zh.md")

@@ -10,8 +10,9 @@ import torch
 from conftest import conversation, make_records, train_flags
 
 from trainer import train_pretrain_vlm
+from trainer.loop.sample_order import epoch_order, rank_batches
+from trainer.ranks.group import Ranks
 from trainer.ranks.signals import StopSignal
-from trainer.trainer_utils import Ranks, epoch_order, rank_batches
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_stop_before_the_first_step_changes_nothing(assets, tmp_path, data, monk
     argv = train_flags(assets, tmp_path, *data)
     assert train_pretrain_vlm.main(argv) == 0
     files = {p: p.read_bytes() for d in ("out", "checkpoints") for p in (tmp_path / d).iterdir()}
-    monkeypatch.setattr("trainer.setup.StopSignal", StoppedAtOnce)
+    monkeypatch.setattr("trainer.run.setup.StopSignal", StoppedAtOnce)
     assert train_pretrain_vlm.main(argv) == 128 + signal.SIGTERM
     captured = capfd.readouterr()
     assert "nothing was written" in captured.out
@@ -139,7 +140,7 @@ def test_validation_that_a_stop_prevented_comes_when_resumed(
     argv = train_flags(assets, tmp_path, *data, val_data_path=data[0], val_images_path=data[1],
                        epochs=2)  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.setup.StopSignal", StoppedAtStep)
+        patch.setattr("trainer.run.setup.StopSignal", StoppedAtStep)
         assert train_pretrain_vlm.main(argv) == 128 + signal.SIGTERM
     assert train_pretrain_vlm.main([*argv, "--from_resume", "1"]) == 0
     capfd.readouterr()

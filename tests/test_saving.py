@@ -16,8 +16,10 @@ from rank_group import CONTEXT, RankGroup, record_steps, recorded_steps
 
 from model.weights.metadata import read_metadata, weight_id
 from model.weights.saving import save_weights
-from trainer import benchmark_saving, state_file, train_pretrain_vlm
-from trainer.state_file import Snapshot, fault_of, old_path, previous_path, vlm_checkpoint
+from trainer import benchmark_saving, train_pretrain_vlm
+from trainer.saving import state_file
+from trainer.saving.background_writer import Snapshot
+from trainer.saving.state_file import fault_of, old_path, previous_path, vlm_checkpoint
 
 IDENTITY = {"stage": "test"}
 
@@ -229,7 +231,7 @@ def test_snapshot_is_a_copy_that_keeps_ties():
 
 
 def test_no_memory_for_a_copy_is_said(assets, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("trainer.run_state.spare_bytes", lambda: 1000)
+    monkeypatch.setattr("trainer.saving.run_state.spare_bytes", lambda: 1000)
     data = make_records(tmp_path / "data")
     assert train_pretrain_vlm.main(train_flags(assets, tmp_path, *data, save_interval=2)) == 0
     assert capfd.readouterr().err.count("training waits while it saves") == 1
@@ -245,7 +247,7 @@ def test_training_goes_on_while_a_save_is_slow(assets, tmp_path, monkeypatch, ca
         return write(path, write_content)
 
     monkeypatch.setattr(state_file, "staged_write", slow)
-    monkeypatch.setattr("trainer.train_loop.report_estimate", lambda _run: step_5.set())
+    monkeypatch.setattr("trainer.loop.train_loop.report_estimate", lambda _run: step_5.set())
     data = make_records(tmp_path / "data")
     assert train_pretrain_vlm.main(train_flags(assets, tmp_path, *data, save_interval=4)) == 0
 

@@ -9,8 +9,8 @@ from conftest import conversation, make_records, train_flags
 from rank_group import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer import train_loop
-from trainer.trainer_utils import epoch_order
+from trainer.loop import train_loop
+from trainer.loop.sample_order import epoch_order
 
 SPLITS = {"1x32": (1, 32, 1), "2x16": (2, 16, 1), "4x8": (4, 8, 1), "2x8x2": (2, 8, 2),
           "1x4x8": (1, 4, 8)}  # fmt: skip

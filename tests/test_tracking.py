@@ -103,7 +103,7 @@ def test_tracker_that_fails_never_stops_training(
 ):
     monkeypatch.setenv("FAKE_CONDUCT", conduct)
     if conduct == "wait":
-        monkeypatch.setattr("trainer.tracking.PATIENCE_S", 1)
+        monkeypatch.setattr("trainer.tracking.trackers.PATIENCE_S", 1)
     assert train_pretrain_vlm.main(flags_of(assets, tmp_path, data)) == 0
     error = capfd.readouterr().err
     assert error.count("warning: SwanLab") == 1 and message in error

@@ -12,7 +12,8 @@ from rank_group import run_ranks
 from model.weights.metadata import read_metadata
 from model.weights.saving import save_weights
 from trainer import train_pretrain_vlm, train_sft_vlm
-from trainer.trainer_utils import Ranks, epoch_order, rank_batches
+from trainer.loop.sample_order import epoch_order, rank_batches
+from trainer.ranks.group import Ranks
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from conftest import make_records, train_flags
 from rank_group import RankGroup, record_steps, recorded_steps
 
 from dataset.lm_dataset import VLMDataset
-from trainer import build
+from trainer.run import build
 
 STATE = "checkpoints/pretrain_vlm_32_resume.pth"
 BAD = 20  # the sample that some hooks wait for
@@ -264,7 +264,7 @@ def test_sigterm_to_one_rank_ends_validation(assets, tmp_path, data):
 
 
 def hang_in_preflight(folder: Path, rank: int) -> None:
-    from trainer import preflight
+    from trainer.run import preflight
 
     def check(*_, **__):
         (folder / os.environ["RANK"]).touch()

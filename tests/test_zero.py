@@ -14,7 +14,7 @@ from conftest import ROOT, make_records, script_environment, train_flags
 from rank_group import RankGroup, run_ranks
 
 from trainer import train_pretrain_vlm
-from trainer.zero import CONFIG_DIR
+from trainer.loop.zero_engine import CONFIG_DIR
 
 TIMEOUT_S = 600
 VARIANTS = {  # stage, flags

@@ -21,15 +21,15 @@ import torch
 from model.machine.device import choose_device, has_bfloat16, memory_guard, prepare_device
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.options import OnceParser
-from trainer.engine import Engine
-from trainer.metrics import GIB
-from trainer.optim import make_optimizer
-from trainer.report import RunPaths
-from trainer.run_state import RunState
-from trainer.state_file import state_bytes
+from trainer.loop.engine import Engine, autocast
+from trainer.loop.optimizers import make_optimizer
+from trainer.loop.train_loop import Progress
+from trainer.ranks.group import Ranks
+from trainer.saving.background_writer import state_bytes
+from trainer.saving.run_paths import RunPaths
+from trainer.saving.run_state import RunState
+from trainer.tracking.metrics import GIB
 from trainer.train_args import TrainArgs
-from trainer.train_loop import Progress
-from trainer.trainer_utils import Ranks, autocast
 
 NO_ROOM = "give smaller --sizes, or a lower --batch_size"
 MODES = ("no save", "waiting", "background")

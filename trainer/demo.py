@@ -29,7 +29,7 @@ from model.machine.paths import OUT_DIR, ROOT
 from model.options import OnceParser, parse_bool
 from model.vision_tower import VISION_DIR
 from model.vlm_processor import MODEL_DIR
-from trainer.chain import (
+from trainer.chain.settings import (
     FROM_ZERO,
     LLM,
     SIZES,
@@ -40,7 +40,7 @@ from trainer.chain import (
     check_settings,
     describe,
 )
-from trainer.plot import draw_curve, read_metrics
+from trainer.tracking.curves import draw_curve, read_metrics
 
 MATRIX_SIDE, MATRIX_ROUNDS = 1024, 10
 EXAMPLES = 8  # pictures in the report

@@ -7,7 +7,7 @@ from pathlib import Path
 from dataset.text_dataset import LOSS_ON
 from model.machine.paths import OUT_DIR, ROOT
 from model.options import OnceParser, parse_bool, parse_path
-from trainer.optim import OPTIMIZERS
+from trainer.loop.optimizers import OPTIMIZERS
 
 DTYPES = ("bfloat16", "float16", "float32")
 TRACKERS = ("swanlab", "wandb", "tensorboard")

@@ -44,9 +44,11 @@ from model.machine.device import check_dtype, choose_device, memory_guard, prepa
 from model.machine.paths import ROOT
 from model.options import OnceParser
 from model.vlm_processor import load_tokenizer
-from trainer.optim import get_lr, make_optimizer
-from trainer.preflight import check_writable
-from trainer.trainer_utils import autocast, setup_seed
+from trainer.loop.engine import autocast
+from trainer.loop.optimizers import make_optimizer
+from trainer.loop.randomness import setup_seed
+from trainer.loop.schedule import get_lr
+from trainer.run.preflight import check_writable
 
 IMAGE_SIDE, PATCH_SIDE, DRAWN_SIDE = 224, 16, 96
 NUM_ROWS = IMAGE_SIDE // PATCH_SIDE

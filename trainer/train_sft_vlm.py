@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.setup import main as run
+from trainer.run.setup import main as run
 from trainer.train_args import Stage
 
 STAGE = Stage(

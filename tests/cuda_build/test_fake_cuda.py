@@ -16,9 +16,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from dataset.collate import VLMCollator
 from dataset.lm_dataset import VLMDataset
-from trainer.engine import Engine
-from trainer.optim import make_optimizer, set_trainable
-from trainer.trainer_utils import autocast
+from trainer.loop.engine import Engine, autocast
+from trainer.loop.optimizers import make_optimizer, set_trainable
 
 MUST_RUN = "CUDA_BUILD_MUST_RUN" in os.environ  # set by run.py: not to run is a failure there
 CUDA = torch.device("cuda", 0)

@@ -12,10 +12,9 @@ from statistics import mean
 import torch
 from gpu.room import Case, Room, environment, waiting_is_an_error
 
-from trainer import train_loop
-from trainer.engine import Engine
-from trainer.optim import make_optimizer, set_trainable
-from trainer.trainer_utils import autocast
+from trainer.loop import train_loop
+from trainer.loop.engine import Engine, autocast
+from trainer.loop.optimizers import make_optimizer, set_trainable
 
 MINUTE_S = 60
 PROFILED_STEPS = (20, 10)  # before and during the profile

@@ -30,7 +30,7 @@ from gpu.room import Case, Room, Skip
 
 from model.machine.device import choose_device, prepare_device
 from model.options import parse_bool
-from trainer.report import git_state, versions
+from trainer.run.report import git_state, versions
 
 MINUTES = 8.0
 GRACE_S = 30  # for the case that runs when time is up

@@ -21,7 +21,8 @@ from model.machine.device import has_bfloat16, pad_multiple
 from model.model_vlm import MiniMindVLM
 from model.vlm_processor import VLMProcessor, load_tokenizer
 from model.weights.build_model import placeholder_config
-from trainer import report, train_pretrain_vlm, train_sft_vlm
+from trainer import train_pretrain_vlm, train_sft_vlm
+from trainer.run import report
 
 STAGES = {"pretrain": train_pretrain_vlm, "sft": train_sft_vlm}
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from trainer.loop.loading import DataFault
+from trainer.ranks.group import Ranks
 from trainer.ranks.signals import StopSignal, StopWaiting
-from trainer.trainer_utils import Ranks
 
 
 @dataclass

@@ -5,10 +5,10 @@ from contextlib import closing
 
 import torch
 
-from trainer.engine import Engine
+from trainer.loop.engine import Engine, autocast
 from trainer.loop.steps import agree, shares_of
+from trainer.ranks.group import Ranks
 from trainer.ranks.signals import StopSignal
-from trainer.trainer_utils import Ranks, autocast
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 
-from trainer.trainer_utils import is_main_process
+from trainer.ranks.group import is_main_process
 
 # What schedulers, terminals and users send; not all of them exist everywhere. SIGTERM is last, so
 # it counts where ranks were sent several.

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from trainer.trainer_utils import Ranks, is_main_process, warn
+from trainer.ranks.group import Ranks, is_main_process, warn
 
 HELD = (BlockingIOError, PermissionError)  # how systems say that another process has it
 try:

@@ -16,9 +16,9 @@ import uuid
 from importlib.util import find_spec
 from pathlib import Path
 
-from trainer.tracker_process import SAID, TITLES
+from trainer.ranks.group import warn
+from trainer.tracking.tracker_process import SAID, TITLES
 from trainer.train_args import TrainArgs
-from trainer.trainer_utils import warn
 
 PROGRAM = Path(__file__).with_name("tracker_process.py")
 PATIENCE_S = 30  # how long a finished run waits for its tracker

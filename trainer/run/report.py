@@ -2,42 +2,19 @@
 
 import platform
 import subprocess
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
 
 from model.machine.paths import ROOT
-from model.weights.file_names import weight_stem
-from trainer.plot import METRICS_SUFFIX, write_curves
+from trainer.loop.train_loop import Run
+from trainer.ranks.group import Logger, Ranks, is_main_process, warn
+from trainer.saving.run_paths import RunPaths
+from trainer.tracking.curves import write_curves
 from trainer.train_args import Stage, TrainArgs
-from trainer.train_loop import Run
-from trainer.trainer_utils import Logger, Ranks, is_main_process, warn
 
 INTERRUPTED = 128  # plus the signal's number is the exit status of a run that was stopped
-
-
-@dataclass(frozen=True)
-class RunPaths:
-    """What a run writes."""
-
-    weight: Path
-    state: Path
-    metrics: Path
-    curves: Path
-
-
-def run_paths(args: TrainArgs, model: nn.Module) -> RunPaths:
-    config = model.config
-    stem = weight_stem(args.save_weight, hidden_size=config.hidden_size, use_moe=config.use_moe)
-    return RunPaths(
-        weight=args.save_dir / f"{stem}.pth",
-        state=args.checkpoint_dir / f"{stem}_resume.pth",
-        metrics=args.save_dir / f"{stem}{METRICS_SUFFIX}",
-        curves=args.save_dir / f"{stem}_curves.png",
-    )
 
 
 def versions() -> dict[str, str]:

@@ -13,14 +13,14 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from trainer.engine import Engine
+from trainer.loop.engine import Engine, autocast
 from trainer.loop.loading import DataFault
+from trainer.loop.schedule import get_lr
 from trainer.loop.steps import Share, agree, shares_of
 from trainer.loop.validation import validation_loss
-from trainer.metrics import Metrics, Window, peak_gib
-from trainer.optim import get_lr
+from trainer.ranks.group import Ranks, warn
 from trainer.ranks.signals import StopSignal
-from trainer.trainer_utils import Ranks, autocast, warn
+from trainer.tracking.metrics import Metrics, Window, peak_gib
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run stops
 MAX_OVERFLOWS = 40  # the same in float16, where the loss scale first has to find its range

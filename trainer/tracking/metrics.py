@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from model.machine.atomic_file import atomic_write
-from trainer.trainer_utils import warn
+from trainer.ranks.group import warn
 
 GIB = 2**30
 

@@ -7,34 +7,18 @@ import torch.distributed as dist
 from torch import nn
 
 from model.machine.atomic_file import remove_leftovers
-from model.vlm_processor import tokenizer_sha256
-from model.weights.metadata import describe_model, read_metadata
+from model.weights.metadata import read_metadata
 from model.weights.saving import save_weights
-from trainer.build import Parts
-from trainer.engine import Engine
-from trainer.metrics import GIB
-from trainer.report import RunPaths, versions
-from trainer.state_file import (
-    BackgroundWriter,
-    Snapshot,
-    old_path,
-    previous_path,
-    spare_bytes,
-    state_bytes,
-    vlm_checkpoint,
-)
-from trainer.train_args import Stage, TrainArgs
-from trainer.train_loop import Progress
-from trainer.trainer_utils import (
-    Logger,
-    Ranks,
-    is_main_process,
-    launch_token,
-    rng_state,
-    seed_rank,
-    set_rng_state,
-    warn,
-)
+from trainer.loop.engine import Engine
+from trainer.loop.randomness import rng_state, seed_rank, set_rng_state
+from trainer.loop.train_loop import Progress
+from trainer.ranks.group import Logger, Ranks, is_main_process, launch_token, warn
+from trainer.run.report import versions
+from trainer.saving.background_writer import BackgroundWriter, Snapshot, spare_bytes, state_bytes
+from trainer.saving.run_paths import RunPaths
+from trainer.saving.state_file import old_path, previous_path, vlm_checkpoint
+from trainer.tracking.metrics import GIB
+from trainer.train_args import TrainArgs
 
 
 @dataclass
@@ -270,24 +254,3 @@ def report_changes(before: dict, now: dict, *, prefix: str = "") -> None:
     for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name] and name not in ("from_resume", "local_rank"):
             Logger(f"  {prefix}{name} was {before[name]}, now {now[name]}")
-
-
-def describe_run(
-    stage: Stage, args: TrainArgs, parts: Parts, *, trained: list[str]
-) -> tuple[dict, dict]:
-    """The weight's metadata, and the identity that a state and its run share."""
-    sha256 = tokenizer_sha256(parts.tokenizer)
-    metadata = describe_model(parts.model, tokenizer_sha256=sha256) | {"stage": stage.name}
-    identity = {
-        "stage": stage.name,
-        "data": parts.dataset.fingerprint[:16],
-        "tokenizer": sha256[:16],
-        "vision tower": (metadata["vision_tower_sha256"] or "")[:16],
-        "model": {k: v for k, v in metadata["config"].items() if k != "image_ids"},
-        "trained parameters": trained,
-        "optimizer": args.optimizer,
-        "seed": args.seed,
-    }
-    if parts.dataset.is_packed:
-        identity["max_seq_len"] = args.max_seq_len
-    return metadata, identity

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainer.metrics import GIB
-from trainer.train_loop import MAX_BAD_SHARE, too_many_bad
-from trainer.trainer_utils import Logger, Ranks, warn
+from trainer.loop.train_loop import MAX_BAD_SHARE, too_many_bad
+from trainer.ranks.group import Logger, Ranks, warn
+from trainer.tracking.metrics import GIB
 
 # A language model that knows these ids' meaning is far below chance on such sentences.
 PROBE_TEXTS = (

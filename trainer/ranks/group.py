@@ -1,23 +1,19 @@
-"""Owns what runs share beside the loop: ranks, devices, AMP, order, generators."""
+"""Owns the group of ranks: this process among all, its device, what ranks tell one another."""
 
-import contextlib
 import itertools
 import os
-import random
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Sampler
 
 from model.machine.device import check_dtype, choose_device, memory_guard, prepare_device
-from trainer.rank_meeting import join_process_group
+from trainer.ranks.meeting import join_process_group
 
 # A save or a slow first batch must fit; ranks that died are noticed long before (rank_watch.py).
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -194,104 +190,3 @@ def launch_token() -> str | None:
     return " ".join(
         (socket.gethostname(), str(launcher), started, os.environ["TORCHELASTIC_RUN_ID"])
     )
-
-
-def setup_seed(seed: int) -> None:
-    """Seed every generator that training uses."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)  # CUDA and MPS too
-
-
-def seed_rank(seed: int, *, samples: int, rank: int) -> None:
-    """Begin a stream of random numbers of a rank's own, as it is `samples` into a run."""
-    setup_seed(int(np.random.SeedSequence((seed, samples, rank)).generate_state(1)[0]))
-
-
-def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
-    """Mixed precision for the forward pass; float32 means none."""
-    return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
-
-
-def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: a permutation that depends on seed and epoch alone."""
-    return np.random.default_rng((seed, epoch)).permutation(num_samples)
-
-
-class SkipBatchSampler(Sampler[list[int]]):
-    """Batches of a sequence of indices, leaving out the first ones without loading them.
-
-    Args:
-        sampler: indices in order (a sequence, or any sampler).
-        batch_size: indices per batch; the last one may be smaller.
-        skip_batches: how many to leave out.
-        num_batches: batches in all, the skipped ones included, where a rank must yield as many
-            as the others; those behind the end are empty.
-    """
-
-    def __init__(
-        self,
-        sampler: Sequence[int] | Sampler,
-        batch_size: int,
-        skip_batches: int = 0,
-        *,
-        num_batches: int | None = None,
-    ):
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.skip_batches = skip_batches
-        self.num_batches = -(-len(sampler) // batch_size) if num_batches is None else num_batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        indices = self.sampler if hasattr(self.sampler, "__getitem__") else list(self.sampler)
-        for batch in range(self.skip_batches, self.num_batches):
-            start = batch * self.batch_size
-            yield [int(i) for i in indices[start : start + self.batch_size]]
-
-    def __len__(self) -> int:
-        return max(0, self.num_batches - self.skip_batches)
-
-
-def rank_batches(
-    order: np.ndarray, *, start: int, batch_size: int, ranks: Ranks
-) -> SkipBatchSampler:
-    """This rank's batches of a global order, from sample `start` on.
-
-    Every global micro-step takes the next `batch_size * world_size` samples of the order, and
-    rank r of W every W-th of them from the r-th on. What was consumed before may have been taken
-    by another number of ranks.
-    """
-    per_step = batch_size * ranks.world_size
-    order = order[start % per_step :]
-    return SkipBatchSampler(
-        order[ranks.rank :: ranks.world_size],
-        batch_size,
-        start // per_step,
-        num_batches=-(-len(order) // per_step),
-    )
-
-
-def rng_state(device: torch.device) -> dict:
-    """The generators that training draws from, in a form that a safe load accepts."""
-    name, keys, *rest = np.random.get_state()
-    state = {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "cpu": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict, device: torch.device) -> None:
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    elif device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])

@@ -21,11 +21,12 @@ from model.weights.build_model import attach_tower, placeholder_config
 from model.weights.file_names import find_weight
 from model.weights.metadata import read_metadata
 from model.weights.strict_loading import load_weights, read_weights, weight_config
-from trainer import preflight
 from trainer.loop.loading import Loader
+from trainer.loop.sample_order import epoch_order, rank_batches
+from trainer.ranks.group import Logger, Ranks, warn
 from trainer.ranks.signals import StopSignal
+from trainer.run import preflight
 from trainer.train_args import Stage, TrainArgs
-from trainer.trainer_utils import Logger, Ranks, epoch_order, rank_batches, warn
 
 # Of --rank_timeout, for data workers: a run that they hold up has time to save.
 PATIENCE_SHARE = 0.75

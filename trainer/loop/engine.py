@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from model.machine.device import heeds_found_inf
+from model.machine.device import (
+    heeds_found_inf,
+)
 from model.weights.strict_loading import VISION_PREFIX
 
 
@@ -82,3 +84,8 @@ class Engine:
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """All of a model's tensors but the vision tower's, in full precision."""
     return {k: v for k, v in model.state_dict().items() if not k.startswith(VISION_PREFIX)}
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    """Mixed precision for the forward pass; float32 means none."""
+    return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")

@@ -15,29 +15,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.machine.device import out_of_memory_line
 from model.weights.strict_loading import VISION_PREFIX
-from trainer import preflight, zero
-from trainer.build import Loaders, Parts, build, lighten_tower
-from trainer.engine import Engine
+from trainer.loop import zero_engine as zero
+from trainer.loop.engine import Engine
 from trainer.loop.loading import DataFault
-from trainer.metrics import Console, JsonLog, Metrics
-from trainer.optim import make_optimizer, set_trainable
-from trainer.rank_watch import RankWatch, leave_at_once
+from trainer.loop.optimizers import make_optimizer, set_trainable
+from trainer.loop.randomness import setup_seed
+from trainer.loop.train_loop import Progress, Run, train
+from trainer.ranks.group import Logger, Ranks, init_distributed_mode, is_main_process, local_ranks
 from trainer.ranks.signals import CLOSED_OUTPUT, StopSignal
-from trainer.report import INTERRUPTED, RunPaths, print_header, report_end, run_paths
+from trainer.ranks.watch import RankWatch, leave_at_once
+from trainer.run import preflight
+from trainer.run.build import Loaders, Parts, build, lighten_tower
+from trainer.run.identity import describe_run
 from trainer.run.output import surviving_output
-from trainer.run_state import RunState, describe_run
+from trainer.run.report import INTERRUPTED, print_header, report_end
 from trainer.saving.lock import lock_path, run_lock
-from trainer.tracking import Tracker, check_tracker, describe_tracker
+from trainer.saving.run_paths import RunPaths, run_paths
+from trainer.saving.run_state import RunState
+from trainer.tracking.metrics import Console, JsonLog, Metrics
+from trainer.tracking.trackers import Tracker, check_tracker, describe_tracker
 from trainer.train_args import Stage, TrainArgs, parse_args
-from trainer.train_loop import Progress, Run, train
-from trainer.trainer_utils import (
-    Logger,
-    Ranks,
-    init_distributed_mode,
-    is_main_process,
-    local_ranks,
-    setup_seed,
-)
 
 # What a rank may have of its own, or what only the main process reads.
 FLAGS_OF_A_RANK = {

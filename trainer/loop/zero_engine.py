@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from model.machine.paths import ROOT
 from model.weights.strict_loading import VISION_PREFIX
-from trainer.engine import trained_state
+from trainer.loop.engine import trained_state
+from trainer.ranks.group import Ranks, is_main_process, local_ranks
 from trainer.train_args import TrainArgs
-from trainer.trainer_utils import Ranks, is_main_process, local_ranks
 
 CONFIG_DIR = ROOT / "trainer" / "configs"
 TOWER = VISION_PREFIX.rstrip(".")

@@ -1,6 +1,5 @@
-"""Owns what moves the weights: learning-rate schedule, which parameters train, optimizers."""
+"""Owns what moves the weights: which parameters train, AdamW, Muon."""
 
-import math
 import re
 from collections.abc import Iterable
 
@@ -15,16 +14,6 @@ MUON_RATE = 10.0  # in learning rates
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 STACKED = 2**22  # numbers of matrices that Muon moves at a time
-
-
-def get_lr(current_step: float, total_steps: float, lr: float) -> float:
-    """Cosine from 1.1 lr (not lr: the floor of lr / 10 is added throughout) down to lr / 10.
-
-    Args:
-        current_step, total_steps: progress of the run in any unit; the loop counts samples
-            consumed once the step is done, so the first step already stands at 1, not 0.
-    """
-    return lr / 10 + lr / 2 * (1 + math.cos(math.pi * current_step / total_steps))
 
 
 def set_trainable(model: nn.Module, *, freeze_llm: bool, trainable: str | None = None) -> list[str]:

@@ -1,0 +1,1 @@
+"""The chain of demo.py on the sample world."""

@@ -1,0 +1,44 @@
+"""Owns random numbers of training: seeds, and the generators' state that a run saves."""
+
+import random
+
+import numpy as np
+import torch
+
+
+def setup_seed(seed: int) -> None:
+    """Seed every generator that training uses."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)  # CUDA and MPS too
+
+
+def seed_rank(seed: int, *, samples: int, rank: int) -> None:
+    """Begin a stream of random numbers of a rank's own, as it is `samples` into a run."""
+    setup_seed(int(np.random.SeedSequence((seed, samples, rank)).generate_state(1)[0]))
+
+
+def rng_state(device: torch.device) -> dict:
+    """The generators that training draws from, in a form that a safe load accepts."""
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "cpu": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict, device: torch.device) -> None:
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])

@@ -1,0 +1,27 @@
+"""Owns what describes a run: the metadata of its weights, and what a resumed run must share."""
+
+from model.vlm_processor import tokenizer_sha256
+from model.weights.metadata import describe_model
+from trainer.run.build import Parts
+from trainer.train_args import Stage, TrainArgs
+
+
+def describe_run(
+    stage: Stage, args: TrainArgs, parts: Parts, *, trained: list[str]
+) -> tuple[dict, dict]:
+    """The weight's metadata, and the identity that a state and its run share."""
+    sha256 = tokenizer_sha256(parts.tokenizer)
+    metadata = describe_model(parts.model, tokenizer_sha256=sha256) | {"stage": stage.name}
+    identity = {
+        "stage": stage.name,
+        "data": parts.dataset.fingerprint[:16],
+        "tokenizer": sha256[:16],
+        "vision tower": (metadata["vision_tower_sha256"] or "")[:16],
+        "model": {k: v for k, v in metadata["config"].items() if k != "image_ids"},
+        "trained parameters": trained,
+        "optimizer": args.optimizer,
+        "seed": args.seed,
+    }
+    if parts.dataset.is_packed:
+        identity["max_seq_len"] = args.max_seq_len
+    return metadata, identity
