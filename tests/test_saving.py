@@ -19,7 +19,8 @@ from model.weights.saving import save_weights
 from trainer import benchmark_saving, train_pretrain_vlm
 from trainer.saving import state_file
 from trainer.saving.background_writer import Snapshot
-from trainer.saving.state_file import fault_of, old_path, previous_path, vlm_checkpoint
+from trainer.saving.state_file import fault_of, old_path, previous_path
+from trainer.trainer_utils import vlm_checkpoint
 
 IDENTITY = {"stage": "test"}
 

@@ -3,13 +3,14 @@
 import argparse
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from dataset.text_dataset import LOSS_ON
 from model.machine.paths import OUT_DIR, ROOT
 from model.options import OnceParser, parse_bool, parse_path
-from trainer.loop.optimizers import OPTIMIZERS
 
 DTYPES = ("bfloat16", "float16", "float32")
+OPTIMIZERS = ("adamw", "muon")
 TRACKERS = ("swanlab", "wandb", "tensorboard")
 TRACKER_MODES = ("online", "offline", "local", "disabled")
 
@@ -20,7 +21,7 @@ class Stage:
 
     name: str
     title: str
-    data_kind: str  # which default files: "pretrain" or "sft"
+    data_kind: Literal["pretrain", "sft", "text"]  # which records; text has no default files
     defaults: dict
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dataset.fetching.hub import RemoteFile, is_same, list_files, part_size
 
-CORPUS = "corpus"  # the asset that comes from no hub: see dataset/book.py
+CORPUS = "corpus"  # the asset that comes from no hub: see corpus.py
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 

@@ -9,7 +9,6 @@ from torch import nn
 from model.machine.device import product_dtype
 
 WEIGHT_DECAY = 0.01
-OPTIMIZERS = ("adamw", "muon")
 MUON_RATE = 10.0  # in learning rates
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)

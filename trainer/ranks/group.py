@@ -15,7 +15,7 @@ import torch.distributed as dist
 from model.machine.device import check_dtype, choose_device, memory_guard, prepare_device
 from trainer.ranks.meeting import join_process_group
 
-# A save or a slow first batch must fit; ranks that died are noticed long before (rank_watch.py).
+# A save or a slow first batch must fit; ranks that died are noticed long before (watch.py).
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 

@@ -22,7 +22,7 @@ class StopSignal:
 
     It does so within its `with` block. Before that there is nothing to save, and the signals end
     the program at once as they end any other, whatever it is just doing; a rank that is ended so
-    is missed by the others (`trainer/rank_watch.py`).
+    is missed by the others (`trainer/ranks/watch.py`).
 
     A second SIGINT ends the program at once. A scheduler may signal any one rank: the ranks sum
     their `votes` and `adopt` the outcome, so that all of them leave alike.

@@ -1,43 +1,16 @@
 """Owns what a run says of itself: versions, git state, device, parameters, arguments, its end."""
 
-import platform
-import subprocess
-
 import torch
-import transformers
 from torch import nn
 
-from model.machine.paths import ROOT
 from trainer.loop.train_loop import Run
 from trainer.ranks.group import Logger, Ranks, is_main_process, warn
 from trainer.saving.run_paths import RunPaths
 from trainer.tracking.curves import write_curves
+from trainer.tracking.environment import git_state, versions
 from trainer.train_args import Stage, TrainArgs
 
 INTERRUPTED = 128  # plus the signal's number is the exit status of a run that was stopped
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a str subclass that a safe load refuses
-        "transformers": transformers.__version__,
-    }
-
-
-def git_state() -> str:
-    """Commit of this repository, "+" if files changed since; or that there is none."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()  # fmt: skip
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "not a git checkout"
 
 
 def print_header(

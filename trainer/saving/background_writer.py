@@ -1,4 +1,4 @@
-"""Owns writing a state while training goes on: a copy in memory, where there is room, and a thread."""
+"""Owns writing a state while training goes on: a copy in memory, where there is room."""
 
 import threading
 from collections.abc import Callable

@@ -13,10 +13,10 @@ from trainer.loop.engine import Engine
 from trainer.loop.randomness import rng_state, seed_rank, set_rng_state
 from trainer.loop.train_loop import Progress
 from trainer.ranks.group import Logger, Ranks, is_main_process, launch_token, warn
-from trainer.run.report import versions
 from trainer.saving.background_writer import BackgroundWriter, Snapshot, spare_bytes, state_bytes
 from trainer.saving.run_paths import RunPaths
-from trainer.saving.state_file import old_path, previous_path, vlm_checkpoint
+from trainer.saving.state_file import load_state, old_path, previous_path, save_state
+from trainer.tracking.environment import versions
 from trainer.tracking.metrics import GIB
 from trainer.train_args import TrainArgs
 
@@ -103,7 +103,7 @@ class RunState:
         return None
 
     def _load_state(self) -> dict | None:
-        return vlm_checkpoint(
+        return load_state(
             self.paths.state, identity=self.identity, former_identity=self.former_identity
         )
 
@@ -163,7 +163,7 @@ class RunState:
     def _write_files(self, state: dict, about: dict) -> None:
         """State first: nothing else can replace it, while the weight can be made from it."""
         is_first = not self.is_continued
-        vlm_checkpoint(self.paths.state, state, identity=self.identity, is_first=is_first)
+        save_state(self.paths.state, state, identity=self.identity, is_first=is_first)
         self.is_continued = True
         remove_leftovers(self.paths.weight)
         save_weights(state["model"], self.paths.weight, self.metadata | about)

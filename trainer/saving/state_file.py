@@ -29,29 +29,15 @@ def old_path(path: Path) -> Path:
     return path.with_name(path.name + ".old")
 
 
-def vlm_checkpoint(
-    path: Path,
-    state: dict | None = None,
-    *,
-    identity: dict,
-    former_identity: dict | None = None,
-    is_first: bool = False,
-) -> dict | None:
-    """Save a training state, or load one with `state=None`.
-
-    Saving keeps what stood there: as the previous state, or as an earlier run's if `is_first`.
+def save_state(path: Path, state: dict, *, identity: dict, is_first: bool = False) -> None:
+    """Save a training state; what stood there is kept: as the previous state, or as an earlier
+    run's if `is_first`.
 
     Args:
         identity: what must not change between saving and resuming, by name.
-        former_identity: values that a state of an earlier version may have in place of those.
-    Returns:
-        The loaded state, or None where there is none.
     Raises:
-        ValueError: unreadable, the original project's, or of another identity (which is named).
         OSError: it could not be written; the states that stood there are untouched.
     """
-    if state is None:
-        return _load(path, identity, former_identity or {})
     remove_leftovers(path)
     full = {"format": STATE_FORMAT, "identity": identity} | state
     with staged_write(path, lambda file: torch.save(full, file)):
@@ -61,7 +47,6 @@ def vlm_checkpoint(
             _keep(previous_path(path), old_path(path))
         if is_first:
             previous_path(path).unlink(missing_ok=True)
-    return None
 
 
 def _keep(path: Path, target: Path) -> None:
@@ -79,8 +64,17 @@ def _keep(path: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def _load(path: Path, identity: dict, former_identity: dict) -> dict | None:
-    """The newest state that is whole; a damaged one is set aside."""
+def load_state(path: Path, *, identity: dict, former_identity: dict | None = None) -> dict | None:
+    """Load the newest state that is whole; a damaged one is set aside.
+
+    Args:
+        identity: what must be as it was when the state was saved, by name.
+        former_identity: values that a state of an earlier version may have in place of those.
+    Returns:
+        The state, or None where there is none.
+    Raises:
+        ValueError: unreadable, the original project's, or of another identity (which is named).
+    """
     previous = previous_path(path)
     if not path.is_file() and not previous.is_file():
         return None
@@ -95,7 +89,7 @@ def _load(path: Path, identity: dict, former_identity: dict) -> dict | None:
             os.replace(path, path.with_name(path.name + ".damaged"))
         Logger(f"{path} {fault}: going on from the state before it, {previous.name}")
         path = previous
-    return _read(path, identity, former_identity)
+    return _read(path, identity, former_identity or {})
 
 
 def fault_of(path: Path) -> str | None:

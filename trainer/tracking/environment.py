@@ -1,0 +1,32 @@
+"""Owns what a run ran with: versions of the libraries, the commit of this repository."""
+
+import platform
+import subprocess
+
+import torch
+import transformers
+
+from model.machine.paths import ROOT
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a str subclass that a safe load refuses
+        "transformers": transformers.__version__,
+    }
+
+
+def git_state() -> str:
+    """Commit of this repository, "+" if files changed since; or that there is none."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
