@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_hub import hub, only_this_machine  # noqa: F401 (fixtures)
 from PIL import Image
+from support.fake_hub import hub, only_this_machine  # noqa: F401 (fixtures)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 
@@ -70,7 +70,7 @@ def assets(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def painted(assets, tmp_path_factory) -> Path:
     """A folder with a model that has learnt to see colours: see `tests/painted.py`."""
-    from painted import train_painted  # it needs this module whole
+    from support.painted import train_painted  # it needs this module whole
 
     folder = tmp_path_factory.mktemp("painted")
     train_painted(assets, folder)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_records
 from support.pretend_gpu import AMPERE, HOPPER
-from tiny_vlm import conversations, make_loaded
+from support.tiny_vlm import conversations, make_loaded
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from dataset.collate import VLMCollator
