@@ -10,16 +10,16 @@ from conftest import ROOT
 import eval_vlm
 import web_demo
 from dataset import download, prompt_picture
-from dataset.synthetic import sample_data as synthetic
+from dataset.synthetic import __main__ as synthetic
 from trainer import (
     demo,
+    plot,
     train_clip_tiny,
     train_llm,
     train_pretrain_vlm,
     train_sft_vlm,
     train_tokenizer,
 )
-from trainer.tracking import curves as plot
 from trainer.train_args import parse_args
 
 READMES = ("README.md", "README_zh.md")
@@ -44,7 +44,7 @@ PARSERS = {
     "trainer/train_tokenizer.py": train_tokenizer.parse_args,
     "trainer/train_clip_tiny.py": train_clip_tiny.parse_args,
     "trainer/plot.py": plot.parse_args,
-    "dataset/synthetic.py": synthetic.parse_args,
+    "dataset/synthetic": synthetic.parse_args,
     "dataset/prompt_picture.py": prompt_picture.parse_args,
     "eval_vlm.py": eval_vlm.parse_args,
     "web_demo.py": web_demo.parse_args,
@@ -78,7 +78,8 @@ def test_readme_command_is_valid(readme, command):
     elif words[0] == "python":
         words = words[1:]
         if words[0] == "-m":
-            words = [words[1].replace(".", "/") + ".py", *words[2:]]
+            name = words[1].replace(".", "/")  # a package runs its __main__.py
+            words = [name if (ROOT / name).is_dir() else name + ".py", *words[2:]]
     elif words[0] in ("git", "cd", "pip", "source", "swanlab", "export"):
         return
     else:

@@ -50,8 +50,7 @@ from trainer.loop.randomness import setup_seed
 from trainer.loop.schedule import get_lr
 from trainer.run.preflight import check_writable
 
-IMAGE_SIDE, PATCH_SIDE, DRAWN_SIDE = 224, 16, 96
-NUM_ROWS = IMAGE_SIDE // PATCH_SIDE
+IMAGE_SIDE, PATCH_SIDE, NUM_ROWS, DRAWN_SIDE = 224, 16, 14, 96
 PROCESSOR = CLIPImageProcessorPil()  # CLIP's own mean and deviation
 HEAD_DIM = 64  # as in CLIP; fewer, wider heads are also much faster on a CPU
 MAX_WAVELENGTH = 100.0  # of the sines that positions start from, in patches

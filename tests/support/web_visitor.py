@@ -83,8 +83,8 @@ def free_port() -> int:
 def serving(folder: Path, *flags, **environment):
     """The page behind a password, started from another directory."""
     port, record = free_port(), folder / "record.jsonl"
-    command = [sys.executable, ROOT / "tests" / "support" / "web_site.py", record, *model_flags(folder),
-               "--port", port, *flags]  # fmt: skip
+    program = ROOT / "tests" / "support" / "web_site.py"
+    command = [sys.executable, program, record, *model_flags(folder), "--port", port, *flags]
     outside = socket.create_server(("127.0.0.1", 0))  # stands for the rest of the world
     outside.setblocking(False)
     proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"

@@ -14,6 +14,7 @@ from conftest import ROOT
 from PIL import Image, ImageChops
 
 from dataset.records.reader import open_records
+from dataset.synthetic import __main__ as command
 from dataset.synthetic import sample_data as synthetic
 from dataset.synthetic.drawing import draw_scene
 from dataset.synthetic.scenes import (
@@ -300,7 +301,7 @@ def test_a_described_scene_names_every_shape(style, language):
 
 @pytest.mark.parametrize(("which", "folder"), [(1, "eval_images"), (2, "eval_multi_images")])
 def test_eval_images_are_the_committed_ones(which, folder, tmp_path):
-    assert synthetic.main(["--out", str(tmp_path), "--eval_images", str(which)]) == 0
+    assert command.main(["--out", str(tmp_path), "--eval_images", str(which)]) == 0
     made = {path.relative_to(tmp_path): path for path in tmp_path.rglob("*.png")}
     root = ROOT / "dataset" / folder
     committed = {path.relative_to(root): path for path in root.rglob("*.png")}
@@ -319,14 +320,14 @@ def test_eval_images_are_the_committed_ones(which, folder, tmp_path):
     ],
 )
 def test_what_a_user_gets_wrong_is_said_in_one_line(tmp_path, capsys, flags, says):
-    assert synthetic.main(["--out", str(tmp_path), *flags]) == 1
+    assert command.main(["--out", str(tmp_path), *flags]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and says in error
 
 
 def test_command_line_prints_types_and_chance(tmp_path, capsys):
     out = str(tmp_path)
-    assert synthetic.main(["--out", out, "--num_images", "20", "--split", "heldout"]) == 0
+    assert command.main(["--out", out, "--num_images", "20", "--split", "heldout"]) == 0
     printed = capsys.readouterr().out
     assert "position: " in printed and "chance 25.0%" in printed
     assert len(read_jsonl(tmp_path / "heldout_pairs.jsonl")) == 5
@@ -335,7 +336,7 @@ def test_command_line_prints_types_and_chance(tmp_path, capsys):
 def test_blind_retold_and_captioned_records(tmp_path):
     argv = ["--out", str(tmp_path), "--num_images", "20", "--num_pairs", "0", "--num_blind", "30",
             "--num_text", "20", "--num_retold", "40", "--caption_share", "1"]  # fmt: skip
-    assert synthetic.main(argv) == 0
+    assert command.main(argv) == 0
     records = read_jsonl(tmp_path / "train.jsonl")
     shown = [r for r in records if "image" in r]
     blind = [r for r in records if "image" not in r]
@@ -359,7 +360,7 @@ def test_character_share_holds_for_what_is_told_and_asked_without_pictures(
 ):
     argv = ["--out", str(tmp_path), "--num_images", "1", "--num_pairs", "0", "--num_blind", "60",
             "--num_text", "60", "--split", "heldout", "--character_share", share]  # fmt: skip
-    assert synthetic.main(argv) == 0
+    assert command.main(argv) == 0
     for records in (read_jsonl(tmp_path / "heldout.jsonl")[1:],
                     read_jsonl(tmp_path / "heldout_text.jsonl")):  # fmt: skip
         assert len(records) == 60
@@ -368,7 +369,7 @@ def test_character_share_holds_for_what_is_told_and_asked_without_pictures(
 
 def test_lists_name_what_belongs_together(tmp_path):
     argv = ["--out", str(tmp_path), "--num_images", "30", "--num_pairs", "0", "--list_share", "1"]
-    assert synthetic.main(argv) == 0
+    assert command.main(argv) == 0
     for index, record in enumerate(read_jsonl(tmp_path / "train.jsonl")):
         scene = sample_scene(synthetic.scene_rng("train", 0, index), character_share=0.3)
         told = record["conversations"][-1]["content"]

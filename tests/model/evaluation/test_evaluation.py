@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, conversation, script_environment
 from PIL import Image
+from support.choice_files import write_tsv
 from support.painted import eval_flags
 
 import eval_vlm
@@ -162,7 +163,6 @@ def test_transformers_folder_is_compared(assets, painted, engine, tmp_path):
 
 
 def test_multiple_choice_of_two_weights(assets, painted, tmp_path, capfd):
-    from test_multiple_choice import write_tsv
 
     write_tsv(tmp_path / "bench.tsv", painted)
     report = score(assets, painted, tmp_path, data_path=None, images_path=None, compare="early",
@@ -173,7 +173,6 @@ def test_multiple_choice_of_two_weights(assets, painted, tmp_path, capfd):
 
 
 def test_chance_of_being_right_in_every_order_of_the_options(assets, painted, tmp_path):
-    from test_multiple_choice import write_tsv
 
     write_tsv(tmp_path / "bench.tsv", painted, count=4)
     for circular, chance in ((0, 1 / 3), (1, 3**-3)):

@@ -12,7 +12,7 @@ from support.tiny_vlm import make_loaded, save_tiny
 from model.machine.atomic_file import atomic_write, check_place
 from model.weights.metadata import read_metadata
 from model.weights.strict_loading import read_weights
-from trainer.saving.state_file import vlm_checkpoint
+from trainer.trainer_utils import vlm_checkpoint
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left"), RuntimeError("torch: disk")])

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_records, train_flags
+from support.cuda_errors import CUDA_ERROR
 
 from model.machine import device as devices
 from model.machine.device import (
@@ -31,19 +32,13 @@ from trainer.saving.run_paths import RunPaths
 from trainer.train_args import TrainArgs
 from trainer.train_pretrain_vlm import STAGE
 
-CUDA_ERROR = (
-    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.15 GiB of "
-    "which 1.25 GiB is free. Including non-PyTorch memory, this process has 77.90 GiB memory in "
-    "use. Of the allocated memory 70.00 GiB is allocated by PyTorch, and 1.00 GiB is reserved by "
-    "PyTorch but unallocated. If reserved but unallocated memory is large try setting "
-    "PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
-)
 MPS_ERROR = (
     "MPS backend out of memory (MPS allocated: 8.00 GiB, other allocations: 1.00 GiB, max "
     "allowed: 9.07 GiB). Tried to allocate 256.00 MiB on private pool. Use "
     "PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0 to disable upper limit for memory allocations (may "
     "cause system failure)."
 )
+
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 
 
@@ -333,7 +328,7 @@ def test_training_out_of_memory_ends_in_one_line(assets, tmp_path, monkeypatch, 
 def test_ranks_of_a_machine_share_its_cores(variables, num_workers, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     for name in ("check_disk", "check_balance", "check_records", "report_memory"):
-        monkeypatch.setattr(f"trainer.preflight.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"trainer.run.preflight.{name}", lambda *_, **__: None)
     launch(monkeypatch, RANK=0, WORLD_SIZE=3, **(variables or {"LOCAL_WORLD_SIZE": 1}))
     args = argparse.Namespace(num_workers=64, save_dir=None, checkpoint_dir=None, on_bad_sample="")
     paths = SimpleNamespace(

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import make_records
 from support.api_site import MODEL, post, question, served_thread
+from support.cuda_errors import CUDA_ERROR
 from support.tiny_vlm import make_loaded, never_end, picture, save_tiny
-from test_device import CUDA_ERROR
 
 import eval_vlm
 from model.generation.engine import VLMEngine, ask

@@ -7,8 +7,8 @@ import torch
 from conftest import make_records, train_flags
 from support.pretend_gpu import HOPPER, TURING, Gpu, pretend_gpus
 from support.pretend_tensor import pretend_tensors
+from support.states import assert_same_state, saved
 from support.tiny_vlm import GREEDY, conversations, make_loaded
-from test_resume import assert_same_state, saved
 
 from model.generation.engine import VLMEngine
 from model.machine.device import prepare_device

@@ -8,7 +8,6 @@ import torch
 from conftest import TINY_MODEL, make_tower
 
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.weights import strict_loading as weights
 from model.weights.file_names import find_weight
 from model.weights.metadata import describe_model, read_metadata, tower_sha256
 from model.weights.saving import save_weights
@@ -243,7 +242,7 @@ def test_save_weights_refuses_what_fp16_cannot_hold(assets, tmp_path, value):
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """`--save_dir`, and the `out/` that is searched after it."""
-    monkeypatch.setattr(weights, "OUT_DIR", tmp_path / "out")
+    monkeypatch.setattr("model.weights.file_names.OUT_DIR", tmp_path / "out")
     for name in ("save", "out"):
         (tmp_path / name).mkdir()
     return tmp_path

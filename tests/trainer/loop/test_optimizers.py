@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.loop.optimizers import OPTIMIZERS, make_optimizer, orthogonal
+from trainer.loop.optimizers import make_optimizer, orthogonal
+from trainer.train_args import OPTIMIZERS
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ import eval_vlm
 import web_demo
 from dataset.records import fingerprint
 from dataset.records.fingerprint import ends_fingerprint, file_fingerprint
-from trainer import train_args, train_llm, train_pretrain_vlm, train_sft_vlm
-from trainer.tracking import curves as plot
+from trainer import plot, train_args, train_llm, train_pretrain_vlm, train_sft_vlm
 
 STATE = "pretrain_vlm_32_resume.pth"
 

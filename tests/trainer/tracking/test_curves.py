@@ -8,7 +8,8 @@ from conftest import make_records, run_script, train_flags
 from PIL import Image
 
 from trainer import train_pretrain_vlm
-from trainer.tracking import curves as plot
+from trainer.plot import main
+from trainer.tracking import curves
 
 BLUE, ORANGE = (0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)  # matplotlib's first two colours
 
@@ -41,18 +42,18 @@ def test_plot_overlays_runs_in_every_panel(tmp_path, capsys):
     one = write_metrics(tmp_path / "a_32_metrics.jsonl")
     two = write_metrics(tmp_path / "b_32_metrics.jsonl", offset=1.0)
     out = tmp_path / "new" / "curves.png"
-    assert plot.main([str(one), str(two), "--out", str(out)]) == 0
+    assert main([str(one), str(two), "--out", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
     for box in panels(out):
         assert num_pixels(out, ORANGE, box) > 50
     assert num_pixels(out, BLUE, panels(out)[0]) > 50
-    assert plot.main([str(one), "--out", str(out)]) == 0
+    assert main([str(one), "--out", str(out)]) == 0
     assert num_pixels(out, BLUE) > 50 and num_pixels(out, ORANGE) == 0
 
 
 def test_plot_leaves_a_panel_empty_where_a_run_has_no_such_figures(tmp_path):
     path = write_metrics(tmp_path / "a_metrics.jsonl", val=False)
-    assert plot.main([str(path), "--out", str(tmp_path / "a.png")]) == 0
+    assert main([str(path), "--out", str(tmp_path / "a.png")]) == 0
     counts = [num_pixels(tmp_path / "a.png", BLUE, box) for box in panels(tmp_path / "a.png")]
     assert counts[1] == 0 and all(counts[i] > 50 for i in (0, 2, 3))
 
@@ -61,23 +62,23 @@ def test_plot_takes_a_file_torn_by_a_kill_and_values_that_were_not_finite(tmp_pa
     path = write_metrics(tmp_path / "a_metrics.jsonl", num_steps=100)
     with path.open("a") as file:
         file.write('{"step": 101, "loss": null, "grad_norm": null, "lr": 0.1}\n{"step": 102, "lo')
-    figures = plot.read_metrics(path)
+    figures = curves.read_metrics(path)
     assert figures[-1]["step"] == 101
-    steps, values = plot.points(figures, "loss")
+    steps, values = curves.points(figures, "loss")
     assert steps[-1] == 101 and math.isnan(values[-1]) and not math.isnan(values[-2])
-    assert plot.main([str(path), "--out", str(tmp_path / "a.png")]) == 0
+    assert main([str(path), "--out", str(tmp_path / "a.png")]) == 0
 
 
 def test_running_mean_is_the_mean_of_the_values_behind():
-    assert plot.running_mean([1.0, 3.0, math.nan, 5.0], 2) == [1.0, 2.0, 3.0, 5.0]
+    assert curves.running_mean([1.0, 3.0, math.nan, 5.0], 2) == [1.0, 2.0, 3.0, 5.0]
 
 
 def test_plot_names_runs_apart(tmp_path):
     same = [tmp_path / name / "sft_32_metrics.jsonl" for name in ("x", "y")]
-    assert plot.run_names(same) == ["x/sft_32", "y/sft_32"]
-    assert plot.run_names([same[0], tmp_path / "b_metrics.jsonl"]) == ["sft_32", "b"]
+    assert curves.run_names(same) == ["x/sft_32", "y/sft_32"]
+    assert curves.run_names([same[0], tmp_path / "b_metrics.jsonl"]) == ["sft_32", "b"]
     deep = [tmp_path / "1" / "x" / "a_metrics.jsonl", tmp_path / "2" / "x" / "a_metrics.jsonl"]
-    assert len(set(plot.run_names(deep))) == 2
+    assert len(set(curves.run_names(deep))) == 2
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_plot_says_what_it_cannot_draw(tmp_path, capsys, content, message):
     path = tmp_path / "a_metrics.jsonl"
     if content is not None:
         path.write_text(content)
-    assert plot.main([str(path), "--out", str(tmp_path / "a.png")]) == 1
+    assert main([str(path), "--out", str(tmp_path / "a.png")]) == 1
     error = capsys.readouterr().err
     assert message in error and str(path) in error and error.count("\n") == 1
     assert not (tmp_path / "a.png").exists()
