@@ -133,8 +133,8 @@ def test_zero_resumes_to_the_same_bits_and_under_ddp(stage, assets, tmp_path, da
     assert_same_bits(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
     assert torch.equal(*(figures(tmp_path / side, "loss") for side in ("whole", "cut")))
 
-    ddp = flags_of(assets, tmp_path / "other", data, use_moe=options["use_moe"])
-    run_ranks([*ddp, "--batch_size", "4", "--from_resume", "1"], tmp_path, world_size=1, name="ddp")
+    ddp = flags_of(assets, tmp_path / "other", data, use_moe=options["use_moe"], batch_size=4)
+    run_ranks([*ddp, "--from_resume", "1"], tmp_path, world_size=1, name="ddp")
     losses = [figures(tmp_path / side, "loss") for side in ("whole", "other")]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
 
