@@ -45,6 +45,8 @@ test-cuda-build:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell $$(git ls-files '*.py' '*.md' '*.toml' '*.txt' Makefile)
 
 demo: setup
 	$(BIN)/python trainer/demo.py

@@ -11,7 +11,7 @@ TOP_LEVEL = {
     "model", "dataset", "trainer", "tests", "out", "checkpoints", "eval_vlm.py", "web_demo.py",
     "requirements.txt", "README.md", "pyproject.toml", "requirements-dev.txt", "Makefile",
     ".gitignore", ".ci", "README_zh.md", "CHANGELOG.md", "BENCHMARKS.md", "CONTRIBUTING.md",
-    "LICENSE",
+    "LICENSE", ".pre-commit-config.yaml",
 }  # fmt: skip
 PACKAGES = ("model", "dataset", "trainer")
 # Folder (or a file that stands lower than its folder) -> folders and files that it may import,
