@@ -18,9 +18,10 @@ from model.weights.strict_loading import VISION_PREFIX
 from trainer.loop import zero_engine as zero
 from trainer.loop.engine import Engine
 from trainer.loop.loading import DataFault
+from trainer.loop.loop_state import Progress, Run
 from trainer.loop.optimizers import make_optimizer, set_trainable
 from trainer.loop.randomness import setup_seed
-from trainer.loop.train_loop import Progress, Run, train
+from trainer.loop.train_loop import train
 from trainer.ranks.group import Logger, Ranks, init_distributed_mode, is_main_process, local_ranks
 from trainer.ranks.signals import CLOSED_OUTPUT, StopSignal
 from trainer.ranks.watch import RankWatch, leave_at_once

@@ -10,8 +10,8 @@ from model.machine.atomic_file import remove_leftovers
 from model.weights.metadata import read_metadata
 from model.weights.saving import save_weights
 from trainer.loop.engine import Engine
+from trainer.loop.loop_state import Progress
 from trainer.loop.randomness import rng_state, seed_rank, set_rng_state
-from trainer.loop.train_loop import Progress
 from trainer.ranks.group import Logger, Ranks, is_main_process, launch_token, warn
 from trainer.saving.background_writer import BackgroundWriter, Snapshot, spare_bytes, state_bytes
 from trainer.saving.run_paths import RunPaths
