@@ -20,7 +20,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Store, TCPStore
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 BEATS_PER_TIMEOUT = 10
 MISSED_BEATS = 3  # count as silence once a collective has failed
