@@ -101,7 +101,7 @@ class RankWatch:
         self.timeout_s = timeout_s
         self.lost: str | None = None  # set when the block is left by a RuntimeError
         self._interval_s = timeout_s / BEATS_PER_TIMEOUT
-        self._leaving: dict[str, Any] = {}  # what the last beat says besides
+        self._leaving: dict[str, Any] = {}  # added to the last beat
         self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
         self._round_s: float | None = None

@@ -2,7 +2,7 @@
 
 It is a lock of the operating system on a file beside the weight, released when the process ends in
 any way. Over NFS the server holds it, and releases that of a lost machine after its lease (some
-90 s). What is written in the file only says who holds the lock.
+90 s). The file's content only names the holder.
 """
 
 import contextlib
@@ -111,7 +111,7 @@ def _who_we_are() -> dict[str, Any]:
 
 
 def _read(file: IO[bytes]) -> str:
-    """Who holds the lock, as the file says."""
+    """The holder, as the file names it."""
     file.seek(0)
     try:
         about = json.loads(file.read())

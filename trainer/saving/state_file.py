@@ -129,7 +129,7 @@ def _read(path: Path, identity: dict[str, Any], former_identity: dict[str, Any])
     for name, expected in identity.items():
         found = loaded["identity"].get(name)
         if found != expected and found is not None and found == former_identity.get(name):
-            Logger(f"{path.name}: its {name} was told by an earlier version, which looked less far")
+            Logger(f"{path.name}: its {name} is as an earlier version computed it, from less of it")
         elif found != expected:
             raise ValueError(
                 f"{path} cannot be resumed: its {name} is {found!r}, this run's is {expected!r}; "
