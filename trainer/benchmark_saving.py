@@ -22,8 +22,8 @@ from model.machine.device import choose_device, has_bfloat16, memory_guard, prep
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.options import OnceParser
 from trainer.loop.engine import Engine, autocast
+from trainer.loop.loop_state import Progress
 from trainer.loop.optimizers import make_optimizer
-from trainer.loop.train_loop import Progress
 from trainer.ranks.group import Ranks
 from trainer.saving.background_writer import state_bytes
 from trainer.saving.run_paths import RunPaths

@@ -1,9 +1,9 @@
-"""Owns the training flags: one dataclass, its ranges, and how argparse reads it."""
+"""Owns the training flags: one dataclass, the ranges of its values, and how argparse reads it."""
 
 import argparse
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dataset.text_dataset import LOSS_ON
 from model.machine.paths import OUT_DIR, ROOT
@@ -17,16 +17,20 @@ TRACKER_MODES = ("online", "offline", "local", "disabled")
 
 @dataclass(frozen=True)
 class Stage:
-    """What tells one training stage from another: its defaults and its data."""
+    """What differs between training stages: defaults and data."""
 
     name: str
     title: str
     data_kind: Literal["pretrain", "sft", "text"]  # which records; text has no default files
-    defaults: dict
+    defaults: dict[str, Any]
 
 
-def flag(help_text: str, default=None, **metadata):
-    """A dataclass field that is also a flag."""
+def flag(help_text: str, default: Any = None, **metadata: Any) -> Any:
+    """A dataclass field that is also a flag.
+
+    Args:
+        metadata: `alias` (another name), `low` (the least value), `choices`.
+    """
     return field(default=default, metadata={"help": help_text} | metadata)
 
 
@@ -112,12 +116,12 @@ class TrainArgs:
         is_wanted = self.tracker is not None if self.use_wandb is None else self.use_wandb
         return (self.tracker or TRACKERS[0]) if is_wanted else None
 
-    def as_text(self) -> dict:
-        """Every argument in a form that JSON holds."""
+    def as_text(self) -> dict[str, Any]:
+        """Every argument, as a value that JSON can hold."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 

@@ -1,9 +1,10 @@
-"""The names that readers of the original look for, under the file in which it has them.
+"""The names that readers of the original project look for in this file.
 
-Each lives where the thing does; nothing in this project imports it from here.
+Each is defined elsewhere; nothing in this project imports it from here.
 """
 
 from pathlib import Path
+from typing import Any
 
 from trainer.loop.randomness import setup_seed
 from trainer.loop.sample_order import SkipBatchSampler
@@ -26,12 +27,12 @@ __all__ = [
 
 def vlm_checkpoint(
     path: Path,
-    state: dict | None = None,
+    state: dict[str, Any] | None = None,
     *,
-    identity: dict,
-    former_identity: dict | None = None,
+    identity: dict[str, Any],
+    former_identity: dict[str, Any] | None = None,
     is_first: bool = False,
-) -> dict | None:
+) -> dict[str, Any] | None:
     """Save a training state, or load one with `state=None`; see `save_state` and `load_state`."""
     if state is None:
         return load_state(path, identity=identity, former_identity=former_identity)

@@ -1,25 +1,25 @@
-"""Owns what turns losses into an update of the weights: AdamW, in one process or under DDP.
+"""Owns the backward pass and the optimizer step, in one process or under DDP.
 
-`trainer/zero.py` has the same face on DeepSpeed; the loop knows neither.
+`zero_engine.py` has the same methods on DeepSpeed; the loop calls either.
 """
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from model.machine.device import (
-    heeds_found_inf,
-)
+from model.machine.device import heeds_found_inf
 from model.weights.strict_loading import VISION_PREFIX
 
 
 class Engine:
-    """Every process holds all weights and moments; DDP averages the gradients of several ranks.
+    """Every process holds all weights and moments; DDP averages the gradients over the ranks.
 
     Args:
-        model: the model, wrapped for several ranks.
+        model: the model; with several ranks, wrapped in DistributedDataParallel.
         grad_clip: largest gradient norm; 0 does not clip.
     """
 
@@ -36,31 +36,35 @@ class Engine:
         self.scaler = scaler
         self._grad_clip = grad_clip or float("inf")
 
-    def micro_step(self, *, is_last: bool) -> contextlib.AbstractContextManager:
-        """What a forward and backward pass runs in; only the last of a step shares gradients."""
-        is_alone = not hasattr(self.model, "no_sync")
-        return contextlib.nullcontext() if is_last or is_alone else self.model.no_sync()
+    def micro_step(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """Context of a forward and backward pass. DDP averages gradients in the last one of a step
+        only (`no_sync` before)."""
+        if is_last or not isinstance(self.model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[None] = self.model.no_sync()
+        return context
 
     def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradient; over several ranks its mean counts."""
+        """Add the gradient of a loss; DDP takes its mean over the ranks."""
         self.scaler.scale(loss).backward()
 
     def step(self, sums: Tensor, *, is_empty: bool) -> tuple[Tensor, Tensor]:
-        """Clip and apply the gradient, and forget it.
+        """Clip the gradient, update the weights, and zero the gradient.
 
         Args:
-            sums: what must be finite beside the gradient for the step to count.
+            sums: losses; the step is left out if one of them, or the gradient, is not finite.
             is_empty: nothing was supervised, so the weights stay (no decay either).
         Returns:
-            The gradient's norm before clipping, and whether the step was left out because
-            something was not finite; both stay on the device (but see `heeds_found_inf`).
+            The gradient's norm before clipping, and whether the step was left out; both on the
+            device, so that the host need not wait (but see `heeds_found_inf`).
         """
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = nn.utils.clip_grad_norm_(parameters, self._grad_clip)
         is_bad = ~(torch.isfinite(grad_norm) & torch.isfinite(sums).all())
         if not is_empty:
-            self.optimizer.found_inf = is_bad.float()  # read by the fused kernel, on the device
+            # An attribute that fused optimizers read, on the device.
+            self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
             if heeds_found_inf(sums.device) or not is_bad:
                 self.optimizer.step()
         self.scaler.update()
@@ -69,14 +73,14 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The model to measure with meanwhile; ranks need not keep step with one another."""
-        model = getattr(self.model, "module", self.model)
+        """The model without DDP, in evaluation mode: ranks need not have equally many batches."""
+        model: nn.Module = getattr(self.model, "module", self.model)
         model.eval()
         yield model
         model.train()
 
-    def tensors(self) -> tuple[dict, dict]:
-        """State dicts of model (without the tower) and optimizer; every rank must ask."""
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """State dicts of model (without the tower) and optimizer; every rank must call it."""
         model = getattr(self.model, "module", self.model)
         return trained_state(model), self.optimizer.state_dict()
 
@@ -86,6 +90,6 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in model.state_dict().items() if not k.startswith(VISION_PREFIX)}
 
 
-def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[None]:
     """Mixed precision for the forward pass; float32 means none."""
     return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")

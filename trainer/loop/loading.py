@@ -1,7 +1,13 @@
 """Owns how training waits for data: batches from data workers that may fail, hang or be killed.
 
-Whatever happens to a worker reaches the loop as a `DataFault` that names the sample, or, where a
-signal came first, as `StopWaiting`; and no worker is left behind.
+1. Each worker writes on a shared `Board` which sample it is making (`Watched`).
+2. An error in a sample travels to the main process as a `Failure`, which is raised as `DataFault`.
+3. A worker that dies makes the wait for a batch fail. The main process looks up its sample on the
+   board and raises `DataFault`.
+4. While a batch is waited for, the `Guard` thread reads the board. If no worker writes on it for
+   `patience_s`, it kills them all, so that the wait fails as in 3.
+5. A signal ends the wait with `StopWaiting`.
+6. However the pass ends, its workers are killed (`Loader.__iter__`).
 """
 
 import contextlib
@@ -11,10 +17,12 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
@@ -22,7 +30,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from trainer.ranks.signals import StopSignal, leave_signals_to_parent
 
 POLL_S = 1.0  # between two looks at the workers
-PROCESS, SAMPLE, MOVES, FIELDS = 0, 1, 2, 3  # of a worker's place on the board
+PROCESS, SAMPLE, MOVES, FIELDS = 0, 1, 2, 3  # columns of a worker's row on the board, and how many
+
+
+class NamedSamples(Protocol):
+    """A data set that can name its samples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def where(self, index: int) -> str: ...
 
 
 class DataFault(ValueError):
@@ -31,15 +49,16 @@ class DataFault(ValueError):
 
 @dataclass(frozen=True)
 class Failure:
-    """What a worker hands over in place of a batch. An exception would have to be rebuilt from its
-    text in the main process, which not every type allows."""
+    """What a worker returns in place of a sample that raised. An exception itself would have to be
+    pickled, which not every type allows."""
 
     reason: str
     trace: str
 
 
 class Board:
-    """Where workers write what they do: process, sample (from 1; 0 between two), moves so far."""
+    """Shared memory with one row a worker: its process id, the sample it is making (from 1; 0
+    between two), and how often it has written here."""
 
     def __init__(self, num_workers: int):
         self._values = multiprocessing.RawArray("q", FIELDS * num_workers)
@@ -55,55 +74,56 @@ class Board:
         return [tuple(values[i : i + FIELDS]) for i in range(0, len(values), FIELDS)]
 
 
-class Watched(Dataset):
-    """A data set that tells which sample is being made, and whose errors become a `Failure`."""
+class Watched(Dataset[Any]):
+    """A data set that writes on the board which sample it makes, and whose errors become a
+    `Failure`."""
 
-    def __init__(self, dataset: Dataset, board: Board):
+    def __init__(self, dataset: NamedSamples, board: Board):
         self.dataset, self.board = dataset, board
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Any:
         worker = get_worker_info()
         number = worker.id if worker else 0
         self.board.write(number, sample=index + 1)
         try:
             return self.dataset[index]
         except Exception as error:  # of any kind: the run is to be saved, and to name the sample
-            words = first_line(error)
-            return Failure(f"{self.dataset.where(index)}: {words}", traceback.format_exc())
+            reason = f"{self.dataset.where(index)}: {first_line(error)}"
+            return Failure(reason, traceback.format_exc())
         finally:
             self.board.write(number, sample=0)
 
 
 def first_line(error: BaseException) -> str:
-    """Type and words of an error."""
+    """An error's type and the first line of its message."""
     return ": ".join(filter(None, (type(error).__name__, str(error).partition("\n")[0])))
 
 
-def collate_or_fail(collate: Callable, samples: list):
+def collate_or_fail(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
     """A batch, or the first failure among its samples."""
     failures = [sample for sample in samples if isinstance(sample, Failure)]
     return failures[0] if failures else collate(samples)
 
 
 class Loader:
-    """Batches of a data set, each pass over them with workers of its own.
+    """Batches of a data set. Each pass over them (`iter`) starts workers of its own.
 
     Args:
-        dataset: has `where(index)`, which names a sample.
         sampler: this rank's batches of indices.
-        stop: ends the wait for a batch.
-        patience_s: how long no worker may make any progress while a batch is waited for.
+        stop: a signal that ends the wait for a batch.
+        patience_s: seconds without progress of any worker, while a batch is waited for, after
+            which they count as hanging.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: NamedSamples,
         sampler: Sampler[list[int]],
         *,
-        collate: Callable,
+        collate: Callable[[list[Any]], Any],
         num_workers: int,
         pin_memory: bool,
         seed: int,
@@ -127,10 +147,16 @@ class Loader:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self) -> Iterator:
-        """Raises `DataFault` or `StopWaiting`; closing it ends the workers in any case."""
-        before, workers = set(multiprocessing.active_children()), []
-        source, is_done = None, False
+    def __iter__(self) -> Generator[Any]:
+        """The batches of a pass; closing the generator ends the workers.
+
+        Raises:
+            DataFault: a batch cannot be made. StopWaiting: a signal came first.
+        """
+        before = set(multiprocessing.active_children())
+        workers: list[BaseProcess] = []
+        source: Iterator[Any] | None = None
+        is_done = False
         try:
             try:
                 with sigchld_as_before():
@@ -147,10 +173,10 @@ class Loader:
         finally:
             if not is_done:
                 kill(workers)
-            del source  # tells its workers to end, and waits for them
+            del source  # its destructor asks the workers to end, and waits for them
             kill(workers)
 
-    def _next(self, source: Iterator, guard: "Guard"):
+    def _next(self, source: Iterator[Any], guard: "Guard") -> Any:
         try:
             with guard.waiting():
                 batch = self._stop.wait_for(partial(next, source))
@@ -165,13 +191,27 @@ class Loader:
 
 
 class Guard:
-    """Kills the workers of a pass, in a `with` block, when they hang while a batch is waited for.
+    """A thread that kills the workers of a pass if they hang. It runs during a `with` block.
 
-    Nothing else ends every such wait: what a worker hands over is read out of its process, and
-    that has no time limit.
+    1. The main process marks the time in which it waits for a batch (`waiting`).
+    2. Once a second the thread reads the board. Progress is any change of it.
+    3. If there was no progress for `patience_s`, all of that time within one wait, the thread
+       notes which samples the workers were making, kills all workers and ends.
+    4. The wait then fails in the main process, which asks `what_happened`.
+
+    The clock starts anew until every worker has begun, and after this process itself was stopped.
+    A time limit on the wait would not do: the main process may block while it receives a batch
+    from a worker, and that has no time limit.
     """
 
-    def __init__(self, board: Board, workers: list, dataset: Dataset, *, patience_s: float):
+    def __init__(
+        self,
+        board: Board,
+        workers: list[BaseProcess],
+        dataset: NamedSamples,
+        *,
+        patience_s: float,
+    ):
         self._board, self._workers, self._dataset = board, workers, dataset
         self._patience_s = patience_s
         self._waits_since_s: float | None = None
@@ -184,12 +224,12 @@ class Guard:
             self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """The time in which the workers must make progress."""
+        """A block in which a batch is waited for, so the workers must make progress."""
         self._waits_since_s = time.monotonic()
         try:
             yield
@@ -200,46 +240,46 @@ class Guard:
         seen, moved_s = self._board.read(), time.monotonic()
         looked_s = moved_s
         while not self._ended.wait(POLL_S):
-            now_s, places = time.monotonic(), self._board.read()
+            now_s, rows = time.monotonic(), self._board.read()
             was_away = now_s - looked_s > 5 * POLL_S  # stopped, or the machine slept
-            has_all = sum(place[PROCESS] > 0 for place in places) == len(self._workers)
-            if places != seen or was_away or not has_all:
-                seen, moved_s = places, now_s
+            have_all_begun = sum(row[PROCESS] > 0 for row in rows) == len(self._workers)
+            if rows != seen or was_away or not have_all_begun:
+                seen, moved_s = rows, now_s
             looked_s, waits_since_s = now_s, self._waits_since_s
             if waits_since_s is None:
                 continue
             silent_s = now_s - max(moved_s, waits_since_s)
             if silent_s > self._patience_s:
-                self._verdict = self._name_hanging(places, silent_s)
+                self._verdict = self._name_hanging(rows, silent_s)
                 for worker in self._workers:
                     worker.kill()
                 return
 
     def what_happened(self) -> str | None:
-        """Which worker made the wait fail, and how; None if all of them live."""
+        """Why the wait failed: which workers hung, or which one ended; None if all are alive."""
         if self._verdict or not self._workers:
             return self._verdict
-        # Its connections end a moment before it has.
+        # A dead worker's connection closes shortly before the process counts as ended.
         wait([worker.sentinel for worker in self._workers], timeout=POLL_S)
         for worker in self._workers:
             code = worker.exitcode
             if code is None:
                 continue
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended ({code})"
-            places = [place for place in self._board.read() if place[PROCESS] == worker.pid]
-            at = "".join(map(self._where, places))
+            rows = [row for row in self._board.read() if row[PROCESS] == worker.pid]
+            at = "".join(map(self._where, rows))
             return (
                 f"data worker {worker.pid} {how}{at}; memory or /dev/shm may be full: use fewer "
                 "--num_workers"
             )
         return None
 
-    def _where(self, place: tuple[int, ...]) -> str:
-        return f" at {self._dataset.where(place[SAMPLE] - 1)}" if place[SAMPLE] else ""
+    def _where(self, row: tuple[int, ...]) -> str:
+        return f" at {self._dataset.where(row[SAMPLE] - 1)}" if row[SAMPLE] else ""
 
-    def _name_hanging(self, places: list[tuple[int, ...]], silent_s: float) -> str:
-        busy = [place for place in places if place[SAMPLE]] or places
-        names = ", ".join(f"{place[PROCESS]}{self._where(place)}" for place in busy)
+    def _name_hanging(self, rows: list[tuple[int, ...]], silent_s: float) -> str:
+        busy = [row for row in rows if row[SAMPLE]] or rows
+        names = ", ".join(f"{row[PROCESS]}{self._where(row)}" for row in busy)
         return (
             f"no data for {silent_s:.0f} s: hanging data worker(s): {names}; look at the storage "
             "of the images, or raise --rank_timeout where it is only slow"
@@ -248,19 +288,22 @@ class Guard:
 
 @contextlib.contextmanager
 def sigchld_as_before() -> Iterator[None]:
-    """Undo that PyTorch raises a worker's death wherever the main process is, perhaps in the
-    middle of an update or a save; who waits for data notices it too."""
-    signum = getattr(signal, "SIGCHLD", None)
-    before = signal.getsignal(signum) if signum else None
+    """Restore the handler of SIGCHLD after the block, in which PyTorch sets its own.
+
+    PyTorch's raises a worker's death wherever the main process is, perhaps in the middle of an
+    update or a save. The next wait for a batch notices the death too.
+    """
+    signum: int | None = getattr(signal, "SIGCHLD", None)  # Windows has none
+    before = None if signum is None else signal.getsignal(signum)
     try:
         yield
     finally:
-        if before is not None:
+        if signum is not None and before is not None:
             signal.signal(signum, before)
 
 
-def kill(workers: list) -> None:
-    """End processes that may ignore every other way."""
+def kill(workers: list[BaseProcess]) -> None:
+    """End processes that may be beyond reacting to anything milder, and wait for their end."""
     for worker in workers:
         worker.kill()
     for worker in workers:
@@ -268,12 +311,14 @@ def kill(workers: list) -> None:
 
 
 def start_worker(board: Board, worker: int) -> None:
-    """Data workers leave signals to the main process, and end with it however it ends."""
+    """Prepare a data worker: it ignores signals, and ends when the main process ends in any way."""
     leave_signals_to_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     board.write(worker, sample=0)
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # PyTorch watches the fork server, where there is one
+    parent = multiprocessing.parent_process()  # PyTorch watches the fork server, where there is one
+    assert parent is not None
+    parent.join()
     os._exit(1)

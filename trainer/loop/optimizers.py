@@ -1,7 +1,8 @@
-"""Owns what moves the weights: which parameters train, AdamW, Muon."""
+"""Owns which parameters train, and the optimizers: AdamW, Muon."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,10 +10,10 @@ from torch import nn
 from model.machine.device import product_dtype
 
 WEIGHT_DECAY = 0.01
-MUON_RATE = 10.0  # in learning rates
+MUON_RATE = 10.0  # Muon's learning rate, in AdamW's
 MOMENTUM = 0.95
-NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
-STACKED = 2**22  # numbers of matrices that Muon moves at a time
+NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # coefficients of x, x^3 and x^5
+STACKED = 2**22  # elements of the matrices that Muon updates in one stack
 
 
 def set_trainable(model: nn.Module, *, freeze_llm: bool, trainable: str | None = None) -> list[str]:
@@ -20,7 +21,7 @@ def set_trainable(model: nn.Module, *, freeze_llm: bool, trainable: str | None =
 
     Args:
         freeze_llm: the projection only, else language model and projection.
-        trainable: a regular expression searched in the names, instead of that policy.
+        trainable: a regular expression searched in the names; `freeze_llm` then has no effect.
     Returns:
         The names that train.
     Raises:
@@ -55,9 +56,10 @@ def set_trainable(model: nn.Module, *, freeze_llm: bool, trainable: str | None =
 class MuonAdamW(torch.optim.AdamW):
     """Muon on the hidden matrices, AdamW on embeddings, norms and all else.
 
-    Muon moves a matrix by its momentum made orthogonal, so that rare directions count as much as
-    frequent ones; what is said of one thing together is then learnt in far fewer steps. Its rate
-    is `MUON_RATE` times AdamW's, so one schedule serves both.
+    Muon updates a matrix by its Nesterov momentum M = U S V^T, made orthogonal to U V^T: all
+    singular values become about 1. So directions that are rare in the gradients move as far as
+    the frequent ones, and the loss falls in fewer steps. Its learning rate is `MUON_RATE` times
+    AdamW's, times sqrt(rows / columns) for tall matrices; so one schedule serves both.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
     """
@@ -68,21 +70,22 @@ class MuonAdamW(torch.optim.AdamW):
         super().__init__(kept, lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One update; a `found_inf` of 1 leaves all as it is, without waiting for the device."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update; none if the attribute `found_inf` is 1, which only the device reads."""
         groups = self.param_groups
         for group in groups:
             if group["is_muon"]:
-                self._turn(group)
+                self._update_group(group)
         self.param_groups = [group for group in groups if not group["is_muon"]]
         try:
-            return super().step(closure)
+            loss: float | None = super().step(closure)
+            return loss
         finally:
             self.param_groups = groups
 
-    def _turn(self, group: dict) -> None:
-        """Matrices of one shape move together: many small products take long one by one."""
-        alike: dict[tuple, list[nn.Parameter]] = {}
+    def _update_group(self, group: dict[str, Any]) -> None:
+        """Update matrices of one shape in stacks: many small products one by one are slow."""
+        alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[nn.Parameter]] = {}
         for matrix in group["params"]:
             if matrix.grad is not None:
                 key = (matrix.shape, matrix.dtype, matrix.device)
@@ -90,21 +93,22 @@ class MuonAdamW(torch.optim.AdamW):
         for (shape, *_), matrices in alike.items():
             count = max(1, STACKED // shape.numel())
             for start in range(0, len(matrices), count):
-                self._turn_stack(matrices[start : start + count], group["lr"])
+                self._update_stack(matrices[start : start + count], group["lr"])
 
-    def _turn_stack(self, matrices: list[nn.Parameter], lr: float) -> None:
+    def _update_stack(self, matrices: list[nn.Parameter], lr: float) -> None:
         for matrix in matrices:
             if not self.state[matrix]:
                 self.state[matrix]["momentum"] = torch.zeros_like(matrix)
                 self.state[matrix]["step"] = torch.zeros(())  # AdamW's loading looks for it
         before = torch.stack([self.state[matrix]["momentum"] for matrix in matrices])
-        weights, grads = torch.stack(matrices), torch.stack([m.grad for m in matrices])
+        weights = torch.stack([*matrices])
+        grads = torch.stack([m.grad for m in matrices if m.grad is not None])
         momenta = MOMENTUM * before + grads
         dtype = product_dtype(weights.device)
-        turn = orthogonal(grads + MOMENTUM * momenta, dtype=dtype).to(weights.dtype)
+        update = orthogonal(grads + MOMENTUM * momenta, dtype=dtype).to(weights.dtype)
         rows, columns = weights.shape[1:]
         rate = MUON_RATE * lr * max(1.0, rows / columns) ** 0.5
-        after = (1 - lr * WEIGHT_DECAY) * weights - rate * turn
+        after = (1 - lr * WEIGHT_DECAY) * weights - rate * update
         is_bad = getattr(self, "found_inf", None)
         if is_bad is not None:
             momenta = torch.where(is_bad.bool(), before, momenta)
@@ -115,11 +119,12 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def orthogonal(matrices: torch.Tensor, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Matrices (N, R, C) with all their singular values near 1, by five steps of Newton and Schulz.
+    """Orthogonalise matrices (N, R, C): set all singular values to about 1, by five Newton-Schulz
+    iterations.
 
     Args:
-        dtype: of the products; bfloat16 will do, since near 1 is all that is asked for.
-    Source: the polynomial of Jordan et al. (2024), tuned to rise fast from small values.
+        dtype: of the products; bfloat16 is exact enough, since singular values need not be 1.
+    Source: Jordan et al. (2024); their quintic polynomial is tuned to raise small values fast.
     """
     near = matrices.float()
     is_tall = near.shape[1] > near.shape[2]
@@ -136,8 +141,8 @@ def orthogonal(matrices: torch.Tensor, *, dtype: torch.dtype = torch.float32) ->
 def make_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, kind: str = "adamw"
 ) -> torch.optim.AdamW:
-    """The optimizer of named parameters. Its kernel can be told on the device, by `found_inf`, to
-    leave a step out, so that no step waits for the host.
+    """The optimizer of named parameters. Its fused kernel reads the attribute `found_inf`, a tensor
+    on the device, and leaves a step out if it is 1: so the host need not wait for the device.
 
     Args:
         kind: "adamw" with its default betas, or "muon", see `MuonAdamW`.

@@ -1,6 +1,7 @@
-"""Owns random numbers of training: seeds, and the generators' state that a run saves."""
+"""Owns random numbers of training: seeds, and the state of the generators that a run saves."""
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +15,18 @@ def setup_seed(seed: int) -> None:
 
 
 def seed_rank(seed: int, *, samples: int, rank: int) -> None:
-    """Begin a stream of random numbers of a rank's own, as it is `samples` into a run."""
+    """Seed the generators of one rank from the seed, the samples that the run has consumed, and
+    the rank."""
     setup_seed(int(np.random.SeedSequence((seed, samples, rank)).generate_state(1)[0]))
 
 
-def rng_state(device: torch.device) -> dict:
-    """The generators that training draws from, in a form that a safe load accepts."""
-    name, keys, *rest = np.random.get_state()
-    state = {
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of the generators that training draws from, as `torch.load(weights_only=True)`
+    accepts it."""
+    legacy = np.random.get_state()
+    assert isinstance(legacy, tuple)
+    name, keys, *rest = legacy
+    state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         "cpu": torch.get_rng_state(),
@@ -33,7 +38,8 @@ def rng_state(device: torch.device) -> dict:
     return state
 
 
-def set_rng_state(state: dict, device: torch.device) -> None:
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Set the generators to a state from `rng_state`."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

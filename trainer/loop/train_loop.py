@@ -1,105 +1,27 @@
-"""Owns the training loop: the only one. It takes built objects and knows no model or data set.
+"""Owns the training loop, the only one. It is handed a model and data, and builds neither.
 
 A step is an optimizer step. Loss and gradient are normalised by the supervised tokens of the
 whole step, over micro-steps and ranks, so one update does not depend on how it is split.
 """
 
 import time
-from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 
 import torch
-from torch import Tensor
 
-from trainer.loop.engine import Engine, autocast
+from trainer.loop.engine import autocast
+from trainer.loop.left_out import check_bad_samples, check_finite
 from trainer.loop.loading import DataFault
+from trainer.loop.loop_state import Run, StepResult
 from trainer.loop.schedule import get_lr
-from trainer.loop.steps import Share, agree, shares_of
+from trainer.loop.steps import Agreement, MicroBatch, Share, agree, shares_of
 from trainer.loop.validation import validation_loss
-from trainer.ranks.group import Ranks, warn
-from trainer.ranks.signals import StopSignal
-from trainer.tracking.metrics import Metrics, Window, peak_gib
+from trainer.ranks.group import warn
+from trainer.tracking.metrics import LogWindow, peak_gib
 
-MAX_BAD_STEPS = 5  # non-finite steps in a row before a run stops
-MAX_OVERFLOWS = 40  # the same in float16, where the loss scale first has to find its range
-MAX_BAD_SHARE = 0.01  # of an epoch's samples
-ESTIMATE_STEPS = 5  # steps before the first word on how long it will take
-NAMES_SHOWN = 8
-RESUMABLE = (
-    "; --from_resume 1 goes on with mended pictures or another --max_seq_len, edited records need "
-    "a new run from the weight (--from_weight)"
-)
-
-
-@dataclass
-class Progress:
-    """How far a run has come, in global samples of the order."""
-
-    epoch: int = 0
-    samples_in_epoch: int = 0
-    samples: int = 0
-    step: int = 0
-    skipped_steps: int = 0
-    bad_samples: int = 0
-    bad_samples_in_epoch: int = 0
-    truncated_samples: int = 0
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-
-@dataclass
-class StepResult:
-    """Counts of one step over all ranks, and its figures as tensors on the device."""
-
-    samples: int
-    tokens: int
-    supervised: int
-    sequences: int
-    loss_sum: Tensor
-    aux_sum: Tensor
-    grad_norm: Tensor
-    is_bad: Tensor
-    is_finite: Tensor  # (micro-steps,) the losses of this rank
-    sample_names: list[list[str]]  # of each micro-step
-
-
-@dataclass
-class Run:
-    """Everything the loop needs.
-
-    `batches(epoch, start)` gives this rank's batches from global sample `start` on; a batch has
-    `inputs_on(device)`, `num_*` counts, `sample_names` and `bad_samples`.
-    """
-
-    engine: Engine  # or one with the same face
-    ranks: Ranks
-    metrics: Metrics
-    stop: StopSignal
-    batches: Callable[[int, int], Iterable]
-    val_batches: Callable[[], Iterable] | None
-    save: Callable[[], None]
-    num_samples: int
-    args: object  # TrainArgs
-    progress: Progress = field(default_factory=Progress)
-    window: Window = field(default_factory=Window)
-    pending: list[StepResult] = field(default_factory=list)  # whose flags were not read yet
-    bad_in_a_row: int = 0
-    started_s: float = field(default_factory=time.perf_counter)
-    started_samples: int = 0
-    steps_done: int = 0  # by this process
-    is_stopping: bool = False  # all ranks agree to
-    is_warned: bool = False  # of steps without a gradient
-
-    @property
-    def samples_per_step(self) -> int:
-        return self.args.batch_size * self.args.accumulation_steps * self.ranks.world_size
-
-    @property
-    def device(self) -> torch.device:
-        return self.ranks.device
+ESTIMATE_STEPS = 5  # steps before the first estimate of how long the run will take
+NAMES_SHOWN = 8  # parameters in a warning
 
 
 def train(run: Run) -> bool:
@@ -122,7 +44,7 @@ def train(run: Run) -> bool:
             return False
         if run.val_batches is not None:
             if run.steps_done:
-                run.save()  # as an epoch still to be validated, which a resumed run does first
+                run.save()  # a run resumed from here validates first
             if run.is_stopping or not report_validation(run):
                 return False
         run.progress.epoch += 1
@@ -136,7 +58,7 @@ def train(run: Run) -> bool:
 def train_epoch(run: Run, epoch: int) -> bool:
     """Train what is left of an epoch; False if a stop signal ended it early."""
     run.engine.model.train()
-    run.window = Window()
+    run.window = LogWindow()
     batches = run.batches(epoch, run.progress.samples_in_epoch)
     with closing(shares_of(batches, run.args.accumulation_steps)) as shares:
         return all(train_step(run, share) for share in shares)
@@ -146,9 +68,9 @@ def train_step(run: Run, share: Share) -> bool:
     """Take a step, and log and save what is due; False if a stop signal ends the epoch early."""
     progress = run.progress
     run.window.wait_s += share.wait_s
-    counts = count_step(run, share)
-    run.is_stopping = counts["stop"]
-    if not counts["has_data"]:
+    counts, agreed = count_step(run, share)
+    run.is_stopping = agreed.is_stopping
+    if not agreed.has_data:
         check_finite(run)
         return False
     check_bad_samples(run, share.batches, counts)
@@ -177,8 +99,9 @@ def train_step(run: Run, share: Share) -> bool:
     return True
 
 
-def count_step(run: Run, share: Share) -> dict[str, int]:
-    """Sums over micro-steps and ranks, known before the forward pass; and whether to stop.
+def count_step(run: Run, share: Share) -> tuple[dict[str, int], Agreement]:
+    """Counts of a step, summed over micro-steps and ranks before the forward pass, and what the
+    ranks agreed on.
 
     Raises:
         DataFault: a rank cannot have its data; what was done so far is saved.
@@ -195,11 +118,10 @@ def count_step(run: Run, share: Share) -> dict[str, int]:
         run.save()
         fault.args = (f"{fault}; saved at step {run.progress.step}: go on with --from_resume 1",)
         raise
-    counts = dict(zip((*names, "bad"), map(int, agreed.sums), strict=True))
-    return counts | {"stop": agreed.is_stopping, "has_data": agreed.has_data}
+    return dict(zip((*names, "bad"), map(int, agreed.sums), strict=True)), agreed
 
 
-def optimizer_step(run: Run, micro_batches: list, counts: dict[str, int]) -> StepResult:
+def optimizer_step(run: Run, micro_batches: list[MicroBatch], counts: dict[str, int]) -> StepResult:
     """One update. A non-finite loss or gradient leaves weights and optimizer as they are."""
     lr = get_lr(
         run.progress.samples + counts["samples"],
@@ -241,81 +163,6 @@ def optimizer_step(run: Run, micro_batches: list, counts: dict[str, int]) -> Ste
     )
 
 
-def check_finite(run: Run) -> None:
-    """Read the flags of the steps since the last look; report and count those left out."""
-    if not run.pending:
-        return
-    flags = torch.stack([result.is_bad for result in run.pending]).tolist()
-    pending, run.pending = run.pending, []
-    limit = MAX_OVERFLOWS if run.args.dtype == "float16" else MAX_BAD_STEPS
-    first_step = run.progress.step - len(pending) + 1
-    for step, (flag, result) in enumerate(zip(flags, pending, strict=True), first_step):
-        run.bad_in_a_row = run.bad_in_a_row + 1 if flag else 0
-        if not flag:
-            continue
-        run.progress.skipped_steps += 1
-        shown = suspects(run, result)
-        run.metrics.line(f"step {step} left out: loss or gradient not finite; samples: {shown}")
-        if run.bad_in_a_row >= limit:
-            message = (
-                f"stopped at step {step}: {run.bad_in_a_row} steps in a row were not finite, the "
-                f"last on samples {shown}; the weights are as they were before them: lower "
-                "--learning_rate, use --dtype bfloat16 or float32, or look at these samples"
-            )
-            try:
-                run.save()
-            except (ValueError, OSError) as error:
-                message += f" (and saving failed: {error})"
-            raise ValueError(message)
-
-
-def suspects(run: Run, result: StepResult) -> str:
-    """The samples of all ranks' micro-steps whose loss was not finite, every one; or, where only
-    the gradient was not, some of those that it came from."""
-    is_finite = result.is_finite.tolist()
-    names = [(name, ok) for group, ok in zip(result.sample_names, is_finite, strict=True)
-             for name in group]  # fmt: skip
-    names = [pair for of_rank in run.ranks.gather(names) for pair in of_rank]
-    guilty = [name for name, ok in names if not ok]
-    more = ", ..." if not guilty and len(names) > NAMES_SHOWN else ""
-    return ", ".join(guilty or [name for name, _ in names[:NAMES_SHOWN]]) + more
-
-
-def check_bad_samples(run: Run, micro_batches: list, counts: dict[str, int]) -> None:
-    """Show and count the samples that cannot be used; stop where the policy says so.
-
-    It stops before the step, so that a resumed run takes the same samples again: once their
-    pictures are mended, or --max_seq_len is raised, none of them is lost.
-    """
-    progress = run.progress
-    if not counts["bad"]:
-        return
-    reasons = [bad.reason for batch in micro_batches for bad in batch.bad_samples]
-    reasons = [reason for of_rank in run.ranks.gather(reasons) for reason in of_rank]
-    num_bad = progress.bad_samples_in_epoch + counts["bad"]
-    message = None
-    if run.args.on_bad_sample == "error":
-        message = f"{reasons[0]} (--on_bad_sample skip goes on without it)"
-    elif num_bad > MAX_BAD_SHARE * run.num_samples:
-        message = too_many_bad(num_bad, run.num_samples, reasons[-1]) + RESUMABLE
-    if message:
-        if run.steps_done:
-            run.save()
-        raise ValueError(message)
-    for reason in reasons:
-        run.metrics.line(f"sample left out: {reason}")
-    progress.bad_samples += counts["bad"]
-    progress.bad_samples_in_epoch = num_bad
-
-
-def too_many_bad(num_bad: int, num_records: int, last_reason: str) -> str:
-    """The message for more bad samples than a run may leave out."""
-    return (
-        f"{num_bad} of {num_records} samples cannot be used, more than {MAX_BAD_SHARE:.0%}; "
-        f"the last: {last_reason}; mend the data or the paths"
-    )
-
-
 def log_window(run: Run) -> None:
     """Print and write what happened since the last line, and begin a new window."""
     check_finite(run)
@@ -324,7 +171,7 @@ def log_window(run: Run) -> None:
     if not run.window.has_gradient and not run.is_warned:
         run.is_warned = True
         warn_of_no_gradient(run)
-    run.window = Window()
+    run.window = LogWindow()
     lr = run.engine.optimizer.param_groups[0]["lr"]
     num_steps = -(-run.num_samples // run.samples_per_step)
     step_in_epoch = -(-progress.samples_in_epoch // run.samples_per_step)
@@ -340,7 +187,7 @@ def log_window(run: Run) -> None:
 
 
 def warn_of_no_gradient(run: Run) -> None:
-    """Say, once a run, that the steps of a whole log window taught nothing."""
+    """Warn, once a run, that no step of a whole log window had a gradient."""
     trained = [n for n, p in run.engine.model.named_parameters() if p.requires_grad]
     names = ", ".join(trained[:NAMES_SHOWN]) + (", ..." if len(trained) > NAMES_SHOWN else "")
     warn(
@@ -351,7 +198,7 @@ def warn_of_no_gradient(run: Run) -> None:
 
 
 def time_left(run: Run) -> str:
-    """What remains of the run at the pace so far, as h:mm:ss."""
+    """Time to the end of the run at the pace so far, as h:mm:ss."""
     done = run.progress.samples - run.started_samples
     left = run.args.epochs * run.num_samples - run.progress.samples
     elapsed_s = time.perf_counter() - run.started_s
@@ -359,7 +206,7 @@ def time_left(run: Run) -> str:
 
 
 def report_estimate(run: Run) -> None:
-    """After the first steps: how long the run will take, and what it holds."""
+    """After the first steps: print how long the run will take, and its peak memory."""
     run.metrics.line(
         f"estimate after {ESTIMATE_STEPS} steps: {time_left(run)} to go, "
         f"peak memory {peak_gib(run.device):.2f} GiB"
@@ -367,7 +214,8 @@ def report_estimate(run: Run) -> None:
 
 
 def report_validation(run: Run) -> bool:
-    """Measure, print and write the validation loss; False if a stop signal came first."""
+    """Measure, print and log the validation loss; False if a stop signal came first."""
+    assert run.val_batches is not None
     started_s = time.perf_counter()
     found = validation_loss(
         run.engine,
@@ -375,7 +223,7 @@ def report_validation(run: Run) -> bool:
         ranks=run.ranks,
         stop=run.stop,
         dtype=run.args.dtype,
-        say=run.metrics.line,
+        report=run.metrics.line,
     )
     if found is None:
         run.is_stopping = True
@@ -387,8 +235,6 @@ def report_validation(run: Run) -> bool:
         f"Epoch:[{progress.epoch + 1}/{run.args.epochs}] val_loss:{loss:.4f} "
         f"({num_tokens} supervised tokens{left_out})"
     )
-    run.metrics.write(
-        {"step": progress.step, "epoch": progress.epoch + 1, "val_loss": loss,
-         "val_tokens": num_tokens, "val_s": time.perf_counter() - started_s}
-    )  # fmt: skip
+    figures = {"val_loss": loss, "val_tokens": num_tokens, "val_s": time.perf_counter() - started_s}
+    run.metrics.write({"step": progress.step, "epoch": progress.epoch + 1} | figures)
     return True

@@ -1,36 +1,37 @@
 """Owns the validation loss."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 
 import torch
 
-from trainer.loop.engine import Engine, autocast
-from trainer.loop.steps import agree, shares_of
+from trainer.loop.engine import autocast
+from trainer.loop.loop_state import AnyEngine
+from trainer.loop.steps import Batches, agree, shares_of
 from trainer.ranks.group import Ranks
 from trainer.ranks.signals import StopSignal
 
 
 @torch.no_grad()
 def validation_loss(
-    engine: Engine,
-    batches: Iterable,
+    engine: AnyEngine,
+    batches: Batches,
     *,
     ranks: Ranks,
     stop: StopSignal,
     dtype: str,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> tuple[float, int, int] | None:
-    """Mean loss per supervised token of the validation data, how many tokens those are, and how
-    many samples could not be used; None if a stop signal came to any rank first.
+    """Mean loss per supervised token of the validation data, the number of those tokens, and the
+    number of samples that could not be used; None if any rank received a stop signal first.
 
     Args:
         batches: this rank's; there are as many on every rank.
-        say: told of each sample that could not be used.
+        report: called with a line for each sample that could not be used.
     Raises:
         ValueError: not one sample can be used. DataFault: a rank cannot have its data.
     """
-    total, num_tokens, num_bad = 0.0, 0, 0
+    total, num_tokens, num_bad = 0.0, 0.0, 0.0
     with engine.evaluating() as model, closing(shares_of(batches, 1)) as shares:
         for share in shares:
             if agree(share, ranks, stop, []).is_stopping:
@@ -42,7 +43,7 @@ def validation_loss(
                 num_tokens += batch.num_supervised
                 num_bad += len(batch.bad_samples)
                 for bad in batch.bad_samples:
-                    say(f"validation sample left out: {bad.reason}")
+                    report(f"validation sample left out: {bad.reason}")
     total, num_tokens, num_bad = ranks.host_sum([total, num_tokens, num_bad])
     if not num_tokens:
         raise ValueError("the validation data holds no usable sample; see --val_data_path")

@@ -1,13 +1,14 @@
-"""Owns the group of ranks: this process among all, its device, what ranks tell one another."""
+"""Owns the group of ranks: this process's rank and device, and the collectives over all ranks."""
 
 import itertools
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from model.machine.device import check_dtype, choose_device, memory_guard, prepare_device
 from trainer.ranks.meeting import join_process_group
 
+Item = TypeVar("Item")
 # A save or a slow first batch must fit; ranks that died are noticed long before (watch.py).
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -38,30 +40,31 @@ def warn(content: str) -> None:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all, and its device."""
+    """This process's rank among all, and its device."""
 
     rank: int
     world_size: int
     device: torch.device
 
-    def host_sum(self, values: list[float]) -> list[float]:
+    def host_sum(self, values: Sequence[float]) -> list[float]:
         """Sum numbers over all ranks on the host, without touching the device."""
         if self.world_size == 1:
-            return values
+            return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
-        return tensor.tolist()
+        sums: list[float] = tensor.tolist()
+        return sums
 
-    def gather(self, value) -> list:
+    def gather(self, value: Item) -> list[Item]:
         """A small object of every rank, in rank order."""
         if self.world_size == 1:
             return [value]
-        values = [None] * self.world_size
+        values = [value] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def batches(self, items: Iterable, size: int) -> Iterator[list]:
-        """This rank's batches of items; they are the same ones for any number of ranks."""
+    def batches(self, items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+        """This rank's batches of items; the batches are the same for any number of ranks."""
         source = iter(items)
         for number in itertools.count():
             batch = list(itertools.islice(source, size))
@@ -70,24 +73,26 @@ class Ranks:
             if number % self.world_size == self.rank:
                 yield batch
 
-    def collect(self, work: Callable[[], list]) -> list:
+    def collect(self, work: Callable[[], list[Item]]) -> list[Item]:
         """The results of every rank's work, in the order of the ranks, on all of them.
 
         Raises:
             ValueError, OSError: what any of them raised.
         """
+        share: list[Item] = []
+        failure: Exception | None = None
         try:
             with memory_guard("lower --batch_size"):
                 share = work()
         except (ValueError, OSError) as error:
-            share = error
-        shares = self.gather(share)
-        for found in shares:
-            if isinstance(found, Exception):
-                raise found
-        return [item for found in shares for item in found]
+            failure = error
+        shares = self.gather((share, failure))
+        for _, problem in shares:
+            if problem is not None:
+                raise problem
+        return [item for found, _ in shares for item in found]
 
-    def from_first(self, value):
+    def from_first(self, value: Item) -> Item:
         """Rank 0's small object, on every rank."""
         if self.world_size == 1:
             return value
@@ -110,10 +115,10 @@ def init_distributed_mode(
     timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> Ranks:
     """Choose and prepare this process's device, and join the process group of torchrun or
-    deepspeed, if there is one.
+    deepspeed, if one of them started this process.
 
-    Where a machine has several of its processes, each takes the GPU of its local rank; a device
-    with an index counts where there is one process.
+    Where several processes run on a machine, each takes the GPU of its local rank; the index in
+    `device` counts only where there is one process.
 
     Args:
         tf32: see `prepare_device`.
@@ -138,16 +143,18 @@ def init_distributed_mode(
         backend, timeout=timeout, device=chosen if backend.endswith("nccl") else None
     )
     if num_local > 1 and chosen.type == "cuda" and ":" in (device or ""):
-        warn(f"--device {device}: {num_local} processes run here, each takes the GPU of its own "
-             "local rank; CUDA_VISIBLE_DEVICES chooses which GPUs there are")  # fmt: skip
+        warn(
+            f"--device {device}: {num_local} processes run here, each takes the GPU of its own "
+            "local rank; CUDA_VISIBLE_DEVICES chooses which GPUs there are"
+        )
     return Ranks(dist.get_rank(), dist.get_world_size(), chosen)
 
 
 def local_ranks() -> tuple[int, int]:
-    """Which of this machine's processes of the run this is, and how many there are.
+    """The local rank, and the number of ranks on this machine.
 
-    torchrun says the number as LOCAL_WORLD_SIZE, deepspeed as LOCAL_SIZE; where neither is said,
-    all of WORLD_SIZE may be here.
+    torchrun sets the number as LOCAL_WORLD_SIZE, deepspeed as LOCAL_SIZE; where neither is set, all
+    WORLD_SIZE ranks may be here.
     """
     if "RANK" not in os.environ:
         return 0, 1
@@ -159,12 +166,12 @@ def local_ranks() -> tuple[int, int]:
 def resolve_compute(
     device: str | None, dtype: str, *, local_rank: int | None = None, is_shared: bool = False
 ) -> tuple[torch.device, str]:
-    """The device of this process, and the backend that carries tensors between such processes.
+    """The device of this process, and the `torch.distributed` backend.
 
-    CUDA tensors travel over nccl where PyTorch has it (not on Windows), all others over gloo.
+    CUDA tensors go over NCCL where PyTorch has it (not on Windows), all others over gloo.
 
     Args:
-        local_rank: which of several processes on this machine this is; None where it is alone.
+        local_rank: among several processes on this machine; None where this is the only one.
         is_shared: several processes train together.
     Raises:
         ValueError: the device is not there, cannot compute in this dtype, or cannot be shared.
@@ -178,12 +185,12 @@ def resolve_compute(
 
 
 def launch_token() -> str | None:
-    """Tells this machine's launcher from every other, over its restarts of the ranks; None
-    without torchrun."""
+    """An id of the torchrun process that started this rank, the same over its restarts of the
+    ranks; None without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     launcher = os.getppid()
-    try:  # a number is given again to other processes, but not at the same tick
+    try:  # process numbers are reused, but not with the same start time
         started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         started = ""

@@ -1,22 +1,26 @@
-"""Owns how ranks find one another: a place of their own in the launcher's store.
+"""Owns the rendezvous: how ranks find one another in the launcher's key-value store.
 
-torchrun keeps one store over all its restarts of the ranks, so it still holds the addresses of
-ranks that are dead. Who reads one of those connects to nobody, and waits until it times out.
+torchrun keeps one store over all its restarts of the ranks, so the store still holds the addresses
+of ranks that are dead. A rank that reads such an address waits for nobody until it times out. So
+the ranks that are alive first agree on a fresh key prefix (`meet`), and exchange addresses there.
 """
 
 import json
 import time
 import uuid
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
-CONNECT_TIMEOUT = timedelta(seconds=45)  # once all ranks are there
+CONNECT_TIMEOUT = timedelta(seconds=45)  # once all ranks have met
 CONNECT_TRIES = 3
 POLL_S = 0.05
-CPP_TRACE = "Exception raised from"  # begins the part of an error that is for programmers
-NOTHING = "null"  # JSON
+CPP_TRACE = "Exception raised from"  # begins the C++ stack trace in an error's text
+NOT_SET = "null"  # JSON
 if hasattr(dist, "set_timeout"):
     set_timeout = dist.set_timeout
 else:  # PyTorch before 2.15 has no public way
@@ -26,25 +30,29 @@ else:  # PyTorch before 2.15 has no public way
 def join_process_group(
     backend: str, *, timeout: timedelta, device: torch.device | None = None
 ) -> None:
-    """Connect with the other ranks that the launcher started.
+    """`init_process_group` with the other ranks that the launcher started, tried a few times.
 
-    They may come late by `timeout`, but once all are there they connect soon or not at all; a try
-    that fails ends for all of them, and the next starts afresh.
+    Each try:
+    1. `meet` waits up to `timeout` for all ranks and gives them a fresh key prefix.
+    2. `init_process_group` and a barrier, with the short `CONNECT_TIMEOUT`: ranks that have met
+       connect soon or not at all.
+    3. Each rank writes whether it is connected and reads the others'. If all are, the timeout of
+       later collectives becomes `timeout`; else every rank destroys its group and tries again.
 
     Args:
-        device: this process's GPU, which nccl then connects at once: here a failure is seen by
-            all ranks and told in one line, in the first step it would be a traceback.
+        device: this process's GPU. NCCL then connects here, where a failure is one line on every
+            rank, and not in the first collective, where it would be a traceback.
     Raises:
         ConnectionError: no try succeeded, or a rank never came.
     """
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     for _ in range(CONNECT_TRIES):
-        place = meet(store, rank, world_size, timeout=timeout)
+        prefix = meet(store, rank, world_size, timeout=timeout)
         error = None
         try:
             dist.init_process_group(
                 backend,
-                store=place,
+                store=prefix,
                 rank=rank,
                 world_size=world_size,
                 timeout=CONNECT_TIMEOUT,
@@ -53,9 +61,9 @@ def join_process_group(
             dist.barrier()
         except RuntimeError as problem:  # DistError and its kind
             error = problem
-        place.set(f"is connected {rank}", str(error is None))
-        words = [place.get(f"is connected {other}") for other in range(world_size)]
-        if all(word == b"True" for word in words):
+        prefix.set(f"is connected {rank}", str(error is None))
+        answers = [prefix.get(f"is connected {other}") for other in range(world_size)]
+        if all(answer == b"True" for answer in answers):
             set_timeout(timeout)
             return
         if dist.is_initialized():
@@ -69,43 +77,51 @@ def join_process_group(
     )
 
 
-def meet(store: dist.Store, rank: int, world_size: int, *, timeout: timedelta) -> dist.Store:
-    """A part of the store that these processes share, and no earlier ones.
+def meet(store: Store, rank: int, world_size: int, *, timeout: timedelta) -> Store:
+    """A part of the store (a key prefix) that these processes share, and no earlier ones.
 
-    Every rank writes a name that it just made up. Rank 0 makes up a place whenever one of the
-    names changes; who finds its own name beside a place agrees to it, and rank 0 opens it once
-    all have. What dead ranks left never agrees.
+    1. Every rank draws a random id and writes it under `id <rank>`.
+    2. Rank 0 reads all ids. Whenever one has changed (a rank came, perhaps in the place of a dead
+       one), it draws a new random prefix and writes `proposal` = (prefix, ids).
+    3. A rank that finds its own id in the proposal writes the prefix under `accepted <rank>`.
+    4. Once all ranks have accepted the same prefix, rank 0 writes it under `opened`.
+    5. A rank that has accepted the prefix which is opened returns it.
+
+    A dead rank cannot accept a new prefix, so a proposal that still holds its id is never opened.
 
     Raises:
         ConnectionError: not all ranks came within `timeout`.
     """
-    store = dist.PrefixStore("minimind/meeting", store)
-    came, agreed = ([f"{what} {r}" for r in range(world_size)] for what in ("came", "agreed"))
-    for key in (*came, *agreed, "place", "open"):
-        store.compare_set(key, "", NOTHING)
-    name = uuid.uuid4().hex
-    store.set(came[rank], json.dumps(name))
-    last_s, names, place = time.monotonic() + timeout.total_seconds(), None, None
-    while time.monotonic() < last_s:
+    store = PrefixStore("minimind/meeting", store)
+    id_keys = [f"id {r}" for r in range(world_size)]
+    accepted_keys = [f"accepted {r}" for r in range(world_size)]
+    for key in (*id_keys, *accepted_keys, "proposal", "opened"):
+        store.compare_set(key, "", NOT_SET)
+    own_id = uuid.uuid4().hex
+    store.set(id_keys[rank], json.dumps(own_id))
+    deadline_s = time.monotonic() + timeout.total_seconds()
+    ids, prefix = None, None  # rank 0's last proposal
+    while time.monotonic() < deadline_s:
         if rank == 0:
-            now = read(store, came)
-            if now != names:
-                names, place = now, uuid.uuid4().hex
-                store.set("place", json.dumps([place, names]))
-            if read(store, agreed) == [place] * world_size:
-                store.set("open", json.dumps(place))
-        (told, is_open) = read(store, ["place", "open"])
-        if told is not None and told[1][rank] == name:
-            store.set(agreed[rank], json.dumps(told[0]))
-            if is_open == told[0]:
-                return dist.PrefixStore(is_open, store)
+            now = read(store, id_keys)
+            if now != ids:
+                ids, prefix = now, uuid.uuid4().hex
+                store.set("proposal", json.dumps([prefix, ids]))
+            if read(store, accepted_keys) == [prefix] * world_size:
+                store.set("opened", json.dumps(prefix))
+        proposal, opened = read(store, ["proposal", "opened"])
+        if proposal is not None and proposal[1][rank] == own_id:
+            store.set(accepted_keys[rank], json.dumps(proposal[0]))
+            if opened == proposal[0]:
+                return PrefixStore(opened, store)
         time.sleep(POLL_S)
-    missing = [r for r, key in enumerate(read(store, came)) if key is None]
+    missing = [r for r, found in enumerate(read(store, id_keys)) if found is None]
     raise ConnectionError(
         f"the {world_size} ranks did not all come within {timeout}"
         + (f": {', '.join(f'rank {r}' for r in missing)} never did" if missing else "")
     )
 
 
-def read(store: dist.Store, keys: list[str]) -> list:
+def read(store: Store, keys: list[str]) -> list[Any]:
+    """The JSON values under these keys."""
     return [json.loads(value) for value in store.multi_get(keys)]

@@ -1,8 +1,14 @@
-"""Owns how ranks know of one another's life: who died, hangs or left, so that nobody waits for it.
+"""Owns the heartbeats by which ranks learn that another rank died, hangs or left.
 
-Each rank writes a beat into the launcher's key-value store and reads the others'. The beat comes
-from a thread of its own: a rank that is slow, loading or saving still beats; one that was killed or
-stopped, or whose machine is lost, does not.
+1. A thread of each rank writes a counter (a beat) under the rank's key in the launcher's store,
+   and reads the others' (`RankWatch._beat`). So a rank that is slow, loading or saving still
+   beats; one that was killed or stopped, or whose machine is lost, does not.
+2. A rank whose counter has not changed for `timeout_s` counts as silent (`Beats`).
+3. A rank that leaves its `with` block by an error writes the error into its last beat.
+4. A guard thread ends this process when another rank is silent, or left with an error `timeout_s`
+   ago (`RankWatch._guard`). The main thread may hang in a collective that nothing else ends.
+5. Where a collective fails first, the main thread names the rank that is missing
+   (`RankWatch._name_lost`).
 """
 
 import json
@@ -12,47 +18,53 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 BEATS_PER_TIMEOUT = 10
-MISSED_BEATS = 3  # of a rank that a collective just failed for
+MISSED_BEATS = 3  # count as silence once a collective has failed
 CONNECT_TIMEOUT = timedelta(minutes=10)  # rank 0 may be slow to open the store
 
 
 class Beats:
-    """What is known of the others' beats. Times are this process's own, so that clocks of
-    different machines, or a clock that is set, do not matter."""
+    """The last beat of each rank, and when it changed by this process's monotonic clock: clocks
+    of machines need not agree."""
 
     def __init__(self, rank: int, world_size: int, *, interval_s: float):
         self.rank, self.world_size, self.interval_s = rank, world_size, interval_s
         self._values: dict[int, bytes] = {}
-        self._changed: set[int] = set()  # ranks whose beat was seen to change: of this launch
+        self._changed: set[int] = set()  # ranks seen to beat: theirs is no earlier launch's
         self._heard_s: dict[int, float] = {}
         self._round_s: float | None = None
 
     def hear(self, values: list[bytes], now_s: float) -> None:
-        """Take in one value of every rank. The first of each may be of an earlier launch."""
+        """Take in the values of all ranks, in rank order.
+
+        A rank's first value may be left from an earlier launch, so only a change counts as a beat.
+        """
         was_away = self._round_s is not None and now_s - self._round_s > 5 * self.interval_s
         for rank, value in enumerate(values):
             is_new = rank in self._values and self._values[rank] != value
             if is_new:
                 self._changed.add(rank)
-            if is_new or (was_away and rank in self._heard_s):  # it was we who did not listen
+            if is_new or (was_away and rank in self._heard_s):  # we did not read
                 self._heard_s[rank] = now_s
             self._values[rank] = value
         self._round_s = now_s
 
     def expect_all(self, now_s: float) -> None:
-        """From now on a rank counts as silent even if it was never heard."""
+        """Let a rank that was never heard be silent from now on."""
         for rank in range(self.world_size):
             self._heard_s.setdefault(rank, now_s)
 
-    def about(self, rank: int) -> dict:
-        return json.loads(self._values.get(rank) or b"{}")
+    def about(self, rank: int) -> dict[str, Any]:
+        """A rank's last beat; empty before the first."""
+        beat: dict[str, Any] = json.loads(self._values.get(rank) or b"{}")
+        return beat
 
     def left(self) -> str | None:
-        """The first rank that left with an error, and its words."""
+        """The lowest rank that left with an error, and that error's text."""
         for rank in sorted(self._changed):
             reason = self.about(rank).get("left")
             if reason and rank != self.rank:
@@ -60,7 +72,7 @@ class Beats:
         return None
 
     def silent(self, limit_s: float, now_s: float) -> str | None:
-        """The rank that has been silent longest, and beyond a limit."""
+        """The rank that has been silent longest, if that is longer than `limit_s`."""
         waits = {
             rank: now_s - heard_s
             for rank, heard_s in self._heard_s.items()
@@ -68,7 +80,7 @@ class Beats:
         }
         if not waits or max(waits.values()) <= limit_s:
             return None
-        rank = max(waits, key=waits.get)
+        rank = max(waits, key=waits.__getitem__)
         return (
             f"{self.name(rank)} has been silent for {waits[rank]:.0f} s: it was killed, hangs, or "
             "its machine is lost; go on with --from_resume 1 on the ranks that are left"
@@ -79,21 +91,21 @@ class Beats:
 
 
 class RankWatch:
-    """Watches the other ranks for the length of a `with` block, where a launcher started several.
+    """Watches the other ranks during a `with` block, where a launcher started this process.
 
-    A rank that is silent for `timeout_s`, or left with an error, ends this process with a message
-    that names it: nothing else ends a collective that waits for it.
+    When a rank is silent for `timeout_s`, or left with an error, this process prints a message
+    that names the rank, and ends.
     """
 
     def __init__(self, *, timeout_s: float):
         self.timeout_s = timeout_s
         self.lost: str | None = None  # set when the block is left by a RuntimeError
         self._interval_s = timeout_s / BEATS_PER_TIMEOUT
-        self._leaving: dict = {}  # what the last beat says
+        self._leaving: dict[str, Any] = {}  # added to the last beat
         self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
         self._round_s: float | None = None
-        self._beats: Beats | None = None
+        self._beats = Beats(0, 1, interval_s=self._interval_s)  # until a launcher's are known
 
     def __enter__(self) -> "RankWatch":
         if "RANK" not in os.environ:
@@ -106,10 +118,10 @@ class RankWatch:
             thread.start()
         return self
 
-    def __exit__(self, _type, error: BaseException | None, _trace) -> None:
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
         if not self._threads:
             return
-        # A collective fails with a RuntimeError when a rank is gone.
+        # A collective raises RuntimeError when a rank is gone.
         if isinstance(error, RuntimeError) and self._beats.world_size > 1:
             self.lost = self._name_lost()
         reason = self.lost or (f"{type(error).__name__}: {error}" if error is not None else None)
@@ -118,8 +130,8 @@ class RankWatch:
         self._threads[0].join(timeout=2)  # for the last beat
 
     def _name_lost(self) -> str | None:
-        """Who is missing, once a few beats should have been heard."""
-        self._beats.expect_all(time.monotonic())  # for a collective all had come together
+        """Name the rank that left, or is silent for a few beats; None if all are heard."""
+        self._beats.expect_all(time.monotonic())  # all took part in the collective that failed
         deadline_s = time.monotonic() + (MISSED_BEATS + 2) * self._interval_s + 1
         while time.monotonic() < deadline_s:
             limit_s = MISSED_BEATS * self._interval_s
@@ -130,8 +142,9 @@ class RankWatch:
         return self._store_is_gone(MISSED_BEATS * self._interval_s)
 
     def _beat(self) -> None:
-        """Write and read beats until the block ends; the store may fail and come back."""
-        store, count = None, 0
+        """Write and read beats until the block ends; reconnect where the store fails."""
+        store: Store | None = None
+        count = 0
         while True:
             is_last = self._ended.is_set()
             try:
@@ -143,15 +156,20 @@ class RankWatch:
                 values = store.multi_get([key(r) for r in range(self._beats.world_size)])
                 self._beats.hear(values, time.monotonic())
                 self._round_s = time.monotonic()
-            except RuntimeError:  # DistError and its kind: the guard counts the time
+            except RuntimeError:  # DistError and its subclasses; the guard counts the time
                 store = None
             if is_last:
                 return
             self._ended.wait(self._interval_s)
 
     def _guard(self) -> None:
-        """End this process when a rank is lost, whatever the other threads wait for."""
-        before_s, left_s = time.monotonic(), None
+        """End this process when a rank is lost, whatever the other threads wait for.
+
+        A rank that left with an error is given `timeout_s`, in which this process may end by
+        itself with an error of its own.
+        """
+        before_s = time.monotonic()
+        left_s: float | None = None
         while not self._ended.wait(self._interval_s):
             now_s = time.monotonic()
             was_away = now_s - before_s > 5 * self._interval_s  # stopped, or the machine slept
@@ -180,8 +198,8 @@ class RankWatch:
 
 
 def leave_at_once(status: int) -> None:
-    """End this process as it is. An orderly end would wait for collectives that were begun, and
-    for as long as a rank that hangs takes part in one, that is until they time out."""
+    """End this process without cleaning up: an orderly exit would wait for collectives under way,
+    until they time out."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -191,12 +209,15 @@ def key(rank: int) -> str:
     return f"minimind/beat/{rank}"
 
 
-def connect(world_size: int) -> dist.Store:
-    """A client of the launcher's store; every rank's key is there from then on."""
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-        wait_for_workers=False, timeout=CONNECT_TIMEOUT,
-    )  # fmt: skip
+def connect(world_size: int) -> Store:
+    """A client of the launcher's store, with every rank's key created."""
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=CONNECT_TIMEOUT,
+    )
     for rank in range(world_size):
         store.compare_set(key(rank), "", "{}")
     return store

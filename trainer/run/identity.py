@@ -1,4 +1,4 @@
-"""Owns what describes a run: the metadata of its weights, and what a resumed run must share."""
+"""Owns the metadata of a run's weights, and the identity that a resumed run must share."""
 
 from model.vlm_processor import tokenizer_sha256
 from model.weights.metadata import describe_model
@@ -6,7 +6,7 @@ from trainer.run.build import Parts
 from trainer.train_args import Stage, TrainArgs
 
 
-def describe_run(
+def metadata_and_identity(
     stage: Stage, args: TrainArgs, parts: Parts, *, trained: list[str]
 ) -> tuple[dict, dict]:
     """The weight's metadata, and the identity that a state and its run share."""

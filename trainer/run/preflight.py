@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainer.loop.train_loop import MAX_BAD_SHARE, too_many_bad
+from trainer.loop.left_out import MAX_BAD_SHARE, too_many_bad
 from trainer.ranks.group import Logger, Ranks, warn
 from trainer.tracking.metrics import GIB
 

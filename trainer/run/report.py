@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from trainer.loop.train_loop import Run
+from trainer.loop.loop_state import Run
 from trainer.ranks.group import Logger, Ranks, is_main_process, warn
 from trainer.saving.run_paths import RunPaths
 from trainer.tracking.curves import write_curves

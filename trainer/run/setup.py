@@ -18,22 +18,23 @@ from model.weights.strict_loading import VISION_PREFIX
 from trainer.loop import zero_engine as zero
 from trainer.loop.engine import Engine
 from trainer.loop.loading import DataFault
+from trainer.loop.loop_state import Progress, Run
 from trainer.loop.optimizers import make_optimizer, set_trainable
 from trainer.loop.randomness import setup_seed
-from trainer.loop.train_loop import Progress, Run, train
+from trainer.loop.train_loop import train
 from trainer.ranks.group import Logger, Ranks, init_distributed_mode, is_main_process, local_ranks
 from trainer.ranks.signals import CLOSED_OUTPUT, StopSignal
 from trainer.ranks.watch import RankWatch, leave_at_once
 from trainer.run import preflight
 from trainer.run.build import Loaders, Parts, build, lighten_tower
-from trainer.run.identity import describe_run
+from trainer.run.identity import metadata_and_identity
 from trainer.run.output import surviving_output
 from trainer.run.report import INTERRUPTED, print_header, report_end
 from trainer.saving.lock import lock_path, run_lock
 from trainer.saving.run_paths import RunPaths, run_paths
 from trainer.saving.run_state import RunState
 from trainer.tracking.metrics import Console, JsonLog, Metrics
-from trainer.tracking.trackers import Tracker, check_tracker, describe_tracker
+from trainer.tracking.trackers import Tracker, check_tracker, choose_experiment
 from trainer.train_args import Stage, TrainArgs, parse_args
 
 # What a rank may have of its own, or what only the main process reads.
@@ -122,7 +123,7 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
     trained = set_trainable(parts.model, freeze_llm=args.freeze_llm, trainable=args.trainable)
     paths = run_paths(args, parts.model)
     print_header(stage, args, ranks, parts.model, paths)
-    metadata, identity = describe_run(stage, args, parts, trained=trained)
+    metadata, identity = metadata_and_identity(stage, args, parts, trained=trained)
     preflight.check_ranks_agree(ranks, facts_to_share(args, parts, identity))
     check_run(args, ranks, parts, paths)
     parameters = [(n, p) for n, p in parts.model.named_parameters() if p.requires_grad]
@@ -272,7 +273,7 @@ def make_metrics(state: RunState, *, num_samples: int, is_resumed: bool) -> Metr
     args, progress = state.args, state.progress
     step = progress.step if is_resumed else None
     sinks: list = [JsonLog(state.paths.metrics, resume_step=step, num_validated=progress.epoch)]
-    state.tracker = describe_tracker(args, state.tracker)
+    state.tracker = choose_experiment(args, state.tracker)
     if args.tracker_name() is not None:
         folder = args.save_dir / "tensorboard"
         sinks.append(Tracker(args, state.tracker, resumed_step=step, folder=folder))

@@ -1,33 +1,34 @@
-"""Owns writing a state while training goes on: a copy in memory, where there is room."""
+"""Owns writing a state in the background: from a copy in host memory, if there is room for one."""
 
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.ranks.group import warn
 
-SPARE_SHARE = 0.5  # a copy may take that much of the memory that is free
+SPARE_SHARE = 0.5  # of the free memory, which a copy may take
 
 
 class Snapshot:
-    """A copy of a state in host memory, whose buffers the next copy uses again."""
+    """A copy of a state in host memory; the next copy reuses its buffers."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._buffers: list[Tensor] = []
 
     @property
     def is_used(self) -> bool:
         return bool(self._buffers)
 
-    def copy(self, state: dict) -> dict:
+    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state with every tensor copied; tensors that share memory still do."""
         former, self._buffers = iter(self._buffers), []
-        copies: dict[tuple, Tensor] = {}
+        copies: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
 
-        def of(value):
+        def of(value: Any) -> Any:
             if isinstance(value, dict):
                 return {key: of(item) for key, item in value.items()}
             if isinstance(value, list | tuple):
@@ -39,9 +40,9 @@ class Snapshot:
                 copies[key] = self._copy_tensor(value.detach(), next(former, None))
             return copies[key]
 
-        copied = of(state)
+        copied: dict[str, Any] = of(state)
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # copies from a GPU were only begun
+            torch.cuda.synchronize()  # copies from a GPU are asynchronous
         return copied
 
     def _copy_tensor(self, tensor: Tensor, buffer: Tensor | None) -> Tensor:
@@ -51,7 +52,7 @@ class Snapshot:
         return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
 
 
-def state_bytes(value) -> int:
+def state_bytes(value: Any) -> int:
     """Bytes of the tensors in a state."""
     if isinstance(value, Tensor):
         return value.nbytes
@@ -61,7 +62,7 @@ def state_bytes(value) -> int:
 
 
 def spare_bytes() -> int | None:
-    """Memory of this machine, or container, that a copy may take; None where it is not known."""
+    """Bytes that a copy may take, of the machine's or container's free memory; None if unknown."""
     try:
         free = _fields("/proc/meminfo")["MemAvailable:"] * 1024
     except (OSError, KeyError):
@@ -83,14 +84,14 @@ def _fields(path: Path | str) -> dict[str, int]:
 
 
 class BackgroundWriter:
-    """Does one write at a time behind training's back, and keeps the last one's failure."""
+    """Does one write at a time in a thread, and keeps the error of the last one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self.failure: Exception | None = None
 
     def run(self, write: Callable[[], None], *, is_background: bool) -> None:
-        """Do a write, once the one before it is done."""
+        """Do a write when the one before it is done; return at once if `is_background`."""
         self.wait()
         if not is_background:
             self._try(write)
@@ -102,12 +103,12 @@ class BackgroundWriter:
         self.failure = None
         try:
             write()
-        except Exception as error:  # told now, and again by whoever asks
+        except Exception as error:  # a warning now; the next save and the end look at `failure`
             self.failure = error
             warn(f"saving failed: {error}; training goes on, and the next save tries again")
 
     def wait(self) -> None:
-        """Until no write is under way."""
+        """Wait until no write is under way."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -1,8 +1,8 @@
 """Owns the lock on what a run writes: two runs of one name in one folder would mix their files.
 
-The operating system holds it for as long as the process lives, however that ends; over NFS the
-server does, and lets go of a machine that is lost after its lease (some 90 s). The file beside the
-weight only says who holds it.
+It is a lock of the operating system on a file beside the weight, released when the process ends in
+any way. Over NFS the server holds it, and releases that of a lost machine after its lease (some
+90 s). The file's content only names the holder.
 """
 
 import contextlib
@@ -14,25 +14,25 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from trainer.ranks.group import Ranks, is_main_process, warn
 
-HELD = (BlockingIOError, PermissionError)  # how systems say that another process has it
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+HELD = (BlockingIOError, PermissionError)  # raised where another process has the lock
+if sys.platform == "win32":
     import msvcrt
+else:
+    import fcntl
 
 
 def lock_path(written: Path) -> Path:
-    """The lock that stands for a weight or state."""
+    """The lock file of a weight or state."""
     return written.with_name(f".{written.stem}.lock")
 
 
 @contextlib.contextmanager
 def run_lock(paths: Iterable[Path], ranks: Ranks) -> Iterator[None]:
-    """Hold the locks of what a run writes, on the main process; every rank must come.
+    """Hold the locks of what a run writes, on the main process; every rank must call it.
 
     Raises:
         ValueError: another run has one; on every rank.
@@ -64,14 +64,16 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # Windows keeps what is open; it holds nothing
+            with contextlib.suppress(
+                OSError
+            ):  # Windows keeps open files; the file alone locks nothing
                 path.unlink()
 
 
-def _take(path: Path):
-    """The open file, locked; None where the file system knows no locks, which is said."""
+def _take(path: Path) -> IO[bytes] | None:
+    """The open file, locked; None, with a warning, where the file system has no locks."""
     while True:
-        file = open(path, "a+b")  # noqa: SIM115, it is held by the caller
+        file = open(path, "a+b")  # noqa: SIM115, the caller closes it
         try:
             _lock(file)
         except HELD:
@@ -88,18 +90,18 @@ def _take(path: Path):
             return None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
-        file.close()  # its holder has just left and removed it
+        file.close()  # the former holder has just removed this file: open the new one
 
 
-def _lock(file) -> None:
-    if fcntl is None:
-        file.seek(1 << 30)  # behind the text: on Windows nobody else may read what is locked
+def _lock(file: IO[bytes]) -> None:
+    if sys.platform == "win32":
+        file.seek(1 << 30)  # behind the text: on Windows nobody else may read locked bytes
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:  # not flock: data workers that are forked would inherit that one, and outlive us with it
+    else:  # not flock: forked data workers would inherit that lock, and keep it if they outlive us
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _who_we_are() -> dict:
+def _who_we_are() -> dict[str, Any]:
     return {
         "process": os.getpid(),
         "host": socket.gethostname(),
@@ -108,7 +110,8 @@ def _who_we_are() -> dict:
     }
 
 
-def _read(file) -> str:
+def _read(file: IO[bytes]) -> str:
+    """The holder, as the file names it."""
     file.seek(0)
     try:
         about = json.loads(file.read())

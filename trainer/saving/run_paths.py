@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
+from model.model_minimind import MiniMindForCausalLM
 from model.weights.file_names import weight_stem
 from trainer.tracking.curves import METRICS_SUFFIX
 from trainer.train_args import TrainArgs
@@ -20,7 +19,8 @@ class RunPaths:
     curves: Path
 
 
-def run_paths(args: TrainArgs, model: nn.Module) -> RunPaths:
+def run_paths(args: TrainArgs, model: MiniMindForCausalLM) -> RunPaths:
+    """The files of a run; the model's size is part of their names."""
     config = model.config
     stem = weight_stem(args.save_weight, hidden_size=config.hidden_size, use_moe=config.use_moe)
     return RunPaths(

@@ -1,9 +1,10 @@
-"""Owns the files of a training state: how they are named, kept, written and read."""
+"""Owns the files of a training state: their names, and how they are written, kept and read."""
 
 import os
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,23 +21,25 @@ STATE_FORMAT = 2
 
 
 def previous_path(path: Path) -> Path:
-    """Where the state before the newest one stands."""
+    """The path of the state before the newest one."""
     return path.with_name(path.name + ".previous")
 
 
 def old_path(path: Path) -> Path:
-    """Where the state of an earlier run goes that is not continued."""
+    """The path to which the state of an earlier run moves, if this run does not continue it."""
     return path.with_name(path.name + ".old")
 
 
-def save_state(path: Path, state: dict, *, identity: dict, is_first: bool = False) -> None:
-    """Save a training state; what stood there is kept: as the previous state, or as an earlier
-    run's if `is_first`.
+def save_state(
+    path: Path, state: dict[str, Any], *, identity: dict[str, Any], is_first: bool = False
+) -> None:
+    """Save a training state. The state that stood at `path` is kept at `previous_path`, or, if this
+    is the run's first save, at `old_path`.
 
     Args:
-        identity: what must not change between saving and resuming, by name.
+        identity: what must be equal when the state is resumed, by name.
     Raises:
-        OSError: it could not be written; the states that stood there are untouched.
+        OSError: it could not be written; the files that stood there are untouched.
     """
     remove_leftovers(path)
     full = {"format": STATE_FORMAT, "identity": identity} | state
@@ -50,12 +53,12 @@ def save_state(path: Path, state: dict, *, identity: dict, is_first: bool = Fals
 
 
 def _keep(path: Path, target: Path) -> None:
-    """Give a file a second name, in place of what had that name, so that it can be replaced
-    without a moment in which neither stands."""
+    """Make `target` a hard link to a file, replacing what was there. So `path` can then be replaced
+    without a moment in which neither name has a whole state."""
     remove_leftovers(target)
     link = target.with_name(f".{target.name}.link.tmp")
     try:
-        os.link(real_place(path), link)  # of a link itself it would name what comes next
+        os.link(real_place(path), link)  # a link to a symlink would follow it to the next state
     except OSError:  # a file system without links: copy
         with open(path, "rb") as source:
             atomic_write(target, lambda file: shutil.copyfileobj(source, file))
@@ -64,16 +67,18 @@ def _keep(path: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def load_state(path: Path, *, identity: dict, former_identity: dict | None = None) -> dict | None:
-    """Load the newest state that is whole; a damaged one is set aside.
+def load_state(
+    path: Path, *, identity: dict[str, Any], former_identity: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Load the newest state that is whole; a damaged one is renamed to `*.damaged`.
 
     Args:
-        identity: what must be as it was when the state was saved, by name.
-        former_identity: values that a state of an earlier version may have in place of those.
+        identity: what must equal the saved identity, by name.
+        former_identity: values by which an earlier version named the same things.
     Returns:
         The state, or None where there is none.
     Raises:
-        ValueError: unreadable, the original project's, or of another identity (which is named).
+        ValueError: unreadable, of the original project, or its identity differs (says in what).
     """
     previous = previous_path(path)
     if not path.is_file() and not previous.is_file():
@@ -93,7 +98,7 @@ def load_state(path: Path, *, identity: dict, former_identity: dict | None = Non
 
 
 def fault_of(path: Path) -> str | None:
-    """What is wrong with a file as an archive: every byte is compared with its checksum."""
+    """What is wrong with a file as a zip archive, by its checksums; None if nothing is."""
     if not path.is_file():
         return "is missing"
     try:
@@ -106,7 +111,7 @@ def fault_of(path: Path) -> str | None:
         return f"is damaged ({error or type(error).__name__})"
 
 
-def _read(path: Path, identity: dict, former_identity: dict) -> dict:
+def _read(path: Path, identity: dict[str, Any], former_identity: dict[str, Any]) -> dict[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (PermissionError, MemoryError):
@@ -124,7 +129,7 @@ def _read(path: Path, identity: dict, former_identity: dict) -> dict:
     for name, expected in identity.items():
         found = loaded["identity"].get(name)
         if found != expected and found is not None and found == former_identity.get(name):
-            Logger(f"{path.name}: its {name} was told by an earlier version, which looked less far")
+            Logger(f"{path.name}: its {name} is as an earlier version computed it, from less of it")
         elif found != expected:
             raise ValueError(
                 f"{path} cannot be resumed: its {name} is {found!r}, this run's is {expected!r}; "

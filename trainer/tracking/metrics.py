@@ -32,7 +32,7 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
-class Window:
+class LogWindow:
     """Sums over the steps between two log lines. Tensors stay on the device until `read`."""
 
     def __init__(self):

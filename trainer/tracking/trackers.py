@@ -36,11 +36,11 @@ def check_tracker(args: TrainArgs) -> None:
         raise ValueError("SwanLab's local mode needs its dashboard: pip install swanlab[dashboard]")
 
 
-def describe_tracker(args: TrainArgs, before: dict) -> dict:
-    """Which experiment a run writes to: kept in its state, so that a resumed run finds it.
+def choose_experiment(args: TrainArgs, before: dict) -> dict:
+    """The experiment that a run writes to. The state keeps it, so that a resumed run finds it.
 
     Args:
-        before: this of the run that is resumed, else {}.
+        before: the experiment in the state of the run that is resumed, else {}.
     """
     name = args.tracker_name()
     if name is None or before.get("tracker") == name:
@@ -52,7 +52,7 @@ class Tracker:
     """A sink of figures that hands them to the tracker's process.
 
     Args:
-        about: from `describe_tracker`.
+        about: from `choose_experiment`.
         resumed_step: the step that the run goes on from; None for a new run.
         folder: where TensorBoard's files go; the others choose below the current directory.
     """
