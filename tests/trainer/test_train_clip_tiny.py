@@ -14,12 +14,7 @@ import torch
 from conftest import ROOT, script_environment
 from PIL import Image
 
-from dataset.synthetic.scenes import COLOURS, GROUNDS, SHAPES, recolour, sample_scene
-from model.model_vlm import MiniMindVLM
-from model.vision_tower import count_image_tokens
-from model.vlm_processor import load_tokenizer
-from trainer import train_clip_tiny
-from trainer.train_clip_tiny import (
+from dataset.synthetic.clip_data import (
     UNNAMED,
     WORDS,
     Scenes,
@@ -27,9 +22,13 @@ from trainer.train_clip_tiny import (
     encode_words,
     name_patches,
     pad_ids,
-    preprocess,
-    word_loss,
 )
+from dataset.synthetic.scenes import COLOURS, GROUNDS, SHAPES, recolour, sample_scene
+from model.model_vlm import MiniMindVLM
+from model.vision_tower import count_image_tokens
+from model.vlm_processor import load_tokenizer
+from trainer import train_clip_tiny
+from trainer.train_clip_tiny import preprocess, word_loss
 
 
 def test_scenes_are_of_the_training_split_and_repeatable():
@@ -51,12 +50,12 @@ def test_a_scene_teaches_colours_or_shapes_never_which_come_together():
     for _, ids, names in Scenes(20, seed=1, tokenizer=tokenizer):
         kinds = {k for k in ("colour", "shape") if (names[lists.index(k)] != UNNAMED).any()}
         text = tokenizer.decode(ids)
-        told = {
+        named = {
             kind
             for kind, words in (("colour", COLOURS), ("shape", SHAPES))
             if any(word in text for word in words)
         }
-        assert kinds == told and len(kinds) == 1
+        assert kinds == named and len(kinds) == 1
         said += kinds
     assert set(said) == {"colour", "shape"}
 
