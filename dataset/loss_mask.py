@@ -36,7 +36,9 @@ def supervised_mask(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) ->
             return mask
         start = position + len(header) + 1
         opens_answer = input_ids[position : start - 1] == header
-        if not opens_answer or not tokenizer.decode(input_ids[start - 1 : start]).startswith("\n"):
+        if not opens_answer or not str(tokenizer.decode(input_ids[start - 1 : start])).startswith(
+            "\n"
+        ):
             position += 1
             continue
         try:

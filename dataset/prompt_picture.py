@@ -57,7 +57,7 @@ def decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     others have `PART`."""
     texts, start = [], 0
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:end])
+        text = str(tokenizer.decode(ids[start:end]))
         is_part = text.endswith("\ufffd") and end - start < 4  # UTF-8 has four bytes at most
         texts.append(PART if is_part else text)
         start = start if is_part else end

@@ -337,7 +337,7 @@ def run(args: argparse.Namespace) -> int:
     check_dtype(device, args.dtype)
     tokenizer = load_tokenizer(args.tokenizer_path)
     setup_seed(args.seed)
-    model = make_model(args, tokenizer).to(device)
+    model = make_model(args, tokenizer).to(device)  # type: ignore[arg-type]  # stub lacks `self`
     size = sum(p.numel() for p in model.vision_model.parameters())
     print(f"tower: {size:,} parameters of {sum(p.numel() for p in model.parameters()):,}")
     figures = train(model, args, tokenizer, device)

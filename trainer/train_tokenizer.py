@@ -189,7 +189,7 @@ def count_tokens(tokenizer: Tokenizer, texts: list[str]) -> int:
 
 
 def report(tokenizer: Tokenizer, texts: list[str], reference: Tokenizer | None) -> list[str]:
-    """A line for texts with and without hanzi: tokens, characters a token, change to the reference."""
+    """A line each for texts with and without hanzi: tokens, characters a token, reference."""
     groups: dict[str, list[str]] = {}
     for text in texts:
         has_hanzi = any("\u4e00" <= char <= "\u9fff" for char in text)
