@@ -181,24 +181,21 @@ def write_dataset(
         ValueError: an argument out of its range.
         OSError: the folder cannot be written.
     """
-    asked = Asked(split, seed, languages, num_turns, character_share)
+    options = RecordOptions(split, seed, languages, num_turns, character_share)
     last = LastTurns(caption_share, list_share, num_listed)
     images = out / f"{split}_images"
     images.mkdir(parents=True, exist_ok=True)
-    comparable, records, captions = [], [], []
+    pictures = []
     for index in tqdm(range(num_images), desc=f"{split} pictures", disable=None):
-        picture = _make_picture(index, asked, last)
-        draw_scene(picture.scene, image_size=image_size).save(images / picture.name)
-        records.append(picture.record)
-        captions.append(picture.caption)
-        if not picture.is_combination:
-            comparable.append((picture.name, picture.scene))
-    records += blind_conversations(num_blind, **vars(asked))
-    texts = list(text_conversations(num_text, caption_share=caption_share, **vars(asked)))
+        pictures.append(_make_picture(index, options, last))
+        draw_scene(pictures[-1].scene, image_size=image_size).save(images / pictures[-1].name)
+    records = [picture.record for picture in pictures]
+    records += blind_conversations(num_blind, **vars(options))
+    texts = list(text_conversations(num_text, caption_share=caption_share, **vars(options)))
     texts += restated_scenes(num_retold, seed=seed, split=split, languages=languages)
     files = {
-        "_captions": captions,
-        "_pairs": _pair_records(comparable, num_pairs, asked),
+        "_captions": [picture.caption for picture in pictures],
+        "_pairs": _pair_records([p for p in pictures if not p.is_combination], num_pairs, options),
         "_text": texts,
         "": records,
     }
@@ -209,8 +206,8 @@ def write_dataset(
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Which scenes are asked about, in which languages, and how much."""
+class RecordOptions:
+    """What the records of a split are about, in which languages, and how long they are."""
 
     split: str
     seed: int
@@ -239,19 +236,19 @@ class Picture:
     caption: dict[str, Any]
 
 
-def _make_picture(index: int, asked: Asked, last: LastTurns) -> Picture:
-    split = asked.split
-    rng = scene_rng(split, asked.seed, index)
+def _make_picture(index: int, options: RecordOptions, last: LastTurns) -> Picture:
+    split = options.split
+    rng = scene_rng(split, options.seed, index)
     is_combination = split == "heldout" and index % COMBINATION_EVERY == COMBINATION_EVERY - 1
     scene = sample_scene(
-        rng, split=split, is_combination=is_combination, character_share=asked.character_share
+        rng, split=split, is_combination=is_combination, character_share=options.character_share
     )
     name = f"{split}_{index:06d}.png"
-    language = rng.choice(asked.languages)
+    language = rng.choice(options.languages)
     if is_combination:
-        turns = combination_turns(scene, rng, language=language)[: asked.num_turns]
+        turns = combination_turns(scene, rng, language=language)[: options.num_turns]
     else:
-        turns = scene_turns(scene, rng, language=language, num_turns=asked.num_turns)
+        turns = scene_turns(scene, rng, language=language, num_turns=options.num_turns)
         turns += _last_turns(
             scene, rng, language, last.caption_share, last.list_share, last.num_listed
         )
@@ -261,22 +258,25 @@ def _make_picture(index: int, asked: Asked, last: LastTurns) -> Picture:
 
 
 def _pair_records(
-    scenes: list[tuple[str, Scene]], num_pairs: int, asked: Asked
+    pictures: list[Picture], num_pairs: int, options: RecordOptions
 ) -> Iterator[dict[str, Any]]:
-    if num_pairs and len(scenes) < 2:
-        raise ValueError(f"pairs need two pictures at least; got {len(scenes)}: raise --num_images")
+    if num_pairs and len(pictures) < 2:
+        raise ValueError(
+            f"pairs need two pictures at least; got {len(pictures)}: raise --num_images"
+        )
     for index in range(num_pairs):
-        rng = scene_rng(asked.split, asked.seed, f"pair {index}")
+        rng = scene_rng(options.split, options.seed, f"pair {index}")
         for _ in range(MAX_PAIR_TRIES):
-            (name, first), (other, second) = rng.sample(scenes, 2)
-            turns = pair_turns(first, second, rng, language=rng.choice(asked.languages))
-            if turns := turns[: asked.num_turns]:
-                with_types = asked.split == "heldout"
-                yield make_record(turns, images=[name, other], with_types=with_types)
+            first, second = rng.sample(pictures, 2)
+            language = rng.choice(options.languages)
+            turns = pair_turns(first.scene, second.scene, rng, language=language)
+            if turns := turns[: options.num_turns]:
+                images = [first.name, second.name]
+                yield make_record(turns, images=images, with_types=options.split == "heldout")
                 break
         else:
             raise ValueError(
-                f"no two of the {len(scenes)} pictures differ in what a pair asks for; "
+                f"no two of the {len(pictures)} pictures differ in what a pair asks for; "
                 "raise --num_images or set --num_pairs 0"
             )
 
