@@ -99,6 +99,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--num_turns", type=int, default=8, help="questions a record at most | 每条最多提问数")
     add("--image_size", type=int, default=96, help="side in pixels | 图片边长（像素）")
     add("--language", choices=("both", *LANGUAGES), default="both", help="of the texts | 语言")
+    _add_shares(parser)
+    add("--num_blind", type=int, default=0, help="records without anything to see | 无图提问记录数")
+    add("--num_retold", type=int, default=0, help="plain texts about scenes | 纯文本复述数")
+    add(
+        "--eval_images",
+        type=int,
+        choices=(0, 1, 2),
+        nargs="?",
+        const=1,
+        default=0,
+        help="1: write the named evaluation pictures instead, 2: pairs of them "
+        "| 改为生成评测图片，2 为成对图片",
+    )
+    return parser.parse_args(argv)
+
+
+def _add_shares(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--character_share",
         type=float,
@@ -119,19 +137,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="share of records that also ask to list the shapes again and again | 带反复列举的比例",
     )
     add("--num_listed", type=int, default=NUM_LISTED, help="pieces of such a list | 每次列举的条数")
-    add("--num_blind", type=int, default=0, help="records without anything to see | 无图提问记录数")
-    add("--num_retold", type=int, default=0, help="plain texts about scenes | 纯文本复述数")
-    add(
-        "--eval_images",
-        type=int,
-        choices=(0, 1, 2),
-        nargs="?",
-        const=1,
-        default=0,
-        help="1: write the named evaluation pictures instead, 2: pairs of them "
-        "| 改为生成评测图片，2 为成对图片",
-    )
-    return parser.parse_args(argv)
 
 
 def _check_args(args: argparse.Namespace) -> None:
