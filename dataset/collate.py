@@ -1,9 +1,10 @@
-"""Owns batching: padding to the batch's own longest sample, and images of all samples in a row.
+"""Owns batching: pads to the longest sample of the batch and concatenates the images of all.
 
 Shapes: B batch, T tokens (padding included), I images of the whole batch, S image side.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,12 @@ from dataset.lm_dataset import IGNORE_INDEX, BadSample, Sample
 
 @dataclass
 class Batch:
-    """What the model takes (`inputs`) and what the loop counts; counts are plain integers, so
-    that reading them never waits for the device."""
+    """The model's keyword arguments (`inputs`: tensors, flags, None) and what the loop counts.
 
-    inputs: dict[str, Tensor]
+    Counts are Python integers: reading one does not synchronise with the device.
+    """
+
+    inputs: dict[str, Any]
     num_samples: int  # bad ones included: they are consumed too
     num_sequences: int
     num_supervised: int
@@ -33,9 +36,9 @@ class Batch:
         }
         return self
 
-    def inputs_on(self, device: torch.device) -> dict[str, Tensor]:
-        """The model's inputs on a device, copied without waiting where that is safe: to CUDA
-        devices. To others a copy from memory that is not pinned may be read before it is whole."""
+    def inputs_on(self, device: torch.device) -> dict[str, Any]:
+        """The inputs on a device, copied asynchronously only to CUDA: on other devices a tensor
+        copied from memory that is not pinned may be read before the copy has ended."""
         is_safe = device.type == "cuda"
         return {
             k: v.to(device, non_blocking=is_safe) if isinstance(v, Tensor) else v
@@ -44,13 +47,13 @@ class Batch:
 
 
 class VLMCollator:
-    """Samples to a `Batch`; padding stands behind the text, bad samples are set aside.
+    """Collates samples into a `Batch`, padded on the right; bad samples are listed beside it.
 
-    A batch without one good sample still has a row, of a single unsupervised padding token: the
-    step runs as usual and learns nothing from it.
+    A batch without a good sample has one row of unsupervised padding: the step runs as usual and
+    gives no gradient.
 
     Args:
-        pad_multiple: lengths are padded up to a multiple of it, so that a GPU meets few shapes.
+        pad_multiple: lengths are padded to a multiple of it, so that a GPU sees few shapes.
     """
 
     def __init__(self, *, pad_token_id: int, pad_multiple: int = 1):
@@ -82,8 +85,8 @@ class VLMCollator:
             num_truncated=sum(s.is_truncated for s in good),
         )
 
-    def _pad(self, samples: list[Sample]) -> dict[str, Tensor | None]:
-        def stack(name: str, value) -> Tensor:  # (B, T)
+    def _pad(self, samples: list[Sample]) -> dict[str, Any]:
+        def stack(name: str, value: float) -> Tensor:  # (B, T)
             rows = [getattr(s, name) for s in samples]
             padded = pad_sequence(rows, batch_first=True, padding_value=value)
             return pad(padded, (0, -padded.shape[1] % self.pad_multiple), value=value)
@@ -101,7 +104,9 @@ class VLMCollator:
 
 
 def target_positions(labels: Tensor) -> Tensor:
-    """Where, in the flattened (B, T), the next token is supervised: (N,). Counted here, on the
-    CPU, so that the model computes logits only there without asking its device how many."""
+    """Positions in the flattened (B, T) whose next token is supervised: (N,).
+
+    The model computes logits at these only. Found here, on the CPU, they cost no synchronisation
+    with the device."""
     is_target = pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
     return is_target.flatten().nonzero().flatten()

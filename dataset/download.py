@@ -4,8 +4,8 @@
     python dataset/download.py llm_768 sft --hub modelscope
     python -m dataset.download corpus --yes
 
-It lists what it will fetch and how big that is, and asks before it starts. It never runs by itself;
-interrupted, it goes on where it stopped; what is there already is checked and not fetched again.
+It lists what it will fetch with sizes, and asks before it starts. No other command starts it. After
+an interruption it resumes; a file that exists is checked and not fetched again.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,9 +33,9 @@ from dataset.fetching.hub import ENDPOINTS, endpoint, fetch
 ROOT = Path(__file__).resolve().parents[1]
 HUBS = ("huggingface", "modelscope")
 CORPUS_DIR = "dataset/corpus"
-# GitHub does not say how big its archives are. An allowance, far above what the text needs.
+# GitHub gives no size for its archives. This is an upper bound, far above what they take.
 CORPUS_ALLOWANCE_BYTES = 1 << 30
-DISK_MARGIN_BYTES = 64 << 20  # for the system and other programs
+DISK_MARGIN_BYTES = 64 << 20  # left free for the system and other programs
 INTERRUPTED = 130  # exit status after Ctrl-C: 128 plus the signal's number
 
 
@@ -88,10 +89,10 @@ def readable(num_bytes: int | None) -> str:
 
 
 def check_disk(needed: list[tuple[Path, int]]) -> None:
-    """Raise OSError unless each disk takes what will be written to it.
+    """Raise OSError unless each disk has room for what will be written to it.
 
     Args:
-        needed: folders, which need not exist yet, and bytes to come there.
+        needed: folders, which need not exist yet, and the bytes to write into each.
     """
     disks: dict[int, tuple[Path, int]] = {}
     for folder, num_bytes in needed:
@@ -120,13 +121,13 @@ def confirm(question: str) -> bool:
         return False
 
 
-def record_pairing(weight: Path, origin: dict, tokenizer_dir: Path) -> None:
-    """Write beside a fetched weight which tokenizer it belongs to; loading holds to it.
+def record_pairing(weight: Path, origin: dict[str, str], tokenizer_dir: Path) -> None:
+    """Write beside a fetched weight which tokenizer it belongs to; loading checks it.
 
-    Called by `main` alone, which may reach across to `model/`.
+    Imports of `model` stand inside: only this command may use both packages.
 
     Raises:
-        ValueError: not a weight, or metadata there that names another tokenizer.
+        ValueError: not a weight, or its metadata names another tokenizer.
     """
     from model.machine.atomic_file import atomic_write
     from model.vlm_processor import load_tokenizer, tokenizer_sha256
@@ -152,7 +153,11 @@ def record_pairing(weight: Path, origin: dict, tokenizer_dir: Path) -> None:
         "source": origin,
     }
     text = json.dumps(metadata, indent=1, ensure_ascii=False)
-    atomic_write(beside, lambda file: file.write(text.encode()))
+
+    def write(file: IO[bytes]) -> None:
+        file.write(text.encode())
+
+    atomic_write(beside, write)
     print(f"recorded in {beside}: {weight.name} belongs to the tokenizer in {tokenizer_dir}")
 
 
@@ -185,10 +190,7 @@ def run(args: argparse.Namespace) -> int:
     if (to_fetch or more) and not (args.yes or confirm("Start? / 开始下载?")):
         print("nothing fetched / 未下载")
         return 1
-    for item in to_fetch:
-        fetch(item.remote, item.path)
-        if item.state == "differs" and item.path.suffix == ".pth":  # it told of the old weight
-            item.path.with_suffix(".json").unlink(missing_ok=True)
+    fetch_items(to_fetch)
     if more:
         book.fetch_corpus(root / CORPUS_DIR)
     if CORPUS in names:
@@ -200,8 +202,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def fetch_items(items: list[Item]) -> None:
+    """Fetch files of the plan; of a weight that is replaced, the metadata are deleted."""
+    for item in items:
+        fetch(item.remote, item.path)
+        if item.state == "differs" and item.path.suffix == ".pth":  # it described the old weight
+            item.path.with_suffix(".json").unlink(missing_ok=True)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run from the command line; what a user can mend ends in one line on stderr."""
+    """Returns the exit status; an error that the user can mend is one line on stderr."""
     args = parse_args(argv)
     try:
         return run(args)

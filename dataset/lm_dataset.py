@@ -3,24 +3,46 @@
 Shapes: T tokens, I images, S image side in pixels.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from dataset.loss_mask import supervised_mask
-from dataset.records.conversation import BadRecordError, Record, shorten
+from dataset.records.conversation import BadRecordError, Message, Record, shorten
 from dataset.records.fingerprint import ends_fingerprint
 from dataset.records.reader import open_records
 
 IGNORE_INDEX = -100  # label of a position that is not supervised
 
 
+class Processor(Protocol):
+    """What a data set needs of `VLMProcessor`, which stands in `model/` and is not imported."""
+
+    tokenizer: PreTrainedTokenizerBase
+    image_ids: list[int]
+
+    def __call__(
+        self, messages: list[Message], images: Any, *, max_length: int | None = None
+    ) -> Mapping[str, Any]:
+        """`input_ids` (T,), `image_mask` (T,), `pixel_values` (I, 3, S, S), `is_truncated`."""
+
+    def pixel_values(self, images: Any) -> Tensor:
+        """Preprocessed pictures: (I, 3, S, S) float32."""
+
+    def pictures(self, pixel_values: Tensor) -> list[Image.Image]:
+        """The pictures of `pixel_values`, with their colours restored."""
+
+
 @dataclass(frozen=True)
 class BadSample:
-    """Stands for a sample that could not be made; `reason` begins with where it stands."""
+    """Takes the place of a sample that could not be made; `reason` begins with file and line."""
 
     index: int
     reason: str
@@ -31,7 +53,7 @@ class Sample:
     """One training sample.
 
     input_ids (T,) int64; labels (T,) int64, -100 where not supervised; image_mask (T,) bool;
-    pixel_values (I, 3, S, S) float32.
+    pixel_values (I, 3, S, S) float32; where: file and line, for messages.
     """
 
     index: int
@@ -49,12 +71,17 @@ def _about(record: Record) -> str:
 
 
 def make_sample(
-    record: Record, images: list | Tensor, processor, *, index: int, max_length: int
+    record: Record,
+    images: Sequence[bytes] | Tensor,
+    processor: Processor,
+    *,
+    index: int,
+    max_length: int,
 ) -> Sample:
-    """A record with its pictures (or their pixel_values) as a sample.
+    """A record with its encoded pictures, or their (I, 3, S, S) pixel values, as a sample.
 
     Raises:
-        BadRecordError: a broken picture, a text that cannot be a prompt, nothing to learn from.
+        BadRecordError: a broken picture, a text that cannot be a prompt, no supervised token.
     """
     try:
         encoded = processor(record.messages, images, max_length=max_length)
@@ -80,25 +107,24 @@ def make_sample(
     )
 
 
-class VLMDataset(Dataset):
+class VLMDataset(Dataset[Sample | BadSample]):
     """Records of a JSONL or Parquet file as training samples.
 
     Args:
         data_path: `.jsonl` or `.parquet`.
         images_path: folder or zip of the images; None for Parquet or text-only records.
-        processor: `(messages, images, max_length=...)` -> `input_ids`, `image_mask`,
-            `pixel_values`, `is_truncated`; has `tokenizer`.
-        max_length: tokens per sample; a longer one is cut behind that many.
+        processor: tokenizes conversations and preprocesses pictures.
+        max_length: tokens per sample; a longer one is cut.
         on_bad_sample: "error" raises `BadRecordError`; "return" gives a `BadSample` instead.
     """
 
-    is_packed = False  # a sample is a record, whatever the greatest length
+    is_packed = False  # a sample is a record, whatever `max_length` is
 
     def __init__(
         self,
         data_path: str | Path,
         images_path: str | Path | None,
-        processor,
+        processor: Processor,
         *,
         max_length: int = 640,
         on_bad_sample: str = "error",
@@ -124,12 +150,12 @@ class VLMDataset(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the records' content, wherever the file lies."""
+        """Identifies the records by content, not by path."""
         return self.records.fingerprint
 
     @property
     def former_fingerprint(self) -> str:
-        """What states of earlier versions hold in its place."""
+        """The fingerprint in states of earlier versions."""
         return ends_fingerprint(self.data_path, len(self))
 
     def __getitem__(self, index: int) -> Sample | BadSample:
@@ -148,7 +174,7 @@ class VLMDataset(Dataset):
         return make_sample(record, images, self.processor, index=index, max_length=self.max_length)
 
     def has_images(self) -> bool:
-        """Whether any usable record has one; looks no further than the first that does."""
+        """Whether any usable record has an image; stops at the first that has."""
         for index in range(len(self.records)):
             try:
                 if self.records[index].images:
@@ -158,7 +184,7 @@ class VLMDataset(Dataset):
         return False
 
     def find_bad_records(self) -> list[BadSample]:
-        """Every record whose fault shows without decoding a picture or counting tokens."""
+        """The records that are found bad without decoding pictures or tokenizing."""
         bad = []
         for index in range(len(self.records)):
             try:

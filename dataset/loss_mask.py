@@ -2,27 +2,29 @@
 
 from functools import lru_cache
 
+from transformers import PreTrainedTokenizerBase
+
 
 @lru_cache(maxsize=8)
-def _markers(tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that open an assistant turn (up to its line break), and the line break's."""
+def _markers(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids of an assistant turn's header (without its line break), and ids of a line break."""
     role = tokenizer.encode("assistant", add_special_tokens=False)
     newline = tokenizer.encode("\n", add_special_tokens=False)
     return [tokenizer.bos_token_id, *role], newline
 
 
-def supervised_mask(input_ids: list[int], tokenizer) -> list[int]:
-    """1 where a token is a target: each answer, its `<|im_end|>` and the newline behind it.
+def supervised_mask(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """1 where a token is a target: each answer, its `<|im_end|>` and the newline after it.
 
-    An answer begins behind the token that holds the line break of `<|im_start|>assistant\\n`
-    (if the answer itself begins with white space, that token may hold some of it too). An answer
-    whose end was cut off is supervised to the end.
+    An answer begins after the token that contains the line break of `<|im_start|>assistant\\n`
+    (that token may also contain white space with which the answer begins). An answer whose end
+    was cut off is supervised to the last token.
 
     Args:
         input_ids: ids of a whole conversation, without padding.
-        tokenizer: gives `bos_token_id`, `eos_token_id` and `encode`.
+        tokenizer: its bos token opens a turn, its eos token ends it.
     Returns:
-        As many 0/1 integers as there are ids.
+        A list of 0 and 1, as long as `input_ids`.
     """
     header, newline = _markers(tokenizer)
     mask = [0] * len(input_ids)
@@ -34,7 +36,9 @@ def supervised_mask(input_ids: list[int], tokenizer) -> list[int]:
             return mask
         start = position + len(header) + 1
         opens_answer = input_ids[position : start - 1] == header
-        if not opens_answer or not tokenizer.decode(input_ids[start - 1 : start]).startswith("\n"):
+        if not opens_answer or not str(tokenizer.decode(input_ids[start - 1 : start])).startswith(
+            "\n"
+        ):
             position += 1
             continue
         try:

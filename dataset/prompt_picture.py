@@ -1,9 +1,9 @@
-"""Owns the prompt picture: every token of a record, by whether it is text, image or supervised.
+"""Owns the prompt picture: the tokens of a record, coloured as text, image or supervised.
 
     python -m dataset.prompt_picture --data_path my/train.jsonl --images_path my/images --index 3
 
-Shows what training sees of a record: the chat template around it, the placeholders of each image as
-the picture that stands there, cut into its patches, and in green the tokens that are learnt.
+Shows a record as training sees it: with the chat template around it, in place of each image's
+placeholders the picture cut into its patches, and in green the supervised tokens.
 """
 
 import argparse
@@ -18,8 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image, ImageDraw, ImageFont
+from transformers import PreTrainedTokenizerBase
 
-from dataset.lm_dataset import IGNORE_INDEX, Sample, VLMDataset
+from dataset.lm_dataset import IGNORE_INDEX, BadSample, Processor, Sample, VLMDataset
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 COLOURS = {"text": "#e8eaed", "image": "#aecbfa", "supervised": "#b7e1cd"}
 LEGEND = {
@@ -48,19 +52,20 @@ class Span:
         return self.text if self.picture else self.text.translate(VISIBLE)
 
 
-def decoded(ids: list[int], tokenizer) -> list[str]:
-    """The text of each token; of one that holds part of a character, where it is complete."""
+def decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each token. A character of several tokens is the text of its last one; the
+    others have `PART`."""
     texts, start = [], 0
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:end])
+        text = str(tokenizer.decode(ids[start:end]))
         is_part = text.endswith("\ufffd") and end - start < 4  # UTF-8 has four bytes at most
         texts.append(PART if is_part else text)
         start = start if is_part else end
     return texts
 
 
-def spans_of(sample: Sample, processor) -> list[Span]:
-    """A sample's tokens in order."""
+def spans_of(sample: Sample, processor: Processor) -> list[Span]:
+    """A sample's tokens in order, as boxes to draw."""
     pictures = iter(processor.pictures(sample.pixel_values))
     per_image = len(processor.image_ids)
     texts = decoded(sample.input_ids.tolist(), processor.tokenizer)
@@ -80,13 +85,14 @@ def spans_of(sample: Sample, processor) -> list[Span]:
 
 @lru_cache(maxsize=1)
 def system_fonts() -> list[Path]:
+    """Font files of this computer."""
     from matplotlib import font_manager  # slow to import
 
     return sorted(Path(path) for path in font_manager.findSystemFonts())
 
 
-def open_font(path: Path, *, characters: set[str]) -> tuple[ImageFont.FreeTypeFont, set[str]]:
-    """A font file and those of the characters that it has; none of a file that cannot be used."""
+def open_font(path: Path, *, characters: set[str]) -> tuple[Font, set[str]]:
+    """A font, and those of the characters that it has: none if the file cannot be used."""
     from matplotlib.ft2font import FT2Font
 
     try:
@@ -96,11 +102,11 @@ def open_font(path: Path, *, characters: set[str]) -> tuple[ImageFont.FreeTypeFo
         return ImageFont.load_default(FONT_SIZE), set()
 
 
-def choose_fonts(characters: set[str]) -> dict[str, ImageFont.FreeTypeFont]:
-    """A font for every character that any font here can show.
+def choose_fonts(characters: set[str]) -> dict[str, Font]:
+    """A font for every character that an installed font has.
 
-    matplotlib's own DejaVu Sans comes first; what it lacks, Chinese say, comes from the font of the
-    system that has the most of it.
+    matplotlib's own DejaVu Sans comes first; the characters that it lacks, such as Chinese, come
+    from the system's font that has most of them.
     """
     from matplotlib import get_data_path
 
@@ -116,14 +122,14 @@ def choose_fonts(characters: set[str]) -> dict[str, ImageFont.FreeTypeFont]:
 
 
 class Writer:
-    """Draws text in several fonts; a character that none has is written as its code, \\u7ea2."""
+    """Draws text in several fonts; a character in none of them is drawn as its code, \\u7ea2."""
 
     def __init__(self, texts: list[str]):
         needed = set("".join(texts)) | set(f"\\u{'0123456789abcdef'}") | {PART}
         self.fonts = choose_fonts(needed)
         self.missing = needed - self.fonts.keys()
 
-    def pieces(self, text: str) -> Iterator[tuple[str, ImageFont.FreeTypeFont]]:
+    def pieces(self, text: str) -> Iterator[tuple[str, Font]]:
         for character in text:
             shown = character if character in self.fonts else f"\\u{ord(character):04x}"
             for one in shown:
@@ -138,9 +144,11 @@ class Writer:
             x += font.getlength(one)
 
 
-def layout(spans: list[Span], width_of: Callable[[str], float]) -> tuple[list[tuple], int]:
-    """Boxes (left, top, right, bottom) of the spans, in lines; and where the last line ends."""
-    boxes, x, y, line_height = [], MARGIN, 0, LINE_HEIGHT
+def layout(spans: list[Span], width_of: Callable[[str], float]) -> tuple[list[Box], int]:
+    """Boxes of the spans, in lines, and the y at which the last line ends."""
+    boxes: list[Box] = []
+    x: float = MARGIN
+    y, line_height = 0, LINE_HEIGHT
     for span in spans:
         width = width_of(span.shown) + 8
         height = LINE_HEIGHT
@@ -158,7 +166,7 @@ def layout(spans: list[Span], width_of: Callable[[str], float]) -> tuple[list[tu
 def draw_patches(picture: Image.Image, num_tokens: int) -> Image.Image:
     """The picture with a line between the patches that become tokens."""
     picture = picture.resize((PICTURE_SIDE, PICTURE_SIDE))
-    draw, per_side = ImageDraw.Draw(picture), math.isqrt(num_tokens)  # a kept CLS is no patch
+    draw, per_side = ImageDraw.Draw(picture), math.isqrt(num_tokens)  # a kept CLS token is no patch
     for i in range(1, per_side):
         at = round(i * PICTURE_SIDE / per_side)
         draw.line((at, 0, at, PICTURE_SIDE), fill="white")
@@ -167,14 +175,14 @@ def draw_patches(picture: Image.Image, num_tokens: int) -> Image.Image:
 
 
 def draw_prompt(spans: list[Span], *, title: str) -> tuple[Image.Image, set[str]]:
-    """The picture, and the characters that no font here can show."""
+    """The picture, and the characters that no installed font has."""
     writer = Writer([title, *LEGEND.values(), *(s.shown for s in spans)])
     boxes, height = layout(spans, writer.width)
     head = 3 * LINE_HEIGHT
     canvas = Image.new("RGB", (WIDTH, head + math.ceil(height) + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
     writer.draw(draw, MARGIN, 26, title)
-    x = MARGIN
+    x: float = MARGIN
     for kind, meaning in LEGEND.items():
         draw.rectangle((x, 43, x + 16, 59), fill=COLOURS[kind])
         writer.draw(draw, x + 22, 57, meaning)
@@ -200,6 +208,8 @@ def picture_of_record(dataset: VLMDataset, index: int) -> tuple[Image.Image, set
             f"--index {index}: {dataset.data_path} has records 0 to {len(dataset) - 1}"
         )
     sample = dataset[index]
+    if isinstance(sample, BadSample):
+        raise ValueError(sample.reason)
     spans = spans_of(sample, dataset.processor)
     counts = {kind: sum(s.num_tokens for s in spans if s.kind == kind) for kind in COLOURS}
     place = sample.where.rsplit("/", 1)[-1]
@@ -228,7 +238,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Draw the picture; returns the exit status."""
     from model.machine.atomic_file import atomic_write
     from model.vision_tower import find_vision_dir, load_image_processor, load_vision_config
     from model.vlm_processor import VLMProcessor, load_tokenizer
@@ -252,8 +262,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if missing:
-        print(f"no font here has {' '.join(sorted(missing)[:8])}, so they are shown as codes; "
-              "install one, such as the package fonts-noto-cjk", file=sys.stderr)  # fmt: skip
+        some = " ".join(sorted(missing)[:8])
+        print(
+            f"no font here has {some}, so they are shown as codes; install one, such as the "
+            "package fonts-noto-cjk",
+            file=sys.stderr,
+        )
     print(f"prompt picture: {args.out}")
     return 0
 

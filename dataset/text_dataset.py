@@ -6,8 +6,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import IGNORE_INDEX, BadSample, Sample
 from dataset.loss_mask import supervised_mask
@@ -20,27 +22,27 @@ PROSE = (".txt", ".md", ".text", ".markdown")
 TOKENIZE_AT_ONCE = 1000  # documents handed to the tokenizer together
 
 
-class TextDataset(Dataset):
+class TextDataset(Dataset[Sample]):
     """A `.txt` or `.md` file (a document a line) or JSONL (`{"text"}` or `{"conversations"}`).
 
-    Documents are tokenized, each between the tokenizer's bos and eos, a conversation as the chat
-    template writes it. A text may hold these two itself, around each of its documents; other
-    special tokens, and these elsewhere, make it a bad line.
+    Each document is tokenized between the tokenizer's bos and eos, a conversation as the chat
+    template renders it. A line may contain bos and eos itself, if they enclose each of its
+    documents; any other special token makes it a bad line.
 
     Args:
-        loss_on: "all" lays the documents end to end and cuts them into blocks of `max_length`, so
-            that nothing is spent on padding; every token but a block's first is a target.
-            "answers" makes each document a sample of its own, cut at `max_length`, and of a
-            conversation only the answers are targets, as in the stages with images.
+        loss_on: "all" concatenates the documents and cuts them into blocks of `max_length`, so
+            that there is no padding; every token but a block's first is a target.
+            "answers" makes each document a sample, cut at `max_length`; in a conversation only
+            the answers are targets, as in the stages with images.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file, no text in it, or an unknown `loss_on`.
+        ValueError: another kind of file, no usable text, or an unknown `loss_on`.
     """
 
     def __init__(
         self,
         data_path: str | Path,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int = 512,
         loss_on: str = "all",
@@ -55,30 +57,17 @@ class TextDataset(Dataset):
         self.num_blank = self.num_records = 0
         self._bad: list[BadSample] = []
         documents = self._documents(tokenizer)
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        pieces, masks = [], []
-        for start in range(0, len(documents), TOKENIZE_AT_ONCE):
-            some = documents[start : start + TOKENIZE_AT_ONCE]
-            for text, ids in zip(
-                some, tokenizer(some, add_special_tokens=False)["input_ids"], strict=True
-            ):
-                is_marked = ids[:1] == [bos]
-                whole = ids if is_marked else [bos, *ids, eos]
-                pieces.append(np.array(whole, dtype=np.int32))
-                has_answers = is_marked and f"{tokenizer.bos_token}assistant\n" in text
-                only_answers = has_answers and loss_on == "answers"
-                mask = supervised_mask(whole, tokenizer) if only_answers else [1] * len(whole)
-                masks.append(np.array(mask, dtype=bool))
-        if not pieces:
+        if not documents:
             why = f" that can be used; the first fault: {self._bad[0].reason}" if self._bad else ""
             raise ValueError(f"{self.data_path}: no text in it{why}")
+        pieces, masks = _tokenize(documents, tokenizer, loss_on=loss_on)
         self.tokens = torch.from_numpy(np.concatenate(pieces))
         self.is_target = torch.from_numpy(np.concatenate(masks))
         self.ends = np.cumsum([len(piece) for piece in pieces]) if loss_on == "answers" else None
 
-    def _documents(self, tokenizer) -> list[str]:
+    def _documents(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
-        documents = []
+        documents: list[str] = []
         with open(self.data_path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 where = f"{self.data_path.name}:{number}"
@@ -105,8 +94,8 @@ class TextDataset(Dataset):
         return -(-(len(self.tokens) - 1) // self.max_length) or 1
 
     def _span(self, index: int) -> slice:
-        """Document `index`, or block `index`, whose last token is the next block's first, so that
-        each is a target once."""
+        """Where sample `index` stands in `tokens`. A block's last token is also the next block's
+        first, so that each token is a target once."""
         if self.ends is None:
             return slice(index * self.max_length, (index + 1) * self.max_length + 1)
         start = int(self.ends[index - 1]) if index else 0
@@ -134,26 +123,46 @@ class TextDataset(Dataset):
 
     @property
     def is_packed(self) -> bool:
-        """Whether samples are blocks, which are others with another `max_length`."""
+        """Whether samples are blocks, so that another `max_length` gives other samples."""
         return self.ends is None
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the text and its targets, wherever the file lies."""
+        """Identifies the text and its targets, not the path."""
         return file_fingerprint(self.data_path, int(self.is_target.sum()))
 
     @property
     def former_fingerprint(self) -> str:
-        """What states of earlier versions hold in its place."""
+        """The fingerprint in states of earlier versions."""
         return ends_fingerprint(self.data_path, int(self.is_target.sum()))
 
     def find_bad_records(self) -> list[BadSample]:
-        """Lines that hold no usable record; they are not among the blocks."""
+        """Lines without a usable text; they are in no sample."""
         return self._bad
 
 
+def _tokenize(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, *, loss_on: str
+) -> tuple[list[npt.NDArray[np.int32]], list[npt.NDArray[np.bool_]]]:
+    """The ids of each document between bos and eos, and which of them are targets."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    header = f"{tokenizer.bos_token}assistant\n"
+    pieces, masks = [], []
+    for start in range(0, len(documents), TOKENIZE_AT_ONCE):
+        some = documents[start : start + TOKENIZE_AT_ONCE]
+        encoded = tokenizer(some, add_special_tokens=False)["input_ids"]
+        for text, ids in zip(some, encoded, strict=True):
+            is_marked = ids[:1] == [bos]
+            whole = ids if is_marked else [bos, *ids, eos]
+            pieces.append(np.array(whole, dtype=np.int32))
+            only_answers = loss_on == "answers" and is_marked and header in text
+            mask = supervised_mask(whole, tokenizer) if only_answers else [1] * len(whole)
+            masks.append(np.array(mask, dtype=bool))
+    return pieces, masks
+
+
 def _is_jsonl(path: Path) -> bool:
-    """Whether a file holds records, not prose; raises `ValueError` for what is neither."""
+    """Whether a file holds records, not prose; `ValueError` for another suffix."""
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", *PROSE):
         raise ValueError(
@@ -164,7 +173,7 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def _check_prose(first: str, *, path: Path) -> None:
-    """Raise `ValueError` for records that are named as prose."""
+    """Raise `ValueError` if a file named as prose begins with a record."""
     if not first.startswith("{"):
         return
     try:
@@ -177,13 +186,16 @@ def _check_prose(first: str, *, path: Path) -> None:
     )
 
 
-def _text_of(line: str, tokenizer, special: re.Pattern, *, where: str) -> str:
-    """The document that a line of JSON holds."""
+def _text_of(
+    line: str, tokenizer: PreTrainedTokenizerBase, special: re.Pattern[str], *, where: str
+) -> str:
+    """The document in a line of JSON."""
     if not line:
         return ""
     record = parse_json(line, where=where)
     if isinstance(record, dict) and isinstance(record.get("text"), str):
-        return record["text"].strip()
+        text: str = record["text"]
+        return text.strip()
     if isinstance(record, dict) and "conversations" in record:
         messages = check_conversation(record["conversations"], where=where)
         for number, message in enumerate(messages, 1):
@@ -191,11 +203,14 @@ def _text_of(line: str, tokenizer, special: re.Pattern, *, where: str) -> str:
                 raise BadRecordError(
                     f"{where}: message {number} holds the special token {found[0]}; take it out"
                 )
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
     raise BadRecordError(f"{where}: a record needs 'text' or 'conversations'")
 
 
-def _check_characters(text: str, tokenizer, special: re.Pattern, *, where: str) -> None:
+def _check_characters(
+    text: str, tokenizer: PreTrainedTokenizerBase, special: re.Pattern[str], *, where: str
+) -> None:
+    """Raise `BadRecordError` for characters and special tokens that a document cannot have."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

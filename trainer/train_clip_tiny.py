@@ -2,11 +2,11 @@
 
     python trainer/train_clip_tiny.py --steps 4000
 
-Two contrasts train it: whole pictures with their captions, as in CLIP, and single patches with the
-words for what they show, since the language model will read the patches one by one. Some of the
-pictures teach colours, the others shapes, in colours without a name: so nothing is learnt of which
-shape comes in which colour, and the pairs that training never shows are seen as well as the rest.
-The result is an ordinary CLIP folder; the language model only reads its vision half.
+The loss is a sum of two contrastive losses: of whole pictures with their captions, as in CLIP, and
+of single patches with the words for what they show, since the language model reads patches. One
+part of the pictures teaches colours; in the other, which teaches shapes, no colour has a name. So
+the tower cannot learn which shape comes in which colour, and recognises held-out pairs too.
+The result is an ordinary CLIP folder, of which the language model reads only the vision half.
 """
 
 import argparse
@@ -22,24 +22,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
-
-from dataset.synthetic.drawing import draw_scene
-from dataset.synthetic.scenes import (
-    CHARACTERS,
-    COLOURS,
-    PLACES,
-    SHAPES,
-    SIZES,
-    TEXTURES,
-    UNTOLD,
-    Scene,
-    hide_shapes,
-    recolour,
-    sample_scene,
+from torch.utils.data import DataLoader
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    PreTrainedTokenizerBase,
 )
-from dataset.synthetic.text import describe
+
+from dataset.synthetic.clip_data import (
+    NUM_ROWS,
+    UNNAMED,
+    WORDS,
+    Scenes,
+    collate,
+    draw,
+    encode_words,
+    name_patches,
+)
+from dataset.synthetic.scenes import sample_scene
 from model.machine.device import check_dtype, choose_device, memory_guard, prepare_device
 from model.machine.paths import ROOT
 from model.options import OnceParser
@@ -50,100 +51,15 @@ from trainer.loop.randomness import setup_seed
 from trainer.loop.schedule import get_lr
 from trainer.run.preflight import check_writable
 
-IMAGE_SIDE, PATCH_SIDE, NUM_ROWS, DRAWN_SIDE = 224, 16, 14, 96
+PATCH_SIDE = 16
+IMAGE_SIDE = NUM_ROWS * PATCH_SIDE
 PROCESSOR = CLIPImageProcessorPil()  # CLIP's own mean and deviation
 HEAD_DIM = 64  # as in CLIP; fewer, wider heads are also much faster on a CPU
-MAX_WAVELENGTH = 100.0  # of the sines that positions start from, in patches
-WORD_WEIGHT = 5.0  # of the contrast of patches and words
-UNNAMED = -1  # a patch of which a list of words says nothing
-COLOURS_EVERY = 4  # one picture of so many teaches colours, which are soon learnt; the rest shapes
-NUM_HELDOUT = 512  # scenes with a held-out pair, to see whether it is seen
+MAX_WAVELENGTH = 100.0  # of the sines that initialise the positions, in patches
+WORD_WEIGHT = 5.0  # of the loss of patches and words
+NUM_HELDOUT = 512  # scenes with a held-out pair, to measure how often it is recognised
 
-# What can be said of a patch: one word of each list, or nothing.
-WORDS = {
-    "colour": tuple(COLOURS),
-    "shape": SHAPES,
-    "place": tuple(PLACES),
-    "size": tuple(SIZES),
-    "texture": TEXTURES,
-    "character": tuple(f"letter {c}" for c in CHARACTERS),
-    "count": ("1 shape", "2 shapes", "3 shapes", "4 shapes"),  # of the whole picture: the ground
-}
-
-
-def name_patches(scene: Scene) -> np.ndarray:
-    """Which word of each list fits each patch: (words lists, P) int64, `UNNAMED` for none.
-
-    The patches within a shape's radius show its words, those of a character its name, the ground
-    the number of shapes.
-    """
-    centres = (np.arange(NUM_ROWS) + 0.5) / NUM_ROWS
-    x, y = np.meshgrid(centres, centres)
-    names = dict(zip(WORDS, np.full((len(WORDS), NUM_ROWS, NUM_ROWS), UNNAMED), strict=True))
-    names["count"][:] = len(scene.items) - 1
-    for item in scene.items:
-        is_covered = np.hypot(x - item.x, y - item.y) <= item.radius
-        names["count"][is_covered] = UNNAMED
-        for kind in ("colour", "shape", "place", "size", "texture"):
-            word = getattr(item, kind)
-            names[kind][is_covered] = UNNAMED if word == UNTOLD else WORDS[kind].index(word)
-    if scene.character is not None:
-        column, row = PLACES[scene.character_place]
-        is_covered = (abs(x - 0.25 - 0.5 * column) < 0.1) & (abs(y - 0.25 - 0.5 * row) < 0.13)
-        names["count"][is_covered] = UNNAMED
-        names["character"][is_covered] = CHARACTERS.index(scene.character)
-        names["place"][is_covered] = WORDS["place"].index(scene.character_place)
-    return np.stack(list(names.values())).reshape(len(WORDS), -1)
-
-
-class Scenes(Dataset):
-    """Scene `index` of a seed, of the training split only; it teaches colours or shapes."""
-
-    def __init__(self, num_scenes: int, *, seed: int, tokenizer):
-        self.num_scenes, self.seed, self.tokenizer = num_scenes, seed, tokenizer
-
-    def __len__(self) -> int:
-        return self.num_scenes
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Picture (3, side, side) uint8, caption ids, names of its patches."""
-        if not 0 <= index < self.num_scenes:
-            raise IndexError(index)
-        rng = Random(f"{self.seed} {index}")
-        shown = sample_scene(rng)
-        if index % COLOURS_EVERY:
-            shown = told = recolour(shown, rng)
-        else:
-            told = hide_shapes(shown)
-        ids = encode(self.tokenizer, describe(told, rng, style="table"))
-        return draw(shown), ids, torch.from_numpy(name_patches(told))
-
-
-def draw(scene: Scene) -> Tensor:
-    """(3, side, side) uint8."""
-    picture = np.asarray(draw_scene(scene, image_size=DRAWN_SIDE))
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1)
-
-
-def encode(tokenizer, text: str) -> Tensor:
-    """Token ids with the token behind them at which CLIP reads a text: the padding token, since
-    CLIP's code takes an end token of id 2, as ours is, for a mark of old checkpoints."""
-    return torch.tensor([*tokenizer.encode(text), tokenizer.pad_token_id])
-
-
-def pad_ids(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, both (B, T)."""
-    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-    lengths = torch.tensor([len(t) for t in texts])
-    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-
-
-def collate(scenes: list) -> dict[str, Tensor]:
-    """Pictures (B, 3, side, side) uint8, ids and mask (B, T), names (B, word lists, P)."""
-    pictures, texts, names = zip(*scenes, strict=True)
-    ids, mask = pad_ids(list(texts))
-    return {"pictures": torch.stack(pictures), "ids": ids, "mask": mask,
-            "names": torch.stack(names)}  # fmt: skip
+Words = tuple[Tensor, Tensor, list[int]]  # see `encode_words`
 
 
 def preprocess(pictures: Tensor) -> Tensor:
@@ -153,16 +69,18 @@ def preprocess(pictures: Tensor) -> Tensor:
     for size in ((pictures.shape[2], IMAGE_SIDE), (IMAGE_SIDE, IMAGE_SIDE)):
         pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
         pixels = pixels.round().clamp(0, 255)
-    mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1)
-                 for v in (PROCESSOR.image_mean, PROCESSOR.image_std))  # fmt: skip
+    mean, std = (
+        torch.tensor(values, device=pixels.device).view(1, 3, 1, 1)
+        for values in (PROCESSOR.image_mean, PROCESSOR.image_std)
+    )
     return pixels.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def position_waves(num_rows: int, width: int) -> Tensor:
     """Sines and cosines of each patch's column and row: (P, width).
 
-    Source: Beyer et al., "Better plain ViT baselines for ImageNet-1k" (2022), with a lower
-    highest wavelength, since there are few rows.
+    Source: Beyer et al., "Better plain ViT baselines for ImageNet-1k" (2022), with a shorter
+    longest wavelength, since there are few rows.
     """
     frequencies = MAX_WAVELENGTH ** -(torch.arange(width // 4) / (width // 4))
     row, column = torch.meshgrid(torch.arange(num_rows), torch.arange(num_rows), indexing="ij")
@@ -170,7 +88,7 @@ def position_waves(num_rows: int, width: int) -> Tensor:
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
-def make_model(args: argparse.Namespace, tokenizer) -> CLIPModel:
+def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
     """A CLIP of the flags' sizes with random weights."""
     heads = args.hidden_size // HEAD_DIM
     shared = {"hidden_act": "gelu", "projection_dim": args.projection_dim}
@@ -198,21 +116,15 @@ def make_model(args: argparse.Namespace, tokenizer) -> CLIPModel:
     )
     model.set_attn_implementation("eager")  # at this width faster than SDPA's backward
     positions = model.vision_model.embeddings.position_embedding.weight
-    with torch.no_grad():  # CLIP's own start, near zero, takes long to tell places apart
+    with torch.no_grad():  # CLIP's own, near zero, take long to become distinct
         positions[1:] = position_waves(NUM_ROWS, args.hidden_size)
     return model
 
 
-def encode_words(tokenizer) -> tuple[Tensor, Tensor, list[int]]:
-    """All words of all lists in a row: ids and mask (words, T), and how many each list has."""
-    texts = [encode(tokenizer, word) for words in WORDS.values() for word in words]
-    return *pad_ids(texts), [len(words) for words in WORDS.values()]
-
-
 def word_loss(
-    model: CLIPModel, states: Tensor, names: Tensor, words: tuple
+    model: CLIPModel, states: Tensor, names: Tensor, words: Words
 ) -> tuple[Tensor, Tensor]:
-    """Contrast every named patch with the words of each list.
+    """Classify every named patch among the words of each list, by cosine similarity.
 
     Args:
         states: the tower's last hidden states of the patches (B, P, V).
@@ -239,58 +151,88 @@ def word_loss(
     return torch.stack(losses).mean(), torch.stack(shares).detach()
 
 
-def train(model: CLIPModel, args: argparse.Namespace, tokenizer, device: torch.device) -> dict:
-    """Train; returns the last window's in-batch accuracy and share of patches by word list.
+def train(
+    model: CLIPModel,
+    args: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+) -> dict[str, float]:
+    """Train the model.
 
+    Returns:
+        the last log window's accuracies: of pictures with their captions within the batch, and
+        of patches by word list.
     Raises:
-        ValueError: the weights are no longer finite, seen at the next line of the log.
+        ValueError: a weight is not finite; checked at each line of the log.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language
     Supervision" (2021).
     """
-    loader = DataLoader(Scenes(args.steps * args.batch_size, seed=args.seed, tokenizer=tokenizer),
-                        batch_size=args.batch_size, collate_fn=collate,
-                        num_workers=args.num_workers)  # fmt: skip
+    scenes = Scenes(args.steps * args.batch_size, seed=args.seed, tokenizer=tokenizer)
+    loader = DataLoader(
+        scenes, batch_size=args.batch_size, collate_fn=collate, num_workers=args.num_workers
+    )
     optimizer = make_optimizer(model.named_parameters(), lr=args.learning_rate, kind="muon")
-    ids, mask, lengths = encode_words(tokenizer)
-    words = ids.to(device), mask.to(device), lengths
+    words = words_on(device, tokenizer)
     started_s, window = time.perf_counter(), []
     for step, batch in enumerate(loader, 1):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         warmup = min(1.0, step / args.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = warmup * get_lr(step, args.steps, args.learning_rate)
-        with autocast(device, args.dtype):
-            output = model(
-                pixel_values=preprocess(batch["pictures"]),
-                input_ids=batch["ids"],
-                attention_mask=batch["mask"],
-                return_loss=True,
-            )
-            states = output.vision_model_output.last_hidden_state[:, 1:]
-            loss, shares = word_loss(model, states, batch["names"], words)
-        (output.loss + WORD_WEIGHT * loss).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=np.log(100.0))
-            guessed = output.logits_per_image.argmax(1)
-            hits = (guessed == torch.arange(len(guessed), device=device)).float().mean()
-            window.append(torch.cat((hits[None], shares)))
+        loss, accuracies = train_step(model, optimizer, batch, words, dtype=args.dtype)
+        window.append(accuracies)
         if step % args.log_interval == 0 or step == args.steps:
             check_finite(model, step)
-            figures = dict(zip(("in-batch", *WORDS), torch.stack(window).mean(0).tolist(),
-                               strict=True))  # fmt: skip
+            means = torch.stack(window).mean(0).tolist()
+            figures = dict(zip(("in-batch", *WORDS), means, strict=True))
             elapsed_s, window = time.perf_counter() - started_s, []
-            print(f"step {step}/{args.steps} loss:{output.loss.item():.4f} {as_text(figures)} "
-                  f"images/s:{step * args.batch_size / elapsed_s:.0f}", flush=True)  # fmt: skip
+            print(
+                f"step {step}/{args.steps} loss:{loss.item():.4f} {as_text(figures)} "
+                f"images/s:{step * args.batch_size / elapsed_s:.0f}",
+                flush=True,
+            )
     return figures
 
 
+def train_step(
+    model: CLIPModel,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    words: Words,
+    *,
+    dtype: str,
+) -> tuple[Tensor, Tensor]:
+    """One update; returns CLIP's own loss, and the accuracies (1 + word lists,)."""
+    with autocast(model.device, dtype):
+        output = model(
+            pixel_values=preprocess(batch["pictures"]),
+            input_ids=batch["ids"],
+            attention_mask=batch["mask"],
+            return_loss=True,
+        )
+        states = output.vision_model_output.last_hidden_state[:, 1:]
+        loss, shares = word_loss(model, states, batch["names"], words)
+    (output.loss + WORD_WEIGHT * loss).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        model.logit_scale.clamp_(max=np.log(100.0))
+        guessed = output.logits_per_image.argmax(1)
+        hits = (guessed == torch.arange(len(guessed), device=model.device)).float().mean()
+        return output.loss, torch.cat((hits[None], shares))
+
+
+def words_on(device: torch.device, tokenizer: PreTrainedTokenizerBase) -> Words:
+    """The words of all lists, on a device."""
+    ids, mask, lengths = encode_words(tokenizer)
+    return ids.to(device), mask.to(device), lengths
+
+
 def check_finite(model: CLIPModel, step: int) -> None:
-    """Raise ValueError unless all weights are finite in float16, as they are saved: a loss or
-    gradient that is not stays in the weights."""
+    """Raise ValueError unless all weights are finite in float16, the type they are saved in. A
+    loss or gradient that was not finite makes the weights so, and they stay so."""
     for name, weight in model.named_parameters():
         if not weight.detach().half().isfinite().all():
             raise ValueError(
@@ -300,11 +242,12 @@ def check_finite(model: CLIPModel, step: int) -> None:
 
 
 @torch.no_grad()
-def heldout_figures(model: CLIPModel, args: argparse.Namespace, tokenizer) -> dict[str, float]:
-    """The share of patches whose colour and shape is named rightly, on pairs never trained on."""
+def heldout_figures(
+    model: CLIPModel, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """Accuracy of the colours and shapes of patches, on held-out colour-shape pairs."""
     device = model.device
-    ids, mask, lengths = encode_words(tokenizer)
-    words = ids.to(device), mask.to(device), lengths
+    words = words_on(device, tokenizer)
     rng, shares = Random("held-out pairs"), []
     for _ in range(NUM_HELDOUT // args.batch_size + 1):
         scenes = [
@@ -327,8 +270,12 @@ def as_text(figures: dict[str, float]) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OnceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--save_dir", type=Path, default=ROOT / "model" / "vision_model" / "clip-tiny-patch16",
-        help="CLIP folder to write / 输出目录")  # fmt: skip
+    add(
+        "--save_dir",
+        type=Path,
+        default=ROOT / "model" / "vision_model" / "clip-tiny-patch16",
+        help="CLIP folder to write / 输出目录",
+    )
     add("--steps", type=int, default=4000, help="training steps / 训练步数")
     add("--batch_size", type=int, default=32, help="pictures per step / 批大小")
     add("--learning_rate", type=float, default=1.5e-3, help="peak is 1.1 times this / 学习率")
@@ -347,13 +294,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise ValueError naming the flag whose value cannot be."""
+    """Raise ValueError that names the flag whose value is not allowed."""
     for name in ("hidden_size", "text_hidden_size"):
         size = getattr(args, name)
         if size < HEAD_DIM or size % HEAD_DIM:
             raise ValueError(f"--{name} must be a multiple of {HEAD_DIM}, got {size}")
-    lowest = {"steps": 1, "batch_size": 1, "warmup_steps": 1, "num_hidden_layers": 1,
-              "projection_dim": 1, "log_interval": 1, "num_workers": 0}  # fmt: skip
+    lowest = {
+        "steps": 1,
+        "batch_size": 1,
+        "warmup_steps": 1,
+        "num_hidden_layers": 1,
+        "projection_dim": 1,
+        "log_interval": 1,
+        "num_workers": 0,
+    }
     for name, low in lowest.items():
         if getattr(args, name) < low:
             raise ValueError(f"--{name} must be {low} or more, got {getattr(args, name)}")
@@ -378,12 +332,12 @@ def main(argv: list[str] | None = None) -> int:
 
 @memory_guard("lower --batch_size")
 def run(args: argparse.Namespace) -> int:
-    """What `main` does with its flags."""
+    """Train the tower, measure it on held-out pairs, write the folder."""
     device = prepare_device(choose_device(args.device))
     check_dtype(device, args.dtype)
     tokenizer = load_tokenizer(args.tokenizer_path)
     setup_seed(args.seed)
-    model = make_model(args, tokenizer).to(device)
+    model = make_model(args, tokenizer).to(device)  # type: ignore[arg-type]  # stub lacks `self`
     size = sum(p.numel() for p in model.vision_model.parameters())
     print(f"tower: {size:,} parameters of {sum(p.numel() for p in model.parameters()):,}")
     figures = train(model, args, tokenizer, device)

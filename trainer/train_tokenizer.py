@@ -3,10 +3,10 @@
     python trainer/train_tokenizer.py --data_path en.txt zh.txt --weights 2 1
     python trainer/train_tokenizer.py --data_path en.txt zh.txt --weights 2 1 --save_dir model
 
-The second line makes the tokenizer in `model/`, where the two files are the English and the
-Chinese text of the book Dive into Deep Learning. One process, a few seconds; the same texts and
-flags give the same bytes. `--eval_path` prints how many tokens other texts (of records, the
-answers) need, and with `--reference_path` how that compares with another tokenizer.
+The second command makes the tokenizer in `model/` from the English and the Chinese text of the book
+Dive into Deep Learning. It takes one process and a few seconds; the same texts and flags give the
+same bytes. `--eval_path` prints how many tokens other texts need (of records, the answers), and
+with `--reference_path` how that compares with another tokenizer.
 
 A model belongs to the tokenizer it was trained with: a new one needs new weights.
 """
@@ -32,8 +32,8 @@ from model.options import OnceParser
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
-# Characters that no merge may hold: `@` and `<`, `>` make up image placeholders, whose tokens are
-# counted, and numbers are read digit by digit.
+# Characters that stay single tokens: image placeholders consist of `@`, `<` and `>` and must have a
+# known number of tokens; numbers are tokenized digit by digit.
 UNMERGED = "@<>0123456789"
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
@@ -66,11 +66,11 @@ def read_texts(
     """The lines of a text file, or the messages (or "text") of each record of a `.jsonl`.
 
     Args:
-        answers_only: of a conversation, what the assistant says.
-        flag: the one that named the path, for the message.
+        answers_only: of a conversation, only the assistant's messages.
+        flag: the flag that gave the path, for the message.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not UTF-8, or a line that is no record.
+        ValueError: not UTF-8, or a line that is not a record.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no text file {path}; name it by {flag}")
@@ -110,11 +110,12 @@ def common_hanzi() -> list[str]:
 
 
 def damped_words(texts: Iterable[str], damping: float) -> Iterator[str]:
-    """Every word (with its leading space) as often as its count to the power of `damping`.
+    """Every word (with its leading space), repeated count ** `damping` times.
 
-    So a text's favourite terms take less of the vocabulary than they would by their counts.
+    So a text's frequent terms get less of the vocabulary than with their plain counts.
     """
-    split, counts = _training_split(), Counter()
+    split = _training_split()
+    counts: Counter[str] = Counter()
     for text in texts:
         for _, (start, end) in split.pre_tokenize_str(text):
             counts[text[start:end]] += 1
@@ -123,8 +124,8 @@ def damped_words(texts: Iterable[str], damping: float) -> Iterator[str]:
 
 
 def sample_words(num_scenes: int) -> Iterator[str]:
-    """The sample world's text, cut around its Chinese words, so that no token joins a colour,
-    shape or place with what stands beside it (Chinese puts no space there)."""
+    """The sample world's text, split at its Chinese words: Chinese has no spaces, and so no token
+    can join a colour, shape or place with its neighbour."""
     names = sorted(filter(None, CHINESE.values()), key=len, reverse=True)
     cut = re.compile("(" + "|".join(names) + ")")
     for text in sample_text(num_scenes):
@@ -132,7 +133,7 @@ def sample_words(num_scenes: int) -> Iterator[str]:
 
 
 def _training_split() -> pre_tokenizers.PreTokenizer:
-    """Words by GPT-2's pattern, with the characters that never merge on their own."""
+    """Splits text into words by GPT-2's pattern, and isolates the `UNMERGED` characters."""
     alone = pre_tokenizers.Split(Regex(f"[{UNMERGED}]"), "isolated")
     return pre_tokenizers.Sequence([alone, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
@@ -140,14 +141,14 @@ def _training_split() -> pre_tokenizers.PreTokenizer:
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400) -> Tokenizer:
     """Byte-level BPE with the special tokens as ids 0, 1, 2 and the bytes from id 3 on.
 
-    Only training sets apart what never merges: where no merge holds them, a plain byte-level
-    tokenizer keeps them apart as well, and other programs know that kind.
+    The `UNMERGED` characters are isolated in training only. With no merge that contains them, a
+    plain byte-level tokenizer keeps them apart too, and other programs can read that kind.
 
     Args:
-        texts: read once; a text that comes twice counts twice.
+        texts: read once; a repeated text counts repeatedly.
         vocab_size: special tokens and the 256 bytes included.
     Raises:
-        ValueError: the texts do not hold that many different pieces, or the size is too small.
+        ValueError: the texts give fewer tokens, or the size is too small.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"--vocab_size must be {MIN_VOCAB_SIZE} or more, got {vocab_size}")
@@ -182,13 +183,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def count_tokens(tokenizer: Tokenizer, texts: list[str]) -> int:
-    """Tokens that the texts need together."""
+    """How many tokens the texts have in all."""
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     return sum(len(encoding.ids) for encoding in encodings)
 
 
 def report(tokenizer: Tokenizer, texts: list[str], reference: Tokenizer | None) -> list[str]:
-    """A line per language: tokens, characters per token, and the share over the reference."""
+    """A line each for texts with and without hanzi: tokens, characters a token, reference."""
     groups: dict[str, list[str]] = {}
     for text in texts:
         has_hanzi = any("\u4e00" <= char <= "\u9fff" for char in text)
@@ -196,8 +197,10 @@ def report(tokenizer: Tokenizer, texts: list[str], reference: Tokenizer | None) 
     lines = []
     for name, group in sorted(groups.items()):
         num_tokens = count_tokens(tokenizer, group)
-        line = (f"{len(group)} texts {name}: {num_tokens} tokens, "
-                f"{sum(map(len, group)) / num_tokens:.3f} characters a token")  # fmt: skip
+        line = (
+            f"{len(group)} texts {name}: {num_tokens} tokens, "
+            f"{sum(map(len, group)) / num_tokens:.3f} characters a token"
+        )
         if reference is not None:
             ratio = num_tokens / count_tokens(reference, group)
             line += f", {ratio - 1:+.1%} against the reference"
@@ -263,17 +266,35 @@ def _open_reference(path: Path | None) -> Tokenizer | None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OnceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data_path", type=Path, nargs="+", required=True,
-        help=".txt (a text a line) or .jsonl (records) | 训练文本")  # fmt: skip
+    add(
+        "--data_path",
+        type=Path,
+        nargs="+",
+        required=True,
+        help=".txt (a text a line) or .jsonl (records) | 训练文本",
+    )
     add("--weights", type=int, nargs="+", help="how often each file counts; default 1 | 各文件权重")
-    add("--damping", type=float, default=0.75,
-        help="power taken of each word's count; 1 leaves it | 词频指数")  # fmt: skip
+    add(
+        "--damping",
+        type=float,
+        default=0.75,
+        help="power taken of each word's count; 1 leaves it | 词频指数",
+    )
     add("--num_scenes", type=int, default=1000, help="scenes of the sample world | 示例场景数")
-    add("--hanzi_weight", type=int, default=20,
-        help="how often each of 3,755 common hanzi counts | 常用汉字权重")  # fmt: skip
+    add(
+        "--hanzi_weight",
+        type=int,
+        default=20,
+        help="how often each of 3,755 common hanzi counts | 常用汉字权重",
+    )
     add("--vocab_size", type=int, default=6400, help="tokens | 词表大小")
-    add("--save_dir", "--out_dir", type=Path, default=ROOT / "out" / "tokenizer",
-        help="folder to write into | 输出目录")  # fmt: skip
+    add(
+        "--save_dir",
+        "--out_dir",
+        type=Path,
+        default=ROOT / "out" / "tokenizer",
+        help="folder to write into | 输出目录",
+    )
     add(
         "--eval_path",
         type=Path,

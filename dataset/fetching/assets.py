@@ -1,8 +1,8 @@
 """Owns the list of real assets, and the plan of a download: what is there, what is to be fetched.
 
-A revision is a commit where one is known; elsewhere it is a branch, the plan says so, and what it
-stands for now is recorded. Every file is checked against what the hub declares, and against a
-pinned checksum where one is known.
+A revision is a commit where one is pinned, else a branch; of a branch, the plan prints it and
+records the commit that it points to now. Every file is checked against the size and checksum that
+the hub declares, and against a pinned checksum where there is one.
 """
 
 import difflib
@@ -18,7 +18,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Source:
-    """A repository on one hub; `sha256` pins what a file must be, at this revision."""
+    """A repository on one hub; `sha256` maps a file to its pinned checksum at this revision."""
 
     repo: str
     revision: str
@@ -27,7 +27,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Asset:
-    """What belongs together: files ("a|b" is the first that is there) and where they go."""
+    """Files that belong together and their folder; "a|b" is the first of them that exists."""
 
     about: str
     kind: str
@@ -38,8 +38,8 @@ class Asset:
     needs: tuple[str, ...] = ()
 
 
-# The vocabulary of the MiniMind2 weights. Its successor has other ids under the same size, so
-# another file here would turn these weights into noise without an error.
+# The vocabulary of the MiniMind2 weights. That of their successor has the same size but other ids:
+# with it these weights would give noise and no error.
 TOKENIZER_SHA256 = {
     "tokenizer.json": "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1caf5e4"
 }
@@ -115,7 +115,7 @@ class Item:
     remote: RemoteFile
     path: Path
     state: str
-    origin: dict
+    origin: dict[str, str]
 
     @property
     def missing_bytes(self) -> int:
@@ -123,7 +123,7 @@ class Item:
 
 
 def chosen_assets(names: list[str], *, revision: str | None) -> list[str]:
-    """Asset names in order, each after what it needs.
+    """Asset names in order, each after those it needs.
 
     Raises:
         ValueError: an unknown name, or a revision for anything but one asset of a hub.
@@ -145,10 +145,10 @@ def chosen_assets(names: list[str], *, revision: str | None) -> list[str]:
 
 
 def make_plan(names: list[str], *, hub: str, revision: str | None, root: Path) -> list[Item]:
-    """Ask the hub about the files of these assets and compare them with what is there.
+    """Ask the hub for the files of these assets and compare them with the local ones.
 
     Args:
-        revision: of the last asset, in place of the pinned one; its checksums do not apply.
+        revision: replaces the last asset's pinned one; pinned checksums then do not apply.
     Raises:
         FileNotFoundError, ConnectionError: from the hub.
         ValueError: the hub lacks a file, or declares another checksum than the pinned one.
@@ -169,15 +169,17 @@ def make_plan(names: list[str], *, hub: str, revision: str | None, root: Path) -
             if path.is_file():
                 state = "there" if is_same(remote, path) else "differs"
             origin = {
-                "hub": hub, "repository": source.repo, "file": remote.name,
+                "hub": hub,
+                "repository": source.repo,
+                "file": remote.name,
                 "revision": listing.commit or source.revision,
-            }  # fmt: skip
+            }
             plan.append(Item(name, remote, path, state, origin))
     return plan
 
 
 def _find(wanted: str, files: dict[str, RemoteFile], *, source: Source) -> RemoteFile:
-    """The first of the alternatives that the repository has, with the pinned checksum."""
+    """The first of the alternatives (a|b) in the repository, with its pinned checksum."""
     where = f"{source.repo} at {source.revision}"
     for name in wanted.split("|"):
         if name in files:

@@ -1,7 +1,7 @@
-"""Owns the public text corpus: the book Dive into Deep Learning as text, a paragraph a line.
+"""Owns the public text corpus: the book Dive into Deep Learning as text, one paragraph a line.
 
 The English and the Chinese edition are two GitHub repositories; their archives at fixed commits
-are read without being unpacked. Each has its own license, which is put beside the text.
+are read without unpacking. Each has its own license, which is written beside the text.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import re
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from dataset.fetching.hub import RemoteFile, endpoint, fetch
 
@@ -71,10 +72,11 @@ def read_archive(archive: Path, *, commit: str, min_length: int) -> tuple[list[s
             for member in tar:
                 name = member.name.partition("/")[2]
                 is_text = name.endswith(".md") and not name.endswith("_origin.md")
-                if member.isfile() and is_text:
-                    chapters[name] = tar.extractfile(member).read().decode("utf-8")
-                elif member.isfile() and name == "LICENSE":
-                    license_text = tar.extractfile(member).read().decode("utf-8")
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is not None and is_text:
+                    chapters[name] = file.read().decode("utf-8")
+                elif file is not None and name == "LICENSE":
+                    license_text = file.read().decode("utf-8")
             found_commit = tar.pax_headers.get("comment")  # `git archive` writes it there
     except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{archive} is not a readable archive ({error}); try again") from error
@@ -94,7 +96,7 @@ def read_archive(archive: Path, *, commit: str, min_length: int) -> tuple[list[s
 
 
 def archives() -> dict[str, RemoteFile]:
-    """Where the editions come from; GitHub declares neither size nor checksum of an archive."""
+    """The archive of each edition; GitHub declares neither its size nor its checksum."""
     return {
         language: RemoteFile(f"{endpoint('github')}/{repo}/archive/{commit}.tar.gz", repo)
         for language, (repo, commit) in EDITIONS.items()
@@ -102,7 +104,7 @@ def archives() -> dict[str, RemoteFile]:
 
 
 def is_there(folder: Path) -> bool:
-    """Whether the corpus lies in a folder as these editions give it."""
+    """Whether a folder holds the corpus of exactly these editions."""
     try:
         source = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
         return all(
@@ -121,7 +123,7 @@ def fetch_corpus(folder: Path) -> None:
         OSError, ValueError: as `fetch` and `read_archive`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    source: dict = {"authors": AUTHORS}
+    source: dict[str, Any] = {"authors": AUTHORS}
     for language, remote in archives().items():
         repo, commit = EDITIONS[language]
         archive = folder / f".{language}.tar.gz"
@@ -140,7 +142,7 @@ def fetch_corpus(folder: Path) -> None:
 
 
 def compare_with_tokenizer(folder: Path) -> str:
-    """A sentence: whether the corpus in a folder is what the committed tokenizer was made of."""
+    """A sentence that says whether the committed tokenizer was trained on this corpus."""
     differing = [
         f"{language}.txt"
         for language, sha256 in TOKENIZER_TEXTS.items()

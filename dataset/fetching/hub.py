@@ -1,10 +1,12 @@
-"""Owns the network: asking a hub what a repository holds, and fetching a file whole or not at all.
+"""Owns the network: listing a repository, and fetching a file whole or not at all.
 
-Two hubs, Hugging Face and ModelScope, and plain archives. A file is received into a `.part` file
-beside its place, which a later run goes on with, and gets its name only when size and checksum are
-those that the hub declares. The HTTP client is `huggingface_hub`'s (its proxy and offline settings
-hold). Its own downloader is not used, because it drops what an interrupted download had received,
-nor its HfApi, because that asks another address about the calling program first.
+1. A file is received into a `.part` file in its folder; a later run resumes from that.
+2. It gets its own name only when size and checksum are those that the hub declares.
+
+There are two hubs, Hugging Face and ModelScope, and plain archives. The HTTP client is
+`huggingface_hub`'s, so its proxy and offline settings apply. Its downloader is not used, because it
+discards the bytes of an interrupted download, nor its HfApi, because that first sends a request
+about the calling program to another address.
 """
 
 import errno
@@ -13,20 +15,21 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import quote, urlencode
 
 from httpx2 import HTTPError
 from huggingface_hub import get_session, hf_hub_url
 from tqdm import tqdm
 
-# Variables name a mirror; HF_ENDPOINT is the one that huggingface_hub itself reads.
+# Environment variable with a mirror's URL, and the default. huggingface_hub reads HF_ENDPOINT too.
 ENDPOINTS = {
     "huggingface": ("HF_ENDPOINT", "https://huggingface.co"),
     "modelscope": ("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn"),
     "github": ("GITHUB_ENDPOINT", "https://github.com"),
 }
 TIMEOUT_S = 30.0
-MAX_STALLS = 5  # attempts in a row that bring nothing before a fetch gives up
+MAX_STALLS = 5  # a fetch gives up after so many attempts in a row that receive nothing
 RETRY_WAIT_S = 1.0
 READ_BYTES = 1 << 22
 MODELSCOPE_PAGE = 100
@@ -51,7 +54,7 @@ class RemoteFile:
 
     @property
     def identity(self) -> str:
-        """What tells this version of the file from any other."""
+        """Identifies this version of the file: a checksum, or a hash of the URL."""
         declared = self.sha256 or self.git_sha1
         return declared or hashlib.sha256(self.url.encode()).hexdigest()
 
@@ -65,13 +68,13 @@ class Listing:
 
 
 def endpoint(hub: str) -> str:
-    """The address of a hub, or of the mirror that its variable names."""
+    """The URL of a hub, or of the mirror in its environment variable."""
     variable, default = ENDPOINTS[hub]
     return os.environ.get(variable, default).rstrip("/")
 
 
 def list_files(hub: str, repo: str, *, kind: str, revision: str) -> Listing:
-    """What a repository holds at a revision.
+    """The files of a repository at a revision.
 
     Args:
         hub: "huggingface" or "modelscope".
@@ -80,7 +83,7 @@ def list_files(hub: str, repo: str, *, kind: str, revision: str) -> Listing:
         revision: a commit, tag or branch.
     Raises:
         FileNotFoundError: no such repository or revision.
-        ConnectionError: the hub cannot be reached or does not answer as it should.
+        ConnectionError: the hub cannot be reached, or its answer has an unknown form.
     """
     where = f"{repo} at revision {revision} on {endpoint(hub)}"
     ask = {"huggingface": _list_huggingface, "modelscope": _list_modelscope}[hub]
@@ -110,7 +113,7 @@ def _list_huggingface(repo: str, kind: str, revision: str) -> Listing:
         name, lfs = entry["rfilename"], entry.get("lfs")
         url = hf_hub_url(repo, name, repo_type=kind, revision=info["sha"], endpoint=address)
         sha256 = lfs["sha256"] if lfs else None
-        git_sha1 = None if lfs else entry.get("blobId")  # of a large file it is its pointer's
+        git_sha1 = None if lfs else entry.get("blobId")  # a large file's is that of its pointer
         files[name] = RemoteFile(url, name, entry.get("size"), sha256, git_sha1)
     return Listing(info["sha"], files)
 
@@ -132,7 +135,7 @@ def _list_modelscope(repo: str, kind: str, revision: str) -> Listing:
 
 
 def part_path(remote: RemoteFile, path: Path) -> Path:
-    """Where a file is received: beside its place, one for each version of it."""
+    """The file to receive into: in the same folder, one for each version of the file."""
     return path.with_name(f".{path.name}.{remote.identity[:12]}.part")
 
 
@@ -143,14 +146,14 @@ def part_size(remote: RemoteFile, path: Path) -> int:
 
 
 def is_same(remote: RemoteFile, path: Path) -> bool:
-    """Whether a local file is the one that the hub declares (by size, then by checksum)."""
+    """Whether a local file has the size and the checksum that the hub declares."""
     if remote.size is not None and path.stat().st_size != remote.size:
         return False
     return not _wrong_checksum(remote, path)
 
 
 def _wrong_checksum(remote: RemoteFile, path: Path) -> str:
-    """What does not fit, in words; "" if all that the hub declares does."""
+    """The first checksum that differs from the declared one, in words; "" if none does."""
     git_blob = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     for kind, expected, digest in (
         ("sha256", remote.sha256, hashlib.sha256()),
@@ -166,13 +169,13 @@ def _wrong_checksum(remote: RemoteFile, path: Path) -> str:
 
 
 def fetch(remote: RemoteFile, path: Path) -> None:
-    """Receive a file, going on from what an earlier attempt left, and check it.
+    """Receive a file, resuming an earlier attempt, and check it.
 
     Raises:
         FileNotFoundError: the hub has no such file, or it is not public.
-        ConnectionError: the connection broke again and again; what was received is kept.
+        ConnectionError: `MAX_STALLS` attempts received nothing; the received part is kept.
         ValueError: the checksum is wrong; nothing is left behind.
-        OSError: the disk is full; what was received is kept.
+        OSError: the disk is full; the received part is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_path(remote, path)
@@ -208,14 +211,14 @@ def fetch(remote: RemoteFile, path: Path) -> None:
 def _is_complete(remote: RemoteFile, part: Path) -> bool:
     if remote.size is None or not part.is_file():
         return False
-    if part.stat().st_size > remote.size:  # not made by us, and no Range can mend it
+    if part.stat().st_size > remote.size:  # not made by this module; no Range request mends it
         part.unlink()
         return False
     return part.stat().st_size == remote.size
 
 
-def _receive(remote: RemoteFile, part: Path, bar: tqdm) -> None:
-    """One request: append what is missing (all of it, if the server cannot send a part)."""
+def _receive(remote: RemoteFile, part: Path, bar: "tqdm[NoReturn]") -> None:
+    """One request: append the missing bytes, or get the file anew if the server has no ranges."""
     have = part.stat().st_size if part.is_file() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with get_session().stream("GET", remote.url, headers=headers, timeout=TIMEOUT_S) as response:
@@ -226,7 +229,7 @@ def _receive(remote: RemoteFile, part: Path, bar: tqdm) -> None:
                 "another --hub or --revision"
             )
         if status not in (200, 206):
-            if status == 416:  # the part reaches beyond the file: begin again
+            if status == 416:  # the part is longer than the file: begin again
                 part.unlink(missing_ok=True)
             raise TransientError(f"HTTP {status}")
         if status == 206 and not response.headers.get("Content-Range", "").startswith(

@@ -1,36 +1,45 @@
 """Owns what a record must hold: a conversation with roles and text, and one `<image>` per image."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dataset.records.stray_images import find_stray
 
 IMAGE_TAG = "<image>"
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant"}
-
-ROLES["gpt"] = "assistant"  # the first release's names are human and gpt
+# Role in the file -> ChatML's role. The first release's names are human and gpt.
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+Message = dict[str, str]  # "role" and "content"
 
 
 class BadRecordError(ValueError):
-    """A record that cannot be used; the message begins with where it stands."""
+    """A record that cannot be used; the message begins with its file and line."""
 
 
 @dataclass(frozen=True)
 class Record:
     """One checked conversation.
 
-    `images` are names below the images path, or the encoded bytes themselves; `types` says, where
-    the record does, what kind of question each answer belongs to.
+    messages: `{"role", "content"}` each, in ChatML's roles. images: names below the images path,
+    or the encoded bytes themselves. where: file and line, for messages to the user. types: the
+    kind of question of each answer, if the record gives it.
     """
 
-    messages: list[dict]
-    images: list[str | bytes]
+    messages: list[Message]
+    images: Sequence[str | bytes]
     where: str
     types: tuple[str, ...] = ()
 
 
-def check_conversation(raw, *, where: str) -> list[dict]:
-    """A conversation of either format generation as `{"role", "content"}` messages.
+def check_conversation(raw: Any, *, where: str) -> list[Message]:
+    """A conversation of either format (`role`, `content` or `from`, `value`) as messages.
 
     Raises:
         BadRecordError: not a list, an unknown role, text that is not a string, no answer.
@@ -72,24 +81,32 @@ def decode(line: bytes, *, where: str) -> str:
         raise BadRecordError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from None
 
 
-def parse_json(text: str, *, where: str):
-    """What a text says in JSON; raises `BadRecordError`."""
+def parse_json(text: str, *, where: str) -> Any:
+    """The value of a JSON text; raises `BadRecordError`."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadRecordError(f"{where}: not valid JSON ({error}); mend or delete it") from None
 
 
-def check_stray(fields: dict, turns: list[dict], images: list, *, read: str, where: str) -> None:
-    """Raise `BadRecordError` where a picture stands in none of the fields that are read.
+def check_stray(
+    fields: Mapping[str, Any],
+    turns: Sequence[Mapping[str, Any]],
+    images: Sequence[str | bytes],
+    *,
+    read: str,
+    where: str,
+) -> None:
+    """Raise `BadRecordError` if the record has a picture in a field that is not read.
 
-    One whose `images` are read may name them once more elsewhere, by their addresses for instance:
-    each of its tags has its image.
+    A record with `images` may name them in other fields too, by URL for instance; then only tags
+    of other projects are refused.
 
     Args:
-        fields: of the record, those that are not read.
+        fields: those of the record that are not read.
         turns: its messages as they stand in the file.
-        read: the field that is.
+        images: those found in the field `read`.
+        read: name of the field that images are read from.
     """
     stray = find_stray({} if images else fields, turns, image_tag=IMAGE_TAG)
     if stray:
@@ -98,7 +115,7 @@ def check_stray(fields: dict, turns: list[dict], images: list, *, read: str, whe
         )
 
 
-def check_tags(messages: list[dict], images: list, *, where: str) -> None:
+def check_tags(messages: Sequence[Message], images: Sequence[str | bytes], *, where: str) -> None:
     """Raise `BadRecordError` unless there is exactly one `<image>` tag per image."""
     num_tags = sum(m["content"].count(IMAGE_TAG) for m in messages)
     if num_tags != len(images):

@@ -1,7 +1,7 @@
 """Owns what a data file must be before it is read: a regular file and, where it holds text, UTF-8.
 
-What else it is shows in its first bytes; a file is refused whole, in one line, where reading on
-would only make noise.
+Other kinds of file are recognised by their first bytes and refused with one message, where
+reading on would report every line as bad.
 """
 
 import codecs
@@ -24,15 +24,16 @@ BINARY = {
     b"%PDF-": "a PDF; extract its text",
     b"version https://git-lfs": "a git-lfs pointer; run `git lfs pull`",
 }
-FEW_NULS, MANY_NULS = 0.01, 0.1  # share of the bytes: of a file's, of those at one place of four
+FEW_NULS = 0.01  # share of NUL bytes in all bytes read; a file with more is binary
+MANY_NULS = 0.1  # share in the bytes at one place modulo 4; more of them show a wide encoding
 
 
 def check_file(path: Path, *, what: str, flag: str) -> None:
-    """Refuse what is not there, and what is no regular file: a FIFO would be waited for.
+    """Refuse a missing file, and one that is not regular: reading a FIFO could block for ever.
 
     Args:
-        what: is looked for, as the message calls it.
-        flag: names the path.
+        what: name of the file's kind in the message, such as "data file".
+        flag: the flag that gives the path.
     Raises:
         FileNotFoundError: nothing there.
         ValueError: a folder, FIFO or device.
@@ -62,8 +63,9 @@ def check_text(path: Path) -> None:
 
 
 def _wide_encoding(head: bytes) -> str | None:
-    """The encoding of two or four bytes a character, by its mark or by where its NULs stand;
-    "binary" where they stand everywhere; None for single bytes, of which a few may be NUL."""
+    """Name of an encoding with two or four bytes a character, recognised by its byte order mark
+    or by the places of its NUL bytes; "binary" if NULs are at all places; else None (UTF-8, in
+    which a few bytes may be NUL)."""
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             return encoding

@@ -1,19 +1,19 @@
-"""Owns how a data file is told from another one by its content."""
+"""Owns the fingerprint of a data file: a hash by which a resumed run recognises its data."""
 
 import hashlib
 from pathlib import Path
 
 import numpy as np
 
-WHOLE_BYTES = 1 << 28  # a file up to this size counts whole in its fingerprint; some 0.2 s
+WHOLE_BYTES = 1 << 28  # a file up to this size is hashed whole; some 0.2 s
 BLOCK_BYTES = 1 << 20
 
 
 def file_fingerprint(path: Path, num_records: int) -> str:
     """SHA-256 of a file's size, number of records and bytes.
 
-    Of a file beyond `WHOLE_BYTES` as many bytes count, in blocks that are spread over all of it:
-    one at a place of its own in each of as many equal stretches, its beginning and end included.
+    Of a larger file than `WHOLE_BYTES`, that many bytes are hashed: its first and last block, and
+    one block at a pseudorandom place in each of equally long parts of the file.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(f"{size} {num_records} ".encode())
@@ -32,8 +32,8 @@ def file_fingerprint(path: Path, num_records: int) -> str:
 
 
 def ends_fingerprint(path: Path, num_records: int) -> str:
-    """As states of earlier versions have it: SHA-256 of size, number of records, beginning and end
-    of a file, so that what was edited in its middle went unnoticed."""
+    """The fingerprint in states of earlier versions: SHA-256 of size, number of records, first and
+    last block. It does not notice an edit in the middle of the file."""
     size = path.stat().st_size
     digest = hashlib.sha256(f"{size} {num_records} ".encode())
     with open(path, "rb") as file:

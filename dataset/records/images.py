@@ -1,10 +1,11 @@
-"""Owns where a data set's encoded pictures lie: a folder, or a zip file read in place."""
+"""Owns reading a data set's encoded pictures from a folder, or from a zip file in place."""
 
 import os
 import zipfile
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 
 class ImageFolder:
@@ -15,7 +16,7 @@ class ImageFolder:
 
     @cached_property
     def _names(self) -> frozenset[str]:
-        """Regular files, and links, which are looked at when they are read."""
+        """Regular files, and links, whose targets are checked when they are read."""
         return frozenset(
             entry.name
             for entry in os.scandir(self.root)
@@ -32,7 +33,7 @@ class ImageFolder:
         """The bytes of a file.
 
         Raises:
-            ValueError: a FIFO or device of that name, which would be waited for without an end.
+            ValueError: a FIFO or device of that name: reading it could block for ever.
             OSError: it cannot be read.
         """
         path = self.root / name
@@ -40,7 +41,7 @@ class ImageFolder:
             raise ValueError(f"{name} in {self.root} is a folder, FIFO or device, not a file")
         return path.read_bytes()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root}
 
 
@@ -49,10 +50,11 @@ class ImageZip:
 
     def __init__(self, root: Path):
         self.root = root
-        self._opened_by, self._zip = None, None
+        self._opened_by: int | None = None  # process id
+        self._zip: zipfile.ZipFile | None = None
 
     def _open(self) -> zipfile.ZipFile:
-        if self._opened_by != os.getpid():
+        if self._zip is None or self._opened_by != os.getpid():
             try:
                 self._zip, self._opened_by = zipfile.ZipFile(self.root), os.getpid()
             except (zipfile.BadZipFile, NotImplementedError) as error:
@@ -61,8 +63,8 @@ class ImageZip:
 
     @cached_property
     def _members(self) -> dict[str, str]:
-        """File name -> member; a name may also be given with its folder inside the zip. A name
-        that several folders have stands for none of them."""
+        """File name, with or without its folder inside the zip -> member. A name that occurs in
+        several folders is found only with its folder."""
         members = [m for m in self._open().namelist() if not m.endswith("/")]
         times = Counter(m.rsplit("/", 1)[-1] for m in members)
         by_name = {m.rsplit("/", 1)[-1]: m for m in members}
@@ -81,12 +83,12 @@ class ImageZip:
             why = str(error) or type(error).__name__
             raise ValueError(f"{name} in {self.root.name} cannot be read ({why})") from error
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "_opened_by": None, "_zip": None}
 
 
 def open_images(images_path: Path | None) -> ImageFolder | ImageZip | None:
-    """The images of a folder or zip; a missing folder is looked for as a `.zip` of that name."""
+    """The images of a folder or zip; for a missing folder, its name with `.zip` is tried."""
     if images_path is None:
         return None
     if images_path.is_dir():

@@ -2,7 +2,9 @@
 
 import os
 from functools import cached_property
+from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,10 +46,11 @@ class JsonlRecords:
         bounds = np.concatenate(offsets)
         if bounds[-1] != base:
             bounds = np.append(bounds, base)
-        self._fd_owner, self._fd = None, None
+        self._fd: BufferedReader | None = None
+        self._fd_owner: int | None = None  # process id: each process opens the file for itself
         lengths = np.diff(bounds)
         filled = lengths > 0
-        for line in np.flatnonzero(lengths <= 8):  # short enough to be nothing but white space
+        for line in np.flatnonzero(lengths <= 8):  # longer lines are not checked for white space
             filled[line] = bool(self._read(bounds[line], lengths[line]).strip())
         self._starts, self._lengths = bounds[:-1][filled], lengths[filled]
         self._line_numbers = np.flatnonzero(filled) + 1
@@ -56,12 +59,12 @@ class JsonlRecords:
             raise ValueError(f"{data_path}: no records in it")
 
     def _read(self, start: int, length: int) -> bytes:
-        if self._fd_owner != os.getpid():
+        if self._fd is None or self._fd_owner != os.getpid():
             self._fd, self._fd_owner = open(self.data_path, "rb"), os.getpid()
         self._fd.seek(int(start))
         return self._fd.read(int(length))
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_fd": None, "_fd_owner": None}
 
     def __len__(self) -> int:
@@ -84,17 +87,17 @@ class JsonlRecords:
         check_stray(fields, raw["conversations"], images, read="image", where=where)
         check_tags(messages, images, where=where)
         for name in images:
-            if not self.images.exists(name):
+            if self.images is not None and not self.images.exists(name):
                 raise BadRecordError(
                     f"{where}: image {shorten(name)} is not in {self.images.root} as a file (in "
                     "a zip, a name that several folders have needs its folder); add it, or name "
                     "the right --images_path"
                 )
-        types = raw.get("types")
+        types: Any = raw.get("types")
         has_types = isinstance(types, list) and all(isinstance(t, str) for t in types)
         return Record(messages, images, where, tuple(types) if has_types else ())
 
-    def _image_names(self, image, *, where: str) -> list[str]:
+    def _image_names(self, image: Any, *, where: str) -> list[str]:
         """The `image` field: absent or empty, one name, names joined by commas, or a list."""
         if image in (None, "", []):
             return []
@@ -109,9 +112,10 @@ class JsonlRecords:
         raise BadRecordError(f"{where}: 'image' must be a file name, or several joined by commas")
 
     def read_image(self, image: str | bytes) -> bytes:
+        assert self.images is not None and isinstance(image, str)
         return self.images.read(image)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the records' content, wherever the file lies."""
+        """Identifies the records by content, not by path."""
         return file_fingerprint(self.data_path, len(self))

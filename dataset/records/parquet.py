@@ -2,6 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from dataset.records.conversation import (
     BadRecordError,
@@ -21,11 +22,11 @@ class ParquetRecords:
 
     num_blank = 0
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {"data_path": self.data_path}  # a spawned worker reads the file for itself
 
-    def __setstate__(self, state):
-        self.__init__(state["data_path"])
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["data_path"])  # type: ignore[misc]  # there are no subclasses
 
     def __init__(self, data_path: Path):
         import pyarrow
@@ -46,7 +47,7 @@ class ParquetRecords:
             raise ValueError(f"{data_path}: no records in it")
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return int(self._table.num_rows)
 
     def where(self, index: int) -> str:
         """ "file:row" of a record, counted from 0."""
@@ -68,15 +69,16 @@ class ParquetRecords:
         check_tags(messages, images, where=where)
         return Record(messages, images, where)
 
-    def _unread_fields(self, index: int) -> dict:
+    def _unread_fields(self, index: int) -> dict[str, Any]:
         columns = self._table.column_names
         unread = [name for name in columns if name not in PARQUET_FIELDS]
         return {name: self._table[name][int(index)].as_py() for name in unread}
 
     def read_image(self, image: str | bytes) -> bytes:
+        assert isinstance(image, bytes)
         return image
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the records' content, wherever the file lies."""
+        """Identifies the records by content, not by path."""
         return file_fingerprint(self.data_path, len(self))

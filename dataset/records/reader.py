@@ -1,4 +1,4 @@
-"""Owns opening a data file by its kind, and the default places of the published data."""
+"""Owns opening a data file by its suffix, and the default paths of the published data."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def open_records(data_path: Path, images_path: Path | None) -> JsonlRecords | Pa
 
     Raises:
         FileNotFoundError: the file or its images are missing.
-        ValueError: no regular file, unreadable, or without a record.
+        ValueError: not a regular file, unreadable, or without a record.
     """
     check_file(data_path, what="data file", flag="--data_path")
     if data_path.suffix == ".parquet":

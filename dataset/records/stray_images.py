@@ -1,10 +1,12 @@
-"""Owns finding the pictures of a record that nothing reads: it would be learnt from blindly.
+"""Owns finding pictures of a record in fields that are not read.
 
-Other projects name a record's pictures in fields of their own and mark their places by tags of
-their own. A record without a picture is as good as any, so what is not read has to be looked for.
+Other projects use other fields for a record's pictures, and other tags for their places. Such a
+record would pass as one without pictures, and its answers would be learnt without them.
 """
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 TURN_FIELDS = {"role", "content", "from", "value"}
 SUFFIXES = "jpe?g|jfif|png|webp|gif|bmp|tiff?|heic|heif|avif"
@@ -17,7 +19,7 @@ PICTURE_FIELD = re.compile(
 NOT_PICTURES = {"id", "source"}  # may be named after the file that a text was made from
 LONGEST_NAME = 4096
 MAX_DEPTH = 4
-# What stands for a picture elsewhere: <img>, <Image>, <|image|>, <image_1>, <|image_pad|>. HTML's
+# Other projects' image tags: <img>, <Image>, <|image|>, <image_1>, <|image_pad|>. HTML's
 # own <img src="..."> has attributes.
 FOREIGN_TAG = re.compile(
     r"<\|?(?:img|images?|imagehere|im_patch|image_placeholder|image_pad|image_token|image_start"
@@ -27,13 +29,15 @@ FOREIGN_TAG = re.compile(
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
 
-def find_stray(fields: dict, turns: list[dict], *, image_tag: str) -> str | None:
-    """What shows that a record has a picture which is not read, in words; None if nothing does.
+def find_stray(
+    fields: Mapping[str, Any], turns: Sequence[Mapping[str, Any]], *, image_tag: str
+) -> str | None:
+    """The sign, in words, that a record has a picture which is not read; None if there is none.
 
     Args:
-        fields: of a record whose own image field is empty, those that nothing reads; or {}.
+        fields: those of a record that are not read; {} if its own image field has images.
         turns: its messages as they stand in the file.
-        image_tag: what marks the place of a picture here.
+        image_tag: the tag that is read.
     """
     for name, value in fields.items():
         if holds_pictures(name, value):
@@ -48,14 +52,14 @@ def find_stray(fields: dict, turns: list[dict], *, image_tag: str) -> str | None
     return None
 
 
-def holds_pictures(name: str, value) -> bool:
-    """Whether a field that nothing reads holds pictures or names them, by its name or value."""
+def holds_pictures(name: str, value: Any) -> bool:
+    """Whether a field that is not read holds pictures or names them, by its name or value."""
     if name in NOT_PICTURES:
         return False
     return _is_picture(value, is_named=PICTURE_FIELD.fullmatch(name) is not None)
 
 
-def _is_picture(value, *, is_named: bool, depth: int = 0) -> bool:
+def _is_picture(value: Any, *, is_named: bool, depth: int = 0) -> bool:
     """Bytes, the name of a picture's file or, in a field that is named for pictures, any words."""
     if isinstance(value, bytes):
         return len(value) > 0
@@ -68,9 +72,10 @@ def _is_picture(value, *, is_named: bool, depth: int = 0) -> bool:
     return any(_is_picture(one, is_named=is_named, depth=depth + 1) for one in inner)
 
 
-def _foreign_tag(turn: dict, image_tag: str) -> str | None:
-    """A tag of another project in what is asked; an answer or code may well speak of such tags."""
-    role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+def _foreign_tag(turn: Mapping[str, Any], image_tag: str) -> str | None:
+    """Another project's image tag in a question; answers and code may contain such tags as text."""
+    role: Any = turn.get("role", turn.get("from"))
+    text: Any = turn.get("content", turn.get("value"))
     if role in ("assistant", "gpt") or "<" not in text:
         return None
     tags = (found[0] for found in FOREIGN_TAG.finditer(CODE.sub("", text)))

@@ -9,16 +9,16 @@ writes into --out, for the split S (train or heldout):
     S.jsonl            questions, several turns a picture
     S_captions.jsonl   a caption a picture
     S_pairs.jsonl      questions that compare two of the pictures
-    S_text.jsonl       the questions about scenes told in words, without pictures (--num_text),
-                       and scenes told of over and over as plain text (--num_retold)
+    S_text.jsonl       the questions about scenes described in words, without pictures
+                       (--num_text), and plain texts that repeat a scene's shapes (--num_retold)
 
---num_blind adds questions without any picture or telling to S.jsonl: they teach how likely each
-answer is when nothing is seen, which makes "no image" an honest control.
+--num_blind adds questions with neither a picture nor a description to S.jsonl. They teach how
+likely each answer is when nothing is seen, so that scoring without images is a fair baseline.
 
 The same arguments give the same bytes. A held-out question has one right answer, to be compared
-as text, and its type stands in the record's field "types", one per turn in order. A quarter of the
-held-out pictures hold a colour-shape pair that never occurs in training; about these only the type
-"combination" asks, and pairs leave them out.
+as text; the record's field "types" holds the type of each turn, in order. A quarter of the
+held-out pictures hold a colour-shape pair that never occurs in training; they get only questions
+of the type "combination" and are in no pair.
 
     python -m dataset.synthetic --out dataset/eval_images --eval_images 1
 
@@ -37,11 +37,7 @@ from dataset.synthetic.drawing import (
 )
 from dataset.synthetic.sample_data import CHARACTER_SHARE, MAX_IMAGES, write_dataset
 from dataset.synthetic.scenes import SPLITS
-from dataset.synthetic.text import (
-    CHANCE,
-    LANGUAGES,
-    NUM_LISTED,
-)
+from dataset.synthetic.text import CHANCE, LANGUAGES, NUM_LISTED
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,27 +90,53 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--num_images", type=int, default=1000, help="pictures | 图片数")
     add("--seed", type=int, default=0, help="another seed gives other scenes | 随机种子")
     add("--split", choices=SPLITS, default="train", help="which set | 训练集或留出集")
-    add("--num_pairs", type=int, help="two-picture records; default a quarter of --num_images "
-        "| 双图记录数")  # fmt: skip
+    add(
+        "--num_pairs",
+        type=int,
+        help="two-picture records; default a quarter of --num_images | 双图记录数",
+    )
     add("--num_text", type=int, default=0, help="records without pictures | 纯文本记录数")
     add("--num_turns", type=int, default=8, help="questions a record at most | 每条最多提问数")
     add("--image_size", type=int, default=96, help="side in pixels | 图片边长（像素）")
     add("--language", choices=("both", *LANGUAGES), default="both", help="of the texts | 语言")
-    add("--character_share", type=float, default=CHARACTER_SHARE,
-        help="share of scenes with room that get a letter or digit, drawn or told "
-        "| 带字符的比例")  # fmt: skip
-    add("--caption_share", type=float, default=0.0,
-        help="share of records that also ask for a caption | 带描述的比例")  # fmt: skip
-    add("--list_share", type=float, default=0.0,
-        help="share of records that also ask for a list of the shapes, over and over "
-        "| 带反复列举的比例")  # fmt: skip
-    add("--num_listed", type=int, default=NUM_LISTED, help="pieces of such a list | 每次列举的条数")
+    _add_shares(parser)
     add("--num_blind", type=int, default=0, help="records without anything to see | 无图提问记录数")
     add("--num_retold", type=int, default=0, help="plain texts about scenes | 纯文本复述数")
-    add("--eval_images", type=int, choices=(0, 1, 2), nargs="?", const=1, default=0,
+    add(
+        "--eval_images",
+        type=int,
+        choices=(0, 1, 2),
+        nargs="?",
+        const=1,
+        default=0,
         help="1: write the named evaluation pictures instead, 2: pairs of them "
-        "| 改为生成评测图片，2 为成对图片")  # fmt: skip
+        "| 改为生成评测图片，2 为成对图片",
+    )
     return parser.parse_args(argv)
+
+
+def _add_shares(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--character_share",
+        type=float,
+        default=CHARACTER_SHARE,
+        help="share of scenes with room that get a letter or digit, drawn or in words "
+        "| 带字符的比例",
+    )
+    add(
+        "--caption_share",
+        type=float,
+        default=0.0,
+        help="share of records that also ask for a caption | 带描述的比例",
+    )
+    add(
+        "--list_share",
+        type=float,
+        default=0.0,
+        help="share of records that also ask to list the shapes again and again | 带反复列举的比例",
+    )
+    add("--num_listed", type=int, default=NUM_LISTED, help="pieces of such a list | 每次列举的条数")
 
 
 def _check_args(args: argparse.Namespace) -> None:

@@ -1,21 +1,22 @@
 """Owns how a scene of the sample world becomes pixels, and the named evaluation pictures."""
 
 import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from random import Random
 
 from PIL import Image, ImageDraw
 
-from dataset.synthetic.scenes import GROUNDS, PLACES, Item, Scene, sample_scene
+from dataset.synthetic.scenes import GROUNDS, PLACES, RGB, Item, Scene, sample_scene
 
 OVERSAMPLING = 2  # drawn so many times larger, then averaged down, for smooth edges
 MIN_IMAGE_SIZE = 32
 CHARACTER_HALF_HEIGHT = 0.13  # of the image's side
 SHADE = 0.22  # how far a texture's second tone is from the first
 
-# Strokes in a box from (-1, -1) to (1, 1); own strokes look the same whatever fonts there are.
-STROKES = {
+# Strokes in a box from (-1, -1) to (1, 1): a letter looks the same whatever fonts are installed.
+STROKES: dict[str, list[list[tuple[float, float]]]] = {
     "2": [[(-0.6, -0.6), (-0.3, -1), (0.3, -1), (0.6, -0.6), (0.6, -0.3), (-0.6, 1), (0.6, 1)]],
     "4": [[(0.3, 1), (0.3, -1), (-0.7, 0.4), (0.7, 0.4)]],
     "7": [[(-0.6, -1), (0.6, -1), (-0.2, 1)]],
@@ -83,7 +84,7 @@ def _heart_height(t: float) -> float:
     return 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
 
 
-def _around(num_corners: int, radius) -> tuple[tuple[float, float], ...]:
+def _around(num_corners: int, radius: Callable[[int], float]) -> tuple[tuple[float, float], ...]:
     angles = [2 * math.pi * i / num_corners for i in range(num_corners)]
     return tuple((radius(i) * math.sin(a), -radius(i) * math.cos(a)) for i, a in enumerate(angles))
 
@@ -92,7 +93,7 @@ def draw_scene(scene: Scene, *, image_size: int = 96) -> Image.Image:
     """The picture of a scene: 8-bit RGB, `image_size` pixels square.
 
     Raises:
-        ValueError: too small for the shapes to be told apart.
+        ValueError: too small to distinguish the shapes.
     """
     if image_size < MIN_IMAGE_SIZE:
         raise ValueError(f"image size {image_size} is too small; use {MIN_IMAGE_SIZE} or more")
@@ -102,6 +103,7 @@ def draw_scene(scene: Scene, *, image_size: int = 96) -> Image.Image:
         mask = Image.new("L", (side, side))
         ImageDraw.Draw(mask).polygon(_corners(item, side), fill=255)
         box = mask.getbbox()
+        assert box is not None, "a shape of no pixel"
         image.paste(_texture(item, box, side), box[:2], mask.crop(box))
     if scene.character is not None:
         _draw_character(image, scene)
@@ -110,17 +112,17 @@ def draw_scene(scene: Scene, *, image_size: int = 96) -> Image.Image:
 
 def _corners(item: Item, side: int) -> list[tuple[float, float]]:
     cos, sin = math.cos(math.radians(item.angle)), math.sin(math.radians(item.angle))
+    turned = [(x * cos - y * sin, x * sin + y * cos) for x, y in outline(item.shape)]
     return [
-        (side * (item.x + item.radius * (x * cos - y * sin)),
-         side * (item.y + item.radius * (x * sin + y * cos)))
-        for x, y in outline(item.shape)
-    ]  # fmt: skip
+        (side * (item.x + item.radius * x), side * (item.y + item.radius * y)) for x, y in turned
+    ]
 
 
-def _shade(rgb: tuple[int, int, int], amount: float) -> tuple[int, int, int]:
+def _shade(rgb: RGB, amount: float) -> RGB:
     """A darker tone of a colour; of a dark one a lighter tone."""
     towards = 255 if max(rgb) < 80 else 0
-    return tuple(round(channel + (towards - channel) * amount) for channel in rgb)
+    red, green, blue = (round(channel + (towards - channel) * amount) for channel in rgb)
+    return red, green, blue
 
 
 def _texture(item: Item, box: tuple[int, int, int, int], side: int) -> Image.Image:
@@ -146,7 +148,8 @@ def _texture(item: Item, box: tuple[int, int, int, int], side: int) -> Image.Ima
 def _ground(scene: Scene, side: int) -> Image.Image:
     """The background: a muted tone with a faint texture."""
     rgb, rng = GROUNDS[scene.ground], Random(scene.seed)
-    base = tuple(channel + rng.randint(-8, 8) for channel in rgb)
+    red, green, blue = (channel + rng.randint(-8, 8) for channel in rgb)
+    base = red, green, blue
     if scene.ground_texture == "gradient":
         other = Image.new("RGB", (side, side), _shade(base, 0.18))
         ramp = Image.linear_gradient("L").rotate(90 * rng.randrange(4)).resize((side, side))
@@ -169,6 +172,7 @@ def _ground(scene: Scene, side: int) -> Image.Image:
 
 def _draw_character(image: Image.Image, scene: Scene) -> None:
     """The letter or digit, light on a dark ground and dark on a light one."""
+    assert scene.character is not None and scene.character_place is not None
     side = image.width
     column, row = PLACES[scene.character_place]
     rng = Random(scene.seed + 1)

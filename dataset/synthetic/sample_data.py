@@ -1,37 +1,16 @@
-"""Owns the embedded sample data: records, pictures and texts of the sample world, as files.
+"""Owns how scenes of the sample world become records: a data set's files, and text alone.
 
-    python -m dataset.synthetic --out dataset/sample --num_images 4000 --num_text 20000
-    python -m dataset.synthetic --out dataset/sample --num_images 1000 --split heldout
-
-writes into --out, for the split S (train or heldout):
-
-    S_images/          the pictures (PNG)
-    S.jsonl            questions, several turns a picture
-    S_captions.jsonl   a caption a picture
-    S_pairs.jsonl      questions that compare two of the pictures
-    S_text.jsonl       the questions about scenes told in words, without pictures (--num_text),
-                       and scenes told of over and over as plain text (--num_retold)
-
---num_blind adds questions without any picture or telling to S.jsonl: they teach how likely each
-answer is when nothing is seen, which makes "no image" an honest control.
-
-The same arguments give the same bytes. A held-out question has one right answer, to be compared
-as text, and its type stands in the record's field "types", one per turn in order. A quarter of the
-held-out pictures hold a colour-shape pair that never occurs in training; about these only the type
-"combination" asks, and pairs leave them out.
-
-    python -m dataset.synthetic --out dataset/eval_images --eval_images 1
-
-writes a few named pictures instead, and `--eval_images 2` two of them in a folder each, for
-`dataset/eval_multi_images`.
+`python -m dataset.synthetic` says which files there are; `__main__.py` holds its flags.
 """
 
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tqdm import tqdm
 
@@ -41,13 +20,13 @@ from dataset.synthetic.text import (
     LANGUAGES,
     NUM_LISTED,
     STYLES,
-    Turn,
+    QuestionAnswer,
     caption_turn,
     combination_turns,
-    describe,
     list_turn,
     pair_turns,
-    retell,
+    restate,
+    scene_in_words,
     scene_turns,
 )
 
@@ -64,9 +43,13 @@ def scene_rng(split: str, seed: int, index: int | str) -> Random:
 
 
 def make_record(
-    turns: list[Turn], *, images: Iterable[str] = (), prefix: str = "", with_types: bool = False
-) -> dict:
-    """A record in the published format; what stands for the scene opens the first question."""
+    turns: list[QuestionAnswer],
+    *,
+    images: Iterable[str] = (),
+    prefix: str = "",
+    with_types: bool = False,
+) -> dict[str, Any]:
+    """A record in the published format; the first question begins with `prefix` or image tags."""
     images = list(images)
     opening = prefix or "\n".join([IMAGE_TAG] * len(images))
     opening += "\n" if opening else ""
@@ -75,7 +58,7 @@ def make_record(
         question = opening + turn.question if number == 0 else turn.question
         conversations.append({"role": "user", "content": question})
         conversations.append({"role": "assistant", "content": turn.answer})
-    record: dict = {"conversations": conversations}
+    record: dict[str, Any] = {"conversations": conversations}
     if images:
         record["image"] = ", ".join(images)
     if with_types:
@@ -93,15 +76,15 @@ def text_conversations(
     num_turns: int = 8,
     character_share: float = CHARACTER_SHARE,
     caption_share: float = 0.0,
-) -> Iterator[dict]:
-    """Conversations about scenes told in words, with the questions that pictures get.
+) -> Iterator[dict[str, Any]]:
+    """Conversations about scenes described in words, with the questions that pictures get.
 
-    For a language model that shall answer them before it sees any picture. No held-out pair or
-    scene occurs in the split "train".
+    They train a language model to answer such questions before it sees any picture. No held-out
+    pair or scene occurs in the split "train".
 
     Args:
         num: how many records to yield.
-        styles: see `synthetic_text.describe`; drawn at random for each record.
+        styles: see `text.scene_in_words`; drawn at random for each record.
         character_share: of the scenes with room hold a letter or digit.
         caption_share: of the records also ask for a caption, at the end.
     Raises:
@@ -111,10 +94,10 @@ def text_conversations(
         rng = scene_rng(split, seed, f"text {index}")
         scene = sample_scene(rng, split=split, character_share=character_share)
         language = rng.choice(languages)
-        told = describe(scene, rng, language=language, style=rng.choice(styles))
+        words = scene_in_words(scene, rng, language=language, style=rng.choice(styles))
         turns = scene_turns(scene, rng, language=language, num_turns=num_turns)
         turns += _last_turns(scene, rng, language, caption_share)
-        yield make_record(turns, prefix=told, with_types=split == "heldout")
+        yield make_record(turns, prefix=words, with_types=split == "heldout")
 
 
 def _last_turns(
@@ -124,8 +107,9 @@ def _last_turns(
     caption_share: float,
     list_share: float = 0.0,
     num_listed: int = NUM_LISTED,
-) -> list[Turn]:
-    """Requests for a caption and a list, each with its chance; none is drawn where it is zero."""
+) -> list[QuestionAnswer]:
+    """Requests for a caption and a list, each with its probability; a share of zero draws no
+    random number, so that it changes no other text."""
     turns = []
     if caption_share and rng.random() < caption_share:
         turns.append(caption_turn(scene, rng, language=language))
@@ -134,12 +118,14 @@ def _last_turns(
     return turns
 
 
-def retold_scenes(num: int, *, seed: int, split: str, languages: tuple[str, ...]) -> Iterator[dict]:
-    """Plain texts that tell of a scene over and over, see `synthetic_text.retell`."""
+def restated_scenes(
+    num: int, *, seed: int, split: str, languages: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    """Plain texts that name a scene's shapes again and again, see `text.restate`."""
     for index in range(num):
         rng = scene_rng(split, seed, f"retold {index}")
         scene = sample_scene(rng, split=split, character_share=0)
-        yield {"text": retell(scene, rng, language=rng.choice(languages))}
+        yield {"text": restate(scene, rng, language=rng.choice(languages))}
 
 
 def blind_conversations(
@@ -150,7 +136,7 @@ def blind_conversations(
     languages: tuple[str, ...],
     num_turns: int,
     character_share: float,
-) -> Iterator[dict]:
+) -> Iterator[dict[str, Any]]:
     """The questions that pictures get, about pictures that are not shown."""
     for index in range(num):
         rng = scene_rng(split, seed, f"blind {index}")
@@ -160,8 +146,8 @@ def blind_conversations(
 
 
 def sample_text(num: int, *, seed: int = 0) -> Iterator[str]:
-    """What the training split says about `num` scenes told in words, a message at a time, under
-    its role as the chat format writes it."""
+    """The messages about `num` scenes of the training split that are described in words, each
+    behind its role as the chat format writes it."""
     for record in text_conversations(num, seed=seed, styles=("sentences", "table")):
         for message in record["conversations"]:
             yield f"{message['role']}\n{message['content']}"
@@ -184,8 +170,8 @@ def write_dataset(
     num_listed: int = NUM_LISTED,
     num_blind: int = 0,
     num_retold: int = 0,
-) -> Counter:
-    """Write a split as described at the top of this file.
+) -> Counter[str]:
+    """Write the files of a split, see `python -m dataset.synthetic --help`.
 
     A record file appears under its name only when it is whole, after the pictures.
 
@@ -195,73 +181,110 @@ def write_dataset(
         ValueError: an argument out of its range.
         OSError: the folder cannot be written.
     """
-    options = {"languages": languages, "num_turns": num_turns, "split": split, "seed": seed}
+    options = RecordOptions(split, seed, languages, num_turns, character_share)
+    last = LastTurns(caption_share, list_share, num_listed)
     images = out / f"{split}_images"
     images.mkdir(parents=True, exist_ok=True)
-    comparable, records, captions = [], [], []
+    pictures = []
     for index in tqdm(range(num_images), desc=f"{split} pictures", disable=None):
-        rng = scene_rng(split, seed, index)
-        is_combination = split == "heldout" and index % COMBINATION_EVERY == COMBINATION_EVERY - 1
-        scene = sample_scene(
-            rng, split=split, is_combination=is_combination, character_share=character_share
-        )
-        name = f"{split}_{index:06d}.png"
-        draw_scene(scene, image_size=image_size).save(images / name)
-        language = rng.choice(languages)
-        if is_combination:
-            turns = combination_turns(scene, rng, language=language)[:num_turns]
-        else:
-            turns = scene_turns(scene, rng, language=language, num_turns=num_turns)
-            turns += _last_turns(scene, rng, language, caption_share, list_share, num_listed)
-            comparable.append((name, scene))
-        records.append(make_record(turns, images=[name], with_types=split == "heldout"))
-        told = [caption_turn(scene, rng, language=language)]
-        captions.append(make_record(told, images=[name]))
-    asked = options | {"character_share": character_share}
-    records += blind_conversations(num_blind, **asked)
-    texts = list(text_conversations(num_text, caption_share=caption_share, **asked))
-    texts += retold_scenes(num_retold, seed=seed, split=split, languages=languages)
+        pictures.append(_make_picture(index, options, last))
+        draw_scene(pictures[-1].scene, image_size=image_size).save(images / pictures[-1].name)
+    records = [picture.record for picture in pictures]
+    records += blind_conversations(num_blind, **vars(options))
+    texts = list(text_conversations(num_text, caption_share=caption_share, **vars(options)))
+    texts += restated_scenes(num_retold, seed=seed, split=split, languages=languages)
     files = {
-        "_captions": captions,
-        "_pairs": _pair_records(comparable, num_pairs, **options),
+        "_captions": [picture.caption for picture in pictures],
+        "_pairs": _pair_records([p for p in pictures if not p.is_combination], num_pairs, options),
         "_text": texts,
         "": records,
     }
-    counts: Counter = Counter()
+    counts: Counter[str] = Counter()
     for suffix, rows in files.items():
         counts += _write_jsonl(out / f"{split}{suffix}.jsonl", rows)
     return counts
 
 
+@dataclass(frozen=True)
+class RecordOptions:
+    """What the records of a split are about, in which languages, and how long they are."""
+
+    split: str
+    seed: int
+    languages: tuple[str, ...]
+    num_turns: int
+    character_share: float
+
+
+@dataclass(frozen=True)
+class LastTurns:
+    """How often a picture's record ends with a caption and a list, and how long the list is."""
+
+    caption_share: float
+    list_share: float
+    num_listed: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A scene with its file's name and its two records."""
+
+    name: str
+    scene: Scene
+    is_combination: bool
+    record: dict[str, Any]
+    caption: dict[str, Any]
+
+
+def _make_picture(index: int, options: RecordOptions, last: LastTurns) -> Picture:
+    split = options.split
+    rng = scene_rng(split, options.seed, index)
+    is_combination = split == "heldout" and index % COMBINATION_EVERY == COMBINATION_EVERY - 1
+    scene = sample_scene(
+        rng, split=split, is_combination=is_combination, character_share=options.character_share
+    )
+    name = f"{split}_{index:06d}.png"
+    language = rng.choice(options.languages)
+    if is_combination:
+        turns = combination_turns(scene, rng, language=language)[: options.num_turns]
+    else:
+        turns = scene_turns(scene, rng, language=language, num_turns=options.num_turns)
+        turns += _last_turns(
+            scene, rng, language, last.caption_share, last.list_share, last.num_listed
+        )
+    record = make_record(turns, images=[name], with_types=split == "heldout")
+    caption = make_record([caption_turn(scene, rng, language=language)], images=[name])
+    return Picture(name, scene, is_combination, record, caption)
+
+
 def _pair_records(
-    scenes: list[tuple[str, Scene]],
-    num_pairs: int,
-    *,
-    seed: int,
-    split: str,
-    languages: tuple[str, ...],
-    num_turns: int,
-) -> Iterator[dict]:
-    if num_pairs and len(scenes) < 2:
-        raise ValueError(f"pairs need two pictures at least; got {len(scenes)}: raise --num_images")
+    pictures: list[Picture], num_pairs: int, options: RecordOptions
+) -> Iterator[dict[str, Any]]:
+    if num_pairs and len(pictures) < 2:
+        raise ValueError(
+            f"pairs need two pictures at least; got {len(pictures)}: raise --num_images"
+        )
     for index in range(num_pairs):
-        rng = scene_rng(split, seed, f"pair {index}")
+        rng = scene_rng(options.split, options.seed, f"pair {index}")
         for _ in range(MAX_PAIR_TRIES):
-            (name, first), (other, second) = rng.sample(scenes, 2)
-            turns = pair_turns(first, second, rng, language=rng.choice(languages))[:num_turns]
-            if turns:
-                yield make_record(turns, images=[name, other], with_types=split == "heldout")
+            first, second = rng.sample(pictures, 2)
+            language = rng.choice(options.languages)
+            turns = pair_turns(first.scene, second.scene, rng, language=language)
+            if turns := turns[: options.num_turns]:
+                images = [first.name, second.name]
+                yield make_record(turns, images=images, with_types=options.split == "heldout")
                 break
         else:
             raise ValueError(
-                f"no two of the {len(scenes)} pictures differ in what a pair asks for; "
+                f"no two of the {len(pictures)} pictures differ in what a pair asks for; "
                 "raise --num_images or set --num_pairs 0"
             )
 
 
-def _write_jsonl(path: Path, records: Iterable[dict]) -> Counter:
+def _write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> Counter[str]:
     """Write records, whole or not at all (none: no file); returns the questions per type."""
-    counts, partial = Counter(), path.with_name(path.name + ".part")
+    counts: Counter[str] = Counter()
+    partial = path.with_name(path.name + ".part")
     with open(partial, "w", encoding="utf-8", newline="\n") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from random import Random
 
+RGB = tuple[int, int, int]  # 0 to 255 each
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 COLOURS = {
     "red": (214, 39, 40),
@@ -58,8 +59,8 @@ CENTRE_JITTER = 0.02
 MAX_ANGLE_DEGREES = 12.0
 COLOUR_JITTER = 10  # of 255, per channel
 MIN_CONTRAST = 95.0  # distance in RGB between a shape and the ground
-MIN_NAMELESS = 50.0  # distance in RGB between a colour without a name and every one with
-UNTOLD = ""  # in place of a word that nothing shall be learnt of
+MIN_NAMELESS = 50.0  # distance in RGB between a colour without a name and every named one
+LEFT_OUT = ""  # in place of a colour or shape that the text shall not name
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Item:
     y: float
     radius: float
     angle: float  # degrees
-    rgb: tuple[int, int, int]
+    rgb: RGB
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Scene:
 
 
 def scene_key(scene: Scene) -> str:
-    """What a scene shows, as text: what stands where, how big, how textured, on what ground."""
+    """What a scene shows, as text: each shape with its place, size and texture, and the ground."""
     items = sorted(f"{i.colour} {i.shape} {i.place} {i.size} {i.texture}" for i in scene.items)
     character = f"{scene.character} {scene.character_place}"
     return "; ".join([*items, character, f"{scene.ground} {scene.ground_texture}"])
@@ -173,29 +174,33 @@ def _make_item(rng: Random, colour: str, shape: str, place: str) -> Item:
         y=0.25 + 0.5 * row + rng.uniform(-CENTRE_JITTER, CENTRE_JITTER),
         radius=SIZES[size] * rng.uniform(0.93, 1.02),
         angle=rng.uniform(-MAX_ANGLE_DEGREES, MAX_ANGLE_DEGREES),
-        rgb=tuple(
-            min(255, max(0, channel + rng.randint(-COLOUR_JITTER, COLOUR_JITTER)))
-            for channel in COLOURS[colour]
-        ),
+        rgb=_jitter(rng, COLOURS[colour]),
     )
 
 
+def _jitter(rng: Random, rgb: RGB) -> RGB:
+    red, green, blue = (
+        min(255, max(0, channel + rng.randint(-COLOUR_JITTER, COLOUR_JITTER))) for channel in rgb
+    )
+    return red, green, blue
+
+
 def recolour(scene: Scene, rng: Random) -> Scene:
-    """The scene with a random colour for each shape that has no name in this world."""
+    """The scene with each shape in a random colour that no word of the sample world names."""
     ground = GROUNDS[scene.ground]
 
-    def is_fit(rgb: tuple[int, ...]) -> bool:
+    def is_fit(rgb: RGB) -> bool:
         is_nameless = all(math.dist(rgb, named) >= MIN_NAMELESS for named in COLOURS.values())
         return is_nameless and math.dist(rgb, ground) >= MIN_CONTRAST
 
     items = []
     for item in scene.items:
-        while not is_fit(rgb := tuple(rng.randrange(256) for _ in range(3))):
+        while not is_fit(rgb := (rng.randrange(256), rng.randrange(256), rng.randrange(256))):
             pass
-        items.append(replace(item, colour=UNTOLD, rgb=rgb))
+        items.append(replace(item, colour=LEFT_OUT, rgb=rgb))
     return replace(scene, items=tuple(items))
 
 
 def hide_shapes(scene: Scene) -> Scene:
-    """The scene to tell of without a word of its shapes."""
-    return replace(scene, items=tuple(replace(item, shape=UNTOLD) for item in scene.items))
+    """The scene with its shapes left out of the text; drawing it needs the original."""
+    return replace(scene, items=tuple(replace(item, shape=LEFT_OUT) for item in scene.items))

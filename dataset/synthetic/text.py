@@ -1,20 +1,21 @@
-"""Owns what is said about scenes of the sample world, in English and Chinese.
+"""Owns the texts about scenes of the sample world, in English and Chinese.
 
-The questions of a record are put so that no answer can be read from the turns before it: the
-number is asked before anything is named, the one place that is asked for is named nowhere else,
-and of a shape is asked only what none of its questions name.
+No answer of a record can be read from the turns before it:
+1. the number of shapes is asked first, before any shape is named;
+2. at most one question asks for a place, and no other question names that place;
+3. a question asks for a shape's colour or shape only if no question about it names that.
 """
 
 from dataclasses import dataclass
 from random import Random
 
-from dataset.synthetic.scenes import CHARACTERS, COLOURS, PLACES, SHAPES, UNTOLD, Item, Scene
+from dataset.synthetic.scenes import CHARACTERS, COLOURS, LEFT_OUT, PLACES, SHAPES, Item, Scene
 
 LANGUAGES = ("en", "zh")
-PLACE_TURN_SHARE = 0.8  # of the records ask for a place; the same share asks for the number
-MAX_PIECES = 3  # how often at most a shape is told of in pieces
-NUM_RETOLD = 12  # pieces of a scene told over and over
-NUM_LISTED = 10  # pieces where a picture's shapes are listed over and over
+PLACE_TURN_SHARE = 0.8  # of the records ask for a place; as many ask for the number
+MAX_PIECES = 3  # how often the style "pieces" names a shape at most
+NUM_RESTATED = 12  # pieces of a text that repeats a scene's shapes
+NUM_LISTED = 10  # pieces of the answer that lists a picture's shapes again and again
 STYLES = ("sentences", "table", "pieces")
 
 # What a uniform guess among the type's answers scores.
@@ -93,8 +94,8 @@ QUESTIONS = {
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A question, its only right answer, and its type (a key of `CHANCE`, "caption" or "list")."""
+class QuestionAnswer:
+    """A turn: question, its only right answer, its type (of `CHANCE`, "caption" or "list")."""
 
     question: str
     answer: str
@@ -108,17 +109,17 @@ def word(name: str, language: str) -> str:
 
 def ask(
     rng: Random, language: str, type_: str, reference: str | None, *, answer: str, **names: str
-) -> Turn:
+) -> QuestionAnswer:
     """A turn of a type, worded at random; `names` and `answer` are the English words."""
     wording = rng.choice(QUESTIONS[language][type_, reference])
     names = {name: word(value, language) for name, value in names.items()}
     answer = CHINESE.get(answer, answer) if language == "zh" else answer
-    return Turn(wording.format(**names), answer, type_)
+    return QuestionAnswer(wording.format(**names), answer, type_)
 
 
 def scene_turns(
     scene: Scene, rng: Random, *, language: str = "en", num_turns: int = 8
-) -> list[Turn]:
+) -> list[QuestionAnswer]:
     """Up to `num_turns` questions about a scene, each with exactly one right answer."""
     turns = []
     if rng.random() < PLACE_TURN_SHARE:
@@ -142,23 +143,25 @@ def scene_turns(
     return (turns + others)[:num_turns]
 
 
-def item_turns(item: Item, rng: Random, *, language: str, reference: str) -> list[Turn]:
-    """What can be asked about a shape named by its place, shape, colour, both, or as the only
-    one: its colour and its shape, as far as the name does not tell."""
+def item_turns(item: Item, rng: Random, *, language: str, reference: str) -> list[QuestionAnswer]:
+    """Questions about a shape that is named by its place, its shape, its colour, both, or as the
+    only one: those for its colour and its shape that the name does not answer."""
     types = [t for t in ("shape", "colour") if reference not in (t, "both")]
     return [_item_turn(item, rng, language, t, reference) for t in types]
 
 
-def combination_turns(scene: Scene, rng: Random, *, language: str = "en") -> list[Turn]:
+def combination_turns(scene: Scene, rng: Random, *, language: str = "en") -> list[QuestionAnswer]:
     """Shape and colour of the one shape that is of a held-out pair (the scene's first)."""
     reference = "only" if len(scene.items) == 1 else "place"
     turns = item_turns(scene.items[0], rng, language=language, reference=reference)
     rng.shuffle(turns)
-    return [Turn(turn.question, turn.answer, "combination") for turn in turns]
+    return [QuestionAnswer(turn.question, turn.answer, "combination") for turn in turns]
 
 
-def pair_turns(first: Scene, second: Scene, rng: Random, *, language: str = "en") -> list[Turn]:
-    """Questions that compare two pictures; the answers are equally often the first and second.
+def pair_turns(
+    first: Scene, second: Scene, rng: Random, *, language: str = "en"
+) -> list[QuestionAnswer]:
+    """Questions that compare two pictures; each of the two is the answer equally often.
 
     Where a question has no single answer (as many shapes in both) it is left out.
     """
@@ -190,7 +193,9 @@ def _references(item: Item, scene: Scene) -> list[str]:
     return ["place", *unique]
 
 
-def _item_turn(item: Item, rng: Random, language: str, type_: str, reference: str) -> Turn:
+def _item_turn(
+    item: Item, rng: Random, language: str, type_: str, reference: str
+) -> QuestionAnswer:
     names = {"place": item.place, "shape": item.shape, "colour": item.colour}
     answer = item.place if type_ == "position" else names[type_]
     return ask(rng, language, type_, reference, answer=answer, **names)
@@ -212,19 +217,19 @@ def caption(scene: Scene, rng: Random, *, language: str = "en") -> str:
     return text + (f" The picture also shows {scene.character}." if scene.character else "")
 
 
-def caption_turn(scene: Scene, rng: Random, *, language: str = "en") -> Turn:
+def caption_turn(scene: Scene, rng: Random, *, language: str = "en") -> QuestionAnswer:
     """A request to describe the picture, and its caption."""
     return ask(rng, language, "caption", None, answer=caption(scene, rng, language=language))
 
 
 def list_turn(
     scene: Scene, rng: Random, *, language: str = "en", num_listed: int = NUM_LISTED
-) -> Turn:
+) -> QuestionAnswer:
     """A request to list the shapes over and over, and the list.
 
-    Most of its words follow from the picture and the words just before: "red" is said of one
-    shape, so its name or place comes next. That teaches to look up what belongs together far more
-    often than questions do, each of which has but one word to learn from.
+    Most words of the list follow from the picture and the word before: after "red" comes the
+    shape or the place of the red shape. So an answer has many target tokens that need such a
+    look-up, where the answer to a question has one.
     """
     pieces = [
         _piece(rng.choice(scene.items), rng, language, with_size=False) for _ in range(num_listed)
@@ -241,13 +246,15 @@ def _phrase(item: Item, language: str) -> str:
     return f"a {size} {texture}{colour} {shape} at the {place}"
 
 
-def describe(scene: Scene, rng: Random, *, language: str = "en", style: str = "sentences") -> str:
-    """A scene in words, to stand where a picture would.
+def scene_in_words(
+    scene: Scene, rng: Random, *, language: str = "en", style: str = "sentences"
+) -> str:
+    """A description of a scene, to stand where a picture would.
 
     Args:
-        style: "sentences" is a caption; "table" says for each quadrant what is in it; "pieces"
-            tells of every shape once or more, in any order and with its words in any order, as
-            a picture does whose patches each show some of it.
+        style: "sentences" is a caption; "table" has a line for each quadrant; "pieces" names
+            every shape once or more, in random order and with its words in random order, as
+            each patch of a picture shows a part of it.
     Raises:
         ValueError: an unknown style.
     """
@@ -266,9 +273,9 @@ def _table(scene: Scene, language: str) -> str:
     for place in PLACES:
         if place in content:
             item = content[place]
-            names = [n for n in (item.size, item.colour, item.shape) if n != UNTOLD]
+            names = [n for n in (item.size, item.colour, item.shape) if n != LEFT_OUT]
             words = gap.join(word(n, language) for n in names)
-        elif place == scene.character_place:
+        elif scene.character is not None and place == scene.character_place:
             words = scene.character
         else:
             words = word("nothing", language)
@@ -279,7 +286,7 @@ def _table(scene: Scene, language: str) -> str:
 def _pieces(scene: Scene, rng: Random, language: str) -> str:
     items = [item for item in scene.items for _ in range(rng.randint(1, MAX_PIECES))]
     pieces = [_piece(item, rng, language) for item in items]
-    if scene.character is not None:
+    if scene.character is not None and scene.character_place is not None:
         gap = " " if language == "en" else ""
         pieces.append(gap.join((word(scene.character_place, language), scene.character)))
     rng.shuffle(pieces)
@@ -298,11 +305,11 @@ def _piece(item: Item, rng: Random, language: str, *, with_size: bool = True) ->
     return (" " if language == "en" else "").join(word(name, language) for name in names)
 
 
-def retell(scene: Scene, rng: Random, *, language: str = "en") -> str:
-    """A scene's shapes told of again and again, each time in another order of words.
+def restate(scene: Scene, rng: Random, *, language: str = "en") -> str:
+    """A text that names a scene's shapes again and again, the words of each in random order.
 
-    Whoever predicts the next word here has to find what was said of the same shape before: the
-    skill that every question about a scene takes.
+    To predict the next word, a model has to look up the earlier mention of the same shape; so it
+    has to for every question about a scene.
     """
-    pieces = [_piece(rng.choice(scene.items), rng, language) for _ in range(NUM_RETOLD)]
+    pieces = [_piece(rng.choice(scene.items), rng, language) for _ in range(NUM_RESTATED)]
     return _join(pieces, language)

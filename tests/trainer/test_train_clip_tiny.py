@@ -1,6 +1,5 @@
-"""The tiny tower's training: its scenes, its pixels, and the folder it writes."""
+"""The tiny tower's training: its losses, its pixels, and the folder it writes."""
 
-import math
 import os
 import re
 import signal
@@ -14,79 +13,20 @@ import torch
 from conftest import ROOT, script_environment
 from PIL import Image
 
-from dataset.synthetic.scenes import COLOURS, GROUNDS, SHAPES, recolour, sample_scene
-from model.model_vlm import MiniMindVLM
-from model.vision_tower import count_image_tokens
-from model.vlm_processor import load_tokenizer
-from trainer import train_clip_tiny
-from trainer.train_clip_tiny import (
-    UNNAMED,
+from dataset.synthetic.clip_data import (
     WORDS,
     Scenes,
     encode,
     encode_words,
     name_patches,
     pad_ids,
-    preprocess,
-    word_loss,
 )
-
-
-def test_scenes_are_of_the_training_split_and_repeatable():
-    tokenizer = load_tokenizer()
-    scenes = Scenes(10, seed=3, tokenizer=tokenizer)
-    for first, again in zip(scenes[0], scenes[0], strict=True):
-        assert torch.equal(first, again)
-    picture, ids, names = scenes[9]
-    assert picture.shape == (3, 96, 96) and names.shape == (len(WORDS), 196)
-    assert tokenizer.decode(ids).endswith("<|endoftext|>")  # where CLIP reads the text
-    assert not torch.equal(picture, scenes[0][0])
-    with pytest.raises(IndexError):
-        scenes[10]
-
-
-def test_a_scene_teaches_colours_or_shapes_never_which_come_together():
-    tokenizer = load_tokenizer()
-    lists, said = list(WORDS), []
-    for _, ids, names in Scenes(20, seed=1, tokenizer=tokenizer):
-        kinds = {k for k in ("colour", "shape") if (names[lists.index(k)] != UNNAMED).any()}
-        text = tokenizer.decode(ids)
-        told = {
-            kind
-            for kind, words in (("colour", COLOURS), ("shape", SHAPES))
-            if any(word in text for word in words)
-        }
-        assert kinds == told and len(kinds) == 1
-        said += kinds
-    assert set(said) == {"colour", "shape"}
-
-
-def test_shapes_are_taught_in_colours_without_a_name():
-    rng = Random(0)
-    for _ in range(100):
-        scene = sample_scene(rng)
-        shown = recolour(scene, rng)
-        assert [i.shape for i in shown.items] == [i.shape for i in scene.items]
-        for item in shown.items:
-            assert all(math.dist(item.rgb, named) >= 50 for named in COLOURS.values())
-            assert math.dist(item.rgb, GROUNDS[scene.ground]) >= 95
-
-
-def test_patches_are_named_by_what_they_show():
-    lists = list(WORDS)
-    for seed in range(50):
-        scene = sample_scene(Random(seed), character_share=0.5)
-        names = name_patches(scene).reshape(len(WORDS), 14, 14)
-        for item in scene.items:
-            at = (int(item.y * 14), int(item.x * 14))  # the patch at the shape's middle
-            for kind in ("colour", "shape", "place", "size", "texture"):
-                said = WORDS[kind][names[(lists.index(kind), *at)]]
-                assert said == getattr(item, kind)
-            assert names[(lists.index("count"), *at)] == UNNAMED
-        assert WORDS["count"][names[lists.index("count"), 0, 0]].startswith(str(len(scene.items)))
-        assert names[lists.index("shape"), 0, 0] == UNNAMED
-        has_character = (names[lists.index("character")] != UNNAMED).any()
-        assert has_character == (scene.character is not None)
+from dataset.synthetic.scenes import sample_scene
+from model.model_vlm import MiniMindVLM
+from model.vision_tower import count_image_tokens
+from model.vlm_processor import load_tokenizer
+from trainer import train_clip_tiny
+from trainer.train_clip_tiny import preprocess, word_loss
 
 
 def test_the_text_half_reads_a_text_at_its_end():

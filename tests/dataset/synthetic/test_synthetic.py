@@ -31,8 +31,8 @@ from dataset.synthetic.text import (
     CHANCE,
     QUESTIONS,
     STYLES,
-    describe,
     pair_turns,
+    scene_in_words,
     scene_turns,
     word,
 )
@@ -218,7 +218,7 @@ def test_pair_questions_have_the_recorded_answer_and_are_balanced(language):
                 kind = "more"
             else:
                 assert fits == [is_first, not is_first]
-                kind = f"named, first has more: {more}"  # more shapes must not tell
+                kind = f"named, first has more: {more}"  # the number of shapes must be no hint
             first_is[kind, is_first] += 1
     for kind in {kind for kind, _ in first_is}:
         first, second = first_is[kind, True], first_is[kind, False]
@@ -290,13 +290,13 @@ def test_the_centre_of_a_plain_shape_has_its_colour():
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_described_scene_names_every_shape(style, language):
     for seed, scene in enumerate(scenes(100)):
-        text = describe(scene, Random(seed), language=language, style=style)
+        text = scene_in_words(scene, Random(seed), language=language, style=style)
         for item in scene.items:
             assert word(item.colour, language) in text and word(item.shape, language) in text
         if scene.character:
             assert scene.character in text
     with pytest.raises(ValueError, match="style"):
-        describe(scene, Random(0), style="poem")
+        scene_in_words(scene, Random(0), style="poem")
 
 
 @pytest.mark.parametrize(("which", "folder"), [(1, "eval_images"), (2, "eval_multi_images")])
@@ -346,12 +346,12 @@ def test_blind_retold_and_captioned_records(tmp_path):
         assert first == first.strip() and "<image>" not in first
     assert all(r["conversations"][-2]["content"] in captions_asked() for r in shown)
     texts = read_jsonl(tmp_path / "train_text.jsonl")
-    retold = [r["text"] for r in texts if "text" in r]
-    assert len(texts) == 60 and len(retold) == 40
-    for text in retold:
+    restated = [r["text"] for r in texts if "text" in r]
+    assert len(texts) == 60 and len(restated) == 40
+    for text in restated:
         pieces = text.replace("，", ", ").split(", ")
         assert len(pieces) == 12 and len({len(p) for p in pieces}) > 1
-    assert any("red" in t for t in retold) and any("红色" in t for t in retold)
+    assert any("red" in t for t in restated) and any("红色" in t for t in restated)
 
 
 @pytest.mark.parametrize("share, is_told", [("0", False), ("1", True)])
@@ -372,9 +372,9 @@ def test_lists_name_what_belongs_together(tmp_path):
     assert command.main(argv) == 0
     for index, record in enumerate(read_jsonl(tmp_path / "train.jsonl")):
         scene = sample_scene(synthetic.scene_rng("train", 0, index), character_share=0.3)
-        told = record["conversations"][-1]["content"]
-        language = "en" if told.isascii() else "zh"
-        pieces = told.split(", " if language == "en" else "，")
+        listed = record["conversations"][-1]["content"]
+        language = "en" if listed.isascii() else "zh"
+        pieces = listed.split(", " if language == "en" else "，")
         belong = [{word(n, language) for n in (item.colour, item.shape, item.place)}
                   for item in scene.items]  # fmt: skip
         assert len(pieces) == 10
