@@ -228,7 +228,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor]:
         """Returns hidden states (B, T, D), or (N, D) at `output_positions`, and the aux loss.
 
-        Keys and values are computed at every position. A dense layer computes the rest at
+        Attention is computed at every position. A dense layer computes what follows it at
         `output_positions` only. An MoE layer selects them last: its load-balance loss needs the
         routing of every token of a sequence.
         """

@@ -207,17 +207,23 @@ class VLMProcessor:
                 f"{len(images)} image(s) but {num_found} placeholder(s) after tokenizing"
             )
         is_truncated = max_length is not None and len(input_ids) > max_length
-        if is_truncated:
-            whole = int(mask[:max_length].sum()) // len(self.image_ids)
-            if mask[:max_length].sum() % len(self.image_ids):  # back to the cut image's start
-                max_length = int(mask.nonzero()[whole * len(self.image_ids)])
-            input_ids, mask, images = input_ids[:max_length], mask[:max_length], images[:whole]
+        if max_length is not None and is_truncated:
+            length, num_images = self._cut(mask, max_length)
+            input_ids, mask, images = input_ids[:length], mask[:length], images[:num_images]
         return {
             "input_ids": input_ids,
             "image_mask": mask,
             "pixel_values": self.pixel_values(images),
             "is_truncated": is_truncated,
         }
+
+    def _cut(self, mask: Tensor, max_length: int) -> tuple[int, int]:
+        """How many tokens and images of a (T,) image mask fit into `max_length` tokens."""
+        num_image_tokens = int(mask[:max_length].sum())
+        num_images, rest = divmod(num_image_tokens, len(self.image_ids))
+        if rest:  # back to where the image that would be cut begins
+            max_length = int(mask.nonzero()[num_images * len(self.image_ids)])
+        return max_length, num_images
 
     def pixel_values(self, images: Sequence[Picture] | Tensor) -> Tensor:
         """Preprocess pictures: (I, 3, S, S) float32; (0, 3, S, S) for none.

@@ -47,15 +47,20 @@ def find_weight(
                     f"several weights fit {name!r} in {folder}: "
                     f"{', '.join(p.name for p in found)}; choose one by --hidden_size and --use_moe"
                 )
-    present = sorted({p.name for folder in folders for p in folder.glob("*.pth")})
     wanted = weight_stem(name, hidden_size=hidden_size or 512, use_moe=bool(use_moe)) + ".pth"
+    raise _not_found(name, wanted, folders)
+
+
+def _not_found(name: str, wanted: str, folders: list[Path]) -> FileNotFoundError:
+    """The error for a weight that is in none of the folders; it lists what is there."""
+    present = sorted({p.name for folder in folders for p in folder.glob("*.pth")})
     ways_out = {
         "llm": "fetch it by `python dataset/download.py llm_512`, make it by trainer/train_llm.py",
         "pretrain_vlm": "make it by trainer/train_pretrain_vlm.py",
         "sft_vlm": "make it by trainer/train_sft_vlm.py",
     }
     way_out = ways_out.get(name, "make it first")
-    raise FileNotFoundError(
+    return FileNotFoundError(
         f"no weight {wanted} in {' or '.join(str(f) for f in folders)} (there: "
         f"{', '.join(present) or 'no weights'}); {way_out}, or name its path"
     )
