@@ -1,1 +1,1 @@
-"""The model: language model, vision tower, fusion, processor, weights and inference."""
+"""The model: language model, vision tower, image fusion and processor."""

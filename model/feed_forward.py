@@ -33,7 +33,7 @@ class FeedForward(nn.Module):
 
 
 class MoEGate(nn.Module):
-    """Router: which experts a token goes to, with what weight, and how evenly."""
+    """Router: which experts a token goes to, with what weight, and the load-balance loss."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -56,9 +56,10 @@ class MoEGate(nn.Module):
         )
 
     def _imbalance(self, probs: Tensor, top_ids: Tensor, token_mask: Tensor | None) -> Tensor:
-        """E * (share of routed slots) . (mean router probability), mean over sequences.
+        """E * sum_i f_i * P_i, averaged over sequences: 1 when the experts are evenly used.
 
-        1 when perfectly even. Padding does not count; a sequence of padding only adds 0.
+        f_i is the fraction of routed slots that go to expert i, P_i the mean router probability
+        of expert i. Padding is left out of both; a sequence that is all padding adds 0.
         Source: Fedus et al., "Switch Transformers" (2021), per sequence as in DeepSeek-V2 (2024).
         """
         if token_mask is None:
@@ -69,9 +70,9 @@ class MoEGate(nn.Module):
         if not self.config.seq_aux:  # the whole batch counts as one sequence
             slots, probs, token_mask = (t.flatten(0, 1)[None] for t in (slots, probs, token_mask))
         num_tokens = token_mask.sum(1)  # (B, 1)
-        share = slots.sum(1) / (num_tokens * top_ids.shape[-1]).clamp(min=1)
+        fraction = slots.sum(1) / (num_tokens * top_ids.shape[-1]).clamp(min=1)
         mean_prob = probs.sum(1) / num_tokens.clamp(min=1)
-        per_sequence = probs.shape[-1] * (share * mean_prob).sum(-1)  # (B,)
+        per_sequence = probs.shape[-1] * (fraction * mean_prob).sum(-1)  # (B,)
         return per_sequence.sum() / (num_tokens > 0).sum().clamp(min=1)
 
 
@@ -82,6 +83,7 @@ class MoEFeedForward(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
         self.gate = MoEGate(config)
+        self.act = ACT2FN[config.hidden_act]
         self.shared_experts = nn.ModuleList(
             FeedForward(config) for _ in range(config.n_shared_experts)
         )
@@ -90,7 +92,7 @@ class MoEFeedForward(nn.Module):
     def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         top_ids, top_probs, aux_loss = self.gate(hidden, token_mask)
         device_type, dtype = hidden.device.type, hidden.dtype
-        # Stacked products are not all on autocast's list of operations: cast for them.
+        # Not every product of stacked matrices is an autocast operation: cast them here.
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         names = ("gate_proj", "up_proj", "down_proj")
@@ -99,40 +101,44 @@ class MoEFeedForward(nn.Module):
             for name in names
         ]
         is_grouped = has_grouped_mm(hidden.device, dtype, tuple(stacked[0].shape[1:]))
-        route = self._grouped if is_grouped else self._every_expert
+        run_experts = self._grouped if is_grouped else self._every_expert
         tokens = hidden.flatten(0, 1).to(dtype)
-        mixed = route(tokens, top_ids.flatten(0, 1), top_probs.flatten(0, 1).to(dtype), stacked)
+        probs = top_probs.flatten(0, 1).to(dtype)
+        mixed = run_experts(tokens, top_ids.flatten(0, 1), probs, stacked)
         mixed = F.dropout(mixed, self.dropout, self.training).view_as(hidden)
         for expert in self.shared_experts:
             mixed = mixed + expert(hidden, token_mask)[0]
         return mixed, aux_loss
 
-    def _grouped(self, tokens: Tensor, ids: Tensor, weights: Tensor, stacked: list) -> Tensor:
-        """Sort the routed rows by expert and multiply them group by group.
+    def _grouped(self, tokens: Tensor, ids: Tensor, probs: Tensor, stacked: list[Tensor]) -> Tensor:
+        """Sort the routed rows by expert, then multiply each group by its expert's matrices.
 
-        The group sizes stay on the device, so nothing waits for the host. Rows are first
-        repeated, then permuted: both have a deterministic gradient, unlike a gather with repeats.
+        The group sizes stay on the device, so there is no host sync. Rows are first repeated, then
+        permuted: both have a deterministic gradient, unlike a gather with repeated indices.
 
         Args:
-            tokens: (B * T, D). ids, weights: (B * T, k). stacked: 3 x (E, in, out).
+            tokens: (B * T, D). ids, probs: (B * T, k). stacked: 3 x (E, in, out).
         """
         num_choices = ids.shape[1]
         order = ids.flatten().argsort(stable=True)
         counts = F.one_hot(ids.flatten(), len(self.experts)).sum(0)
         ends = counts.cumsum(0).to(torch.int32)  # (E,) where each expert's rows end
         rows = tokens[:, None].expand(-1, num_choices, -1).flatten(0, 1)[order]  # (S, D)
-        # An expert without a row gets no gradient: kernels leave its share of memory as it was
-        # (PyTorch issue 172439), and that may be NaN.
+        # An expert without rows is detached: the backward kernels would leave its gradient
+        # uninitialised, possibly NaN (PyTorch issue 172439).
         has_rows = (counts > 0)[:, None, None]
         gate, up, down = (torch.where(has_rows, w, w.detach()) for w in stacked)
-        inner = self.experts[0].act(F.grouped_mm(rows, gate, offs=ends))
+        inner = self.act(F.grouped_mm(rows, gate, offs=ends))
         rows = F.grouped_mm(inner * F.grouped_mm(rows, up, offs=ends), down, offs=ends)
-        rows = rows[order.argsort()] * weights.flatten()[:, None]
+        rows = rows[order.argsort()] * probs.flatten()[:, None]
         return rows.view(-1, num_choices, rows.shape[-1]).sum(1)
 
-    def _every_expert(self, tokens: Tensor, ids: Tensor, weights: Tensor, stacked: list) -> Tensor:
+    def _every_expert(
+        self, tokens: Tensor, ids: Tensor, probs: Tensor, stacked: list[Tensor]
+    ) -> Tensor:
         """All experts on all tokens, for devices without grouped products: E / k times the work."""
-        shares = tokens.new_zeros(len(tokens), len(self.experts)).scatter(1, ids, weights)
+        all_probs = tokens.new_zeros(len(tokens), len(self.experts)).scatter(1, ids, probs)
         gate, up, down = stacked
-        inner = self.experts[0].act(tokens @ gate) * (tokens @ up)  # (E, B * T, F)
-        return (shares.T[..., None] * (inner @ down)).sum(0)
+        inner = self.act(tokens @ gate) * (tokens @ up)  # (E, B * T, F)
+        weighted: Tensor = all_probs.T[..., None] * (inner @ down)  # (E, B * T, D)
+        return weighted.sum(0)

@@ -1,4 +1,4 @@
-"""Owns where images stand in a token sequence, and puts their features there.
+"""Owns where images stand in a token sequence, and how their features are put there.
 
 Shapes: B batch, T tokens, n placeholder tokens per image, D hidden, I images of the batch.
 """
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def check_placeholder(image_ids: list[int]) -> None:
-    """Refuse a placeholder whose occurrences could overlap in more than one way.
+    """Refuse a placeholder whose occurrences could overlap.
 
-    Allowed are n times one token (`@` * 196) and sequences without a border, that is without a
-    beginning that is also their end (25 `<` then 25 `>`).
+    Allowed are n times one token (`@` * 196), and sequences without a border: no proper prefix is
+    also a suffix (25 `<` then 25 `>`).
 
     Raises:
         ValueError: the placeholder is empty or ambiguous.
@@ -33,8 +33,8 @@ def check_placeholder(image_ids: list[int]) -> None:
 def placeholder_mask(input_ids: Tensor, image_ids: list[int]) -> Tensor:
     """Which positions are image tokens. Stays on the device, with no host sync.
 
-    A whole run of m equal placeholder ids holds m // n images from its first position on; what
-    is left over is text. A placeholder of several different ids must match exactly.
+    Where the placeholder repeats one id, a run of m such ids holds m // n images from its first
+    position on; the remaining ids are text. Any other placeholder must match as a whole.
 
     Args:
         input_ids: (B, T) integer ids.

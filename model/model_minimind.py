@@ -1,10 +1,11 @@
-"""Owns the MiniMind language model: config, RMSNorm, RoPE, attention, decoder, causal LM.
+"""Owns the MiniMind language model: config, RMSNorm, attention, decoder, causal LM.
 
 Shapes: B batch, T tokens, D hidden, H query heads, K head dim, V vocabulary.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from model.feed_forward import FeedForward, MoEFeedForward, MoEGate
+from model.rope import apply_rope, rope_tables
 
 YARN_FACTOR = 4.0  # `inference_rope_scaling`: four times the 2048 positions of pretraining
 YARN_ORIGINAL_POSITIONS = 2048
@@ -31,8 +32,8 @@ class MiniMindConfig(PreTrainedConfig):
 
     Args:
         intermediate_size: F; None means `64 * ceil(int(hidden_size * 8 / 3) / 64)`.
-        initializer_range: standard deviation of new weights; None means that of `nn.Linear` itself,
-            `(3 * hidden_size) ** -0.5`: a fixed one starves narrow models.
+        initializer_range: standard deviation of new weights; None means that of `nn.Linear`,
+            `(3 * hidden_size) ** -0.5`: a fixed value would be too small for narrow models.
         inference_rope_scaling: YaRN by a factor of 4 over 2048 positions.
         use_moe: experts instead of one MLP; the fields below it are ignored otherwise.
         seq_aux: balance experts within each sequence (True) or over the whole batch.
@@ -71,7 +72,7 @@ class MiniMindConfig(PreTrainedConfig):
         pad_token_id: int = 0,
         tie_word_embeddings: bool = True,
         use_cache: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -98,7 +99,7 @@ class MiniMindConfig(PreTrainedConfig):
         self.use_cache = use_cache
         for derived in ("head_dim", "rope_parameters"):  # follow from the fields above
             kwargs.pop(derived, None)
-        self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
+        self.rope_parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope_theta}
         if inference_rope_scaling:
             self.rope_parameters |= {
                 "rope_type": "yarn",
@@ -107,7 +108,7 @@ class MiniMindConfig(PreTrainedConfig):
                 "attention_factor": 1.0,
             }
         self._check_sizes()
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]  # it takes these four through **kwargs
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
@@ -150,35 +151,9 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(hidden.dtype)
 
 
-def rope_tables(config: MiniMindConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotation angles of positions (B, T): two times (B, T, K/2), float32.
-
-    They are computed where they are used rather than kept as a buffer: a buffer would lose
-    precision in `model.half()`, be broadcast by DDP and come back undefined from the meta device.
-
-    Source: Su et al., "RoFormer" (2021); Peng et al., "YaRN" (2023).
-    """
-    device = position_ids.device
-    if config.rope_parameters["rope_type"] == "default":
-        exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-        inv_freq = 1.0 / config.rope_theta**exponent
-    else:
-        inv_freq_of = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]]
-        inv_freq, _ = inv_freq_of(config, device)  # the attention factor is fixed at 1
-    angles = position_ids[..., None].float() * inv_freq  # (B, T, K/2)
-    return angles.cos(), angles.sin()
-
-
-def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys (B, H, T, K) by tables (B, T, K/2), in the half-split layout."""
-    first, second = states.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def keep_rows(states: Tensor, kept: Tensor | None) -> Tensor:
-    """The rows (N, D) at positions (N,) into the flattened (B, T) of (B, T, D); None: all as is."""
-    return states if kept is None else states.flatten(0, 1).index_select(0, kept)
+def select_positions(states: Tensor, positions: Tensor | None) -> Tensor:
+    """(B, T, D) to (N, D): the rows at positions (N,) of the flattened (B, T); None selects all."""
+    return states if positions is None else states.flatten(0, 1).index_select(0, positions)
 
 
 class Attention(nn.Module):
@@ -208,7 +183,7 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor],  # 2 x (B, T, K/2)
         attention_mask: Tensor | None,
         cache: Cache | None,
-        kept: Tensor | None = None,  # (N,) into the flattened (B, T): the queries to answer
+        output_positions: Tensor | None = None,  # (N,) into the flattened (B, T); None: all
     ) -> Tensor:  # (B, T, D), or (N, D)
         def heads(projected: Tensor) -> Tensor:  # (B, T, H * K) -> (B, H, T, K)
             return projected.view(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
@@ -222,11 +197,12 @@ class Attention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        dropout = self.config.dropout if self.training else 0.0
         mixed, _ = attend(
-            self, query, key, value, attention_mask, scaling=self.scaling,
-            dropout=self.config.dropout if self.training else 0.0,
-        )  # fmt: skip
-        mixed = self.o_proj(keep_rows(mixed.reshape(*hidden.shape[:2], -1), kept))
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout
+        )
+        mixed = mixed.reshape(*hidden.shape[:2], -1)  # (B, T, H * K)
+        mixed = self.o_proj(select_positions(mixed, output_positions))
         return F.dropout(mixed, self.config.dropout, self.training)
 
 
@@ -240,21 +216,36 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
 
-    def forward(self, hidden: Tensor, *, rope, attention_mask, cache, token_mask, kept=None):
-        """At `kept` only, (N,) into the flattened (B, T), all after attention is computed and
-        returned (N, D); but experts see all: how evenly they work counts over sequences."""
-        early, late = (None, kept) if isinstance(self.mlp, MoEFeedForward) else (kept, None)
+    def forward(
+        self,
+        hidden: Tensor,  # (B, T, D)
+        *,
+        rope: tuple[Tensor, Tensor],  # 2 x (B, T, K/2)
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        token_mask: Tensor | None,  # (B, T)
+        output_positions: Tensor | None = None,  # (N,) into the flattened (B, T); None: all
+    ) -> tuple[Tensor, Tensor]:
+        """Returns hidden states (B, T, D), or (N, D) at `output_positions`, and the aux loss.
+
+        Attention is computed at every position. A dense layer computes what follows it at
+        `output_positions` only. An MoE layer selects them last: its load-balance loss needs the
+        routing of every token of a sequence.
+        """
+        is_moe = isinstance(self.mlp, MoEFeedForward)
+        before_mlp, after_mlp = (None, output_positions) if is_moe else (output_positions, None)
         normed = self.input_layernorm(hidden)
-        mixed = self.self_attn(normed, rope, attention_mask, cache, early)
-        hidden = keep_rows(hidden, early) + mixed
+        mixed = self.self_attn(normed, rope, attention_mask, cache, before_mlp)
+        hidden = select_positions(hidden, before_mlp) + mixed
         mixed, aux_loss = self.mlp(self.post_attention_layernorm(hidden), token_mask)
-        return keep_rows(hidden + mixed, late), aux_loss
+        return select_positions(hidden + mixed, after_mlp), aux_loss
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):
     """What transformers needs to know of every MiniMind model."""
 
-    config_class = MiniMindConfig
+    config: MiniMindConfig
+    config_class: type[PreTrainedConfig] = MiniMindConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]
@@ -289,34 +280,39 @@ class MiniMindModel(MiniMindPreTrainedModel):
         position_ids: Tensor | None = None,  # (B, T)
         past_key_values: Cache | None = None,
         is_right_padded: bool = False,
-        kept: Tensor | None = None,  # (N,) into the flattened (B, T)
+        output_positions: Tensor | None = None,  # (N,) into the flattened (B, T); None: all
     ) -> tuple[Tensor, Tensor]:
-        """Returns hidden states (B, T, D), or (N, D) at `kept`, and the layers' summed aux loss."""
+        """Returns hidden states (B, T, D) or (N, D), and the aux loss summed over layers."""
         num_tokens = inputs_embeds.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         is_2d = attention_mask is not None and attention_mask.ndim == 2
-        token_mask = attention_mask[:, -num_tokens:] if is_2d else None
-        if position_ids is None and is_2d and not is_right_padded:
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
+        padding_mask = attention_mask if is_2d else None  # (B, past + T)
+        token_mask = None if padding_mask is None else padding_mask[:, -num_tokens:]
+        if position_ids is None and padding_mask is not None and not is_right_padded:
+            position_ids = (padding_mask.cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
         elif position_ids is None:
             position_ids = torch.arange(past, past + num_tokens, device=inputs_embeds.device)[None]
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
-            # Padding behind the text is hidden by causality alone: the fast kernel can run.
+            # Causality alone hides padding after the text; without a mask the fast kernel runs.
             attention_mask=None if is_right_padded or inputs_embeds.is_meta else attention_mask,
             past_key_values=past_key_values,
             position_ids=None,
         )
-        rope = rope_tables(self.config, position_ids)
-        rope = tuple(table.to(inputs_embeds.dtype) for table in rope)
+        cos, sin = rope_tables(self.config, position_ids)
+        rope = (cos.to(inputs_embeds.dtype), sin.to(inputs_embeds.dtype))
         hidden = F.dropout(inputs_embeds, self.config.dropout, self.training)
         aux_loss = inputs_embeds.new_zeros((), dtype=torch.float32)
         for layer in self.layers:
             hidden, layer_aux_loss = layer(
-                hidden, rope=rope, attention_mask=causal_mask, cache=past_key_values,
-                token_mask=token_mask, kept=kept if layer is self.layers[-1] else None,
-            )  # fmt: skip
+                hidden,
+                rope=rope,
+                attention_mask=causal_mask,
+                cache=past_key_values,
+                token_mask=token_mask,
+                output_positions=output_positions if layer is self.layers[-1] else None,
+            )
             aux_loss = aux_loss + layer_aux_loss
         return self.norm(hidden), aux_loss
 
@@ -345,15 +341,15 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         target_positions: Tensor | None = None,  # (N,) into the flattened (B, T)
         is_right_padded: bool = False,
-        **_,
+        **_: Any,
     ) -> MiniMindOutput:
         """Logits of the next token at each position, and with `labels` the loss.
 
         Args:
-            logits_to_keep: only the last that many positions (0: all), or their indices.
-            target_positions: where the next token is supervised: logits (N, V) only there.
-            is_right_padded: the caller vouches that padding stands behind the text only, so
-                that attention needs no mask of its own (training batches).
+            logits_to_keep: how many of the last positions get logits (0: all), or their indices.
+            target_positions: where the next token is supervised: logits (N, V) there only.
+            is_right_padded: every row is padded on the right, as training batches are, so that
+                attention needs no mask but the causal one.
         Returns:
             See `MiniMindOutput`; `logits` are (B, T, V), or (N, V).
         Raises:
@@ -370,9 +366,13 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
         hidden, aux_loss = self.model(
-            inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, is_right_padded=is_right_padded, kept=target_positions,
-        )  # fmt: skip
+            inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            is_right_padded=is_right_padded,
+            output_positions=target_positions,
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, keep] if target_positions is None else hidden)
         return MiniMindOutput(
@@ -384,14 +384,14 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Mean cross entropy of each supervised token given what stands before it, in float32.
+    """Mean cross entropy of the supervised tokens, each predicted from those before it; float32.
 
     Args:
         logits: (B, T, V), or (N, V) at `positions`. labels: (B, T) aligned with the inputs.
     Returns:
         A scalar; 0, not NaN, when nothing is supervised.
     """
-    # Shift the labels, not the logits: those are large and would be copied.
+    # Shift the labels, not the logits: these are large, and a shifted slice would be copied.
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
     targets = targets if positions is None else targets[positions]
     logits = logits.flatten(0, -2).float()

@@ -5,11 +5,13 @@ V width of the vision tower, D hidden, S image side in pixels.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
+from transformers.cache_utils import Cache
 
 from model.image_fusion import (
     check_image_count,
@@ -46,7 +48,7 @@ class VLMConfig(MiniMindConfig):
         image_ids: list[int] | None = None,
         vision_hidden_size: int = 768,
         keep_cls: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.image_special_token = image_special_token
         self.image_ids = list(image_ids) if image_ids is not None else [34] * 196
@@ -68,7 +70,8 @@ class VisionProj(nn.Module):
         self.vision_proj = nn.Sequential(nn.Linear(vision_hidden_size, hidden_size))
 
     def forward(self, patches: Tensor) -> Tensor:  # (..., V) -> (..., D)
-        return self.vision_proj(patches)
+        features: Tensor = self.vision_proj(patches)
+        return features
 
 
 class MiniMindVLM(MiniMindForCausalLM):
@@ -79,6 +82,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             (`load_vision_encoder` adds it) and refuses images.
     """
 
+    config: VLMConfig
     config_class = VLMConfig
     _keys_to_ignore_on_save = [r"^vision_encoder\."]
     _keys_to_ignore_on_load_missing = [r"^vision_encoder\."]
@@ -115,7 +119,8 @@ class MiniMindVLM(MiniMindForCausalLM):
                 f"projection takes {self.config.vision_hidden_size}; use the tower this model "
                 "was made with"
             )
-        self.vision_encoder, self.image_processor = tower.to(self.device), processor
+        tower.to(self.device)  # type: ignore[arg-type]  # its wrapper hides nn.Module.to
+        self.vision_encoder, self.image_processor = tower, processor
 
     @staticmethod
     def get_vision_model(path: str | Path) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
@@ -126,7 +131,7 @@ class MiniMindVLM(MiniMindForCausalLM):
     @staticmethod
     def image2tensor(image: Image.Image, processor: CLIPImageProcessorPil) -> Tensor:
         """Preprocess one picture: (1, 3, S, S) float32."""
-        pixels = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        pixels: Tensor = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
         return pixels
 
     @staticmethod
@@ -141,7 +146,8 @@ class MiniMindVLM(MiniMindForCausalLM):
             (I, P, V), without gradient.
         """
         with torch.no_grad():
-            states = vision_model(pixel_values.to(vision_model.dtype)).last_hidden_state
+            output = vision_model(pixel_values.to(vision_model.dtype))
+        states: Tensor = output.last_hidden_state
         return states if keep_cls else states[:, 1:]
 
     def train(self, mode: bool = True) -> "MiniMindVLM":
@@ -157,21 +163,21 @@ class MiniMindVLM(MiniMindForCausalLM):
         attention_mask: Tensor | None = None,  # (B, past + T)
         pixel_values: Tensor | None = None,  # (I, 3, S, S), (B, N, 3, S, S) or (B, N, 1, 3, S, S)
         labels: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         *,
         image_mask: Tensor | None = None,  # (B, T) bool
         inputs_embeds: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MiniMindOutput:
         """As `MiniMindForCausalLM.forward`, with images.
 
         Args:
             pixel_values: all images of the batch in reading order, or N for every sample.
-            image_mask: which positions are image tokens, already compared with the images (the
-                collator's); without it the placeholders are found and counted here, which on a
-                GPU waits for the device once.
+            image_mask: which positions are image tokens, as the collator gives it, already checked
+                against the number of images. Without it they are found and counted here, at the
+                cost of one host sync on a GPU.
         Raises:
             ValueError: a sample's placeholders and images differ in number.
         """
@@ -194,7 +200,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         self, input_ids: Tensor, pixel_values: Tensor | None, image_mask: Tensor | None
     ) -> Tensor:
         """(B, T) ids and the batch's images to (B, T, D)."""
-        inputs_embeds = self.model.embed_tokens(input_ids)
+        inputs_embeds: Tensor = self.model.embed_tokens(input_ids)
         images, per_sample = _flat_images(pixel_values, batch_size=input_ids.shape[0])
         is_counted = image_mask is not None and not input_ids.is_cpu
         if image_mask is None:
@@ -205,7 +211,8 @@ class MiniMindVLM(MiniMindForCausalLM):
             check_image_count(counts, 0 if images is None else len(images), per_sample=per_sample)
         if images is None:
             if self.training and torch.is_grad_enabled():
-                # The projection takes part in every step, so that ranks agree on its gradient.
+                # DDP expects a gradient of every parameter on every rank, so the projection takes
+                # part in a batch without images too.
                 blank = inputs_embeds.new_zeros(1, self.config.vision_hidden_size)
                 inputs_embeds = inputs_embeds + 0.0 * self.vision_proj(blank).sum()
             return inputs_embeds
@@ -218,12 +225,17 @@ class MiniMindVLM(MiniMindForCausalLM):
         patches = self.get_image_embeddings(
             images, self.vision_encoder, keep_cls=self.config.keep_cls
         )
-        return self.vision_proj(patches.to(self.vision_proj.vision_proj[0].weight.dtype))
+        weight = self.vision_proj.vision_proj[0].weight
+        assert isinstance(weight, Tensor)
+        features: Tensor = self.vision_proj(patches.to(weight.dtype))
+        return features
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
-        """The image mask covers the prompt: it goes where the prompt goes."""
+    def prepare_inputs_for_generation(  # type: ignore[override]  # the rest comes by keyword
+        self, input_ids: LongTensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Pass the prompt's image mask on wherever the images are passed on, padded to the ids."""
         image_mask = kwargs.pop("image_mask", None)
-        inputs = super().prepare_inputs_for_generation(
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         fed = inputs.get("input_ids")
@@ -232,10 +244,10 @@ class MiniMindVLM(MiniMindForCausalLM):
             inputs["image_mask"] = nn.functional.pad(image_mask, (0, generated))
         return inputs
 
-    def _expand_inputs_for_generation(
-        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs
-    ):
-        """Beams and several answers: repeat each sample's images together, keeping their order."""
+    def _expand_inputs_for_generation(  # type: ignore[override]  # never without input_ids
+        self, expand_size: int, is_encoder_decoder: bool, input_ids: LongTensor, **kwargs: Any
+    ) -> tuple[LongTensor, dict[str, Any]]:
+        """For beams and several answers: repeat each sample's images, keeping their order."""
         images, _ = _flat_images(kwargs.pop("pixel_values", None), batch_size=len(input_ids))
         if images is not None and expand_size > 1:
             mask = kwargs.get("image_mask")
@@ -244,7 +256,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             counts = images_per_sample(mask, self.config.num_image_tokens)
             check_image_count(counts, len(images), per_sample=None)
             images = torch.cat([c.repeat(expand_size, 1, 1, 1) for c in images.split(counts)])
-        input_ids, kwargs = super()._expand_inputs_for_generation(
+        input_ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size, is_encoder_decoder, input_ids, **kwargs
         )
         if images is not None:
@@ -255,7 +267,7 @@ class MiniMindVLM(MiniMindForCausalLM):
 def _flat_images(
     pixel_values: Tensor | None, *, batch_size: int
 ) -> tuple[Tensor | None, int | None]:
-    """All images as (I, 3, S, S), and how many each sample was given where the layout says so."""
+    """All images as (I, 3, S, S), and the number of images per sample if the shape implies it."""
     if pixel_values is None:
         return None, None
     if pixel_values.ndim == 4:

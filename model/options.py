@@ -1,52 +1,65 @@
-"""Owns how all commands read their flags."""
+"""Owns how all commands read their flags, and the flags that name a model and a device."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from model.machine.paths import OUT_DIR
 
-# Who names two of these wants both of them read, which no command does.
-SOURCES = {"data_path", "images_path", "val_data_path", "val_images_path", "choices", "compare"}
+NATIVE = "model"  # --load_from: this project's own weight files
+# Flags that name what a command reads. Given twice, both files would be meant, and no command
+# reads two.
+INPUT_FLAGS = {"data_path", "images_path", "val_data_path", "val_images_path", "choices", "compare"}
 
 
 class _StoreOnce(argparse.Action):
-    """Store a flag's value; a second one is refused or told of, never taken in silence."""
+    """Store a flag's value; a repeated flag is an error for an input, else a warning."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        assert isinstance(parser, OnceParser)
         if option_string is not None and self.dest in parser.given:
-            if self.dest in SOURCES:
+            if self.dest in INPUT_FLAGS:
                 parser.exit(
                     2,
                     f"error: {option_string} is given more than once, and only one can be read; "
                     "leave the others out / 参数重复\n",
                 )
             elif getattr(namespace, self.dest) != values:
-                print(f"warning: {option_string} is given more than once; the last, {values}, "
-                      "counts / 参数重复，以最后一个为准", file=sys.stderr)  # fmt: skip
+                print(
+                    f"warning: {option_string} is given more than once; the last, {values}, "
+                    "counts / 参数重复，以最后一个为准",
+                    file=sys.stderr,
+                )
         parser.given.add(self.dest)
         setattr(namespace, self.dest, values)
 
 
 class OnceParser(argparse.ArgumentParser):
-    """A parser that does not keep the last of a repeated flag in silence, as argparse does: one
-    that names data is refused, for any other the last counts and a warning says so.
+    """An `ArgumentParser` that reports a repeated flag, where argparse silently keeps the last.
 
-    Flags with an action of their own (`append`, `store_true`) are read as ever.
+    A repeated input (`INPUT_FLAGS`) is an error; of any other flag the last value is kept and a
+    warning printed. Flags with another action (`append`, `store_true`) work as in argparse.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.given: set[str] = set()
+        self.given: set[str] = set()  # destinations of the flags read so far
         for name in (None, "store"):
             self.register("action", name, _StoreOnce)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(  # type: ignore[override]  # the stubs overload it by kinds of namespace
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         self.given = set()
         return super().parse_known_args(args, namespace)
-
-
-NATIVE = "model"  # --load_from: our own weight files
 
 
 def parse_bool(text: str) -> bool:
@@ -58,16 +71,29 @@ def parse_bool(text: str) -> bool:
 
 
 def parse_path(text: str) -> Path:
-    """A path; `~` is the home folder also where the shell left it alone."""
+    """A path; `~` is expanded here too, for the shell does not in `--flag=~/x`."""
     return Path(text).expanduser()
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which model to use; evaluation, demo and export share them."""
+    """The flags that name a model and the device it runs on; all commands that answer share them.
+
+    `model.weights.build_model.load_model` reads them.
+    """
+    _add_weight_arguments(parser)
+    _add_input_format_arguments(parser)
+    _add_device_arguments(parser)
+
+
+def _add_weight_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which weight is read, and the sizes that choose between several of one name."""
     add = parser.add_argument
-    add("--load_from", default=NATIVE,
+    add(
+        "--load_from",
+        default=NATIVE,
         help="'model': a weight of this project; else a transformers folder / "
-             "原生权重，或 transformers 目录")  # fmt: skip
+        "原生权重，或 transformers 目录",
+    )
     add(
         "--save_dir",
         "--out_dir",
@@ -85,14 +111,39 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         const=True,
         help="default: the weight's / 默认随权重",
     )
+
+
+def _add_input_format_arguments(parser: argparse.ArgumentParser) -> None:
+    """How images and text become the model's inputs."""
+    add = parser.add_argument
     add("--vision_model_path", type=parse_path, help="folder of the CLIP tower / CLIP 目录")
     add("--tokenizer_path", type=parse_path, help="folder of the tokenizer / 分词器目录")
-    add("--keep_cls", type=parse_bool, nargs="?", const=True,
-        help="CLS is an image token (first release) / 保留 CLS")  # fmt: skip
+    add(
+        "--keep_cls",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        help="CLS is an image token (first release) / 保留 CLS",
+    )
     add("--image_special_token", help="placeholder text of one image / 图像占位符")
-    add("--inference_rope_scaling", type=parse_bool, nargs="?", const=True, default=False,
-        help="YaRN for prompts over 2048 tokens / 长上下文外推")  # fmt: skip
+    add(
+        "--inference_rope_scaling",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="YaRN for prompts over 2048 tokens / 长上下文外推",
+    )
+
+
+def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the model runs, and in which number format."""
+    add = parser.add_argument
     add("--device", default=None, help="cpu, cuda, cuda:1, mps; default: the best / 默认自动选择")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default=None,
         help="default: float32 on a CPU, bfloat16 on a GPU, float16 on one without / "
-             "默认 CPU 用 float32，GPU 用 bfloat16，不支持则 float16")  # fmt: skip
+        "默认 CPU 用 float32，GPU 用 bfloat16，不支持则 float16",
+    )

@@ -1,7 +1,8 @@
-"""Owns reading pictures: which kinds are taken, and how any of them becomes upright 8-bit RGB.
+"""Owns reading pictures: which file formats are taken, and how each becomes upright 8-bit RGB.
 
-A kind is told by a file's first bytes, never by its name. What is not taken is named from those
-bytes alone: no decoder sees it, and for PostScript Pillow's is a foreign program (Ghostscript).
+The format is recognised by the file's first bytes, never by its name. A file of another format is
+named in the error from those bytes alone and never decoded: Pillow would run Ghostscript, a foreign
+program, for PostScript.
 """
 
 import io
@@ -9,9 +10,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+Picture = Image.Image | bytes | str | Path  # decoded, encoded, or a file
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow opens an MPO by its JPEG reader
 TAKEN = "JPEG, PNG, WebP, GIF, BMP and TIFF are taken"
@@ -20,11 +24,12 @@ CONVERT = (
     "`sips -s format jpeg in.{0} --out out.jpg`"
 )
 HEAD_BYTES = 4096
-MAX_ASPECT = 100  # the shorter side becomes the tower's: a thinner image would fill the memory
-# Floats are 0 to 1, with lights a little above it, or 0 to 255: read as the latter, a picture with
-# nothing above 2 would be black to any eye.
+# The shorter side is resized to the tower's: a thinner image would become too large for the memory.
+MAX_ASPECT = 100
+# A float image holds values of 0 to 1 (with highlights a little above 1) or of 0 to 255. With a
+# peak up to 2 it is the former: as the latter it would look black.
 MAX_UNIT_PEAK = 2.0
-EXIF_TURNS = {  # EXIF orientation -> what makes the picture upright
+EXIF_TRANSPOSES = {  # EXIF orientation -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -33,7 +38,7 @@ EXIF_TURNS = {  # EXIF orientation -> what makes the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-KINDS = {  # what a file that is not taken is -> how it begins; the first that fits
+SIGNATURES = {  # what a file that is not taken is -> its first bytes; the first match counts
     "an empty file": rb"\Z",
     "a damaged JPEG": rb"\xff\xd8\xff",
     "a damaged PNG": rb"\x89PNG",
@@ -66,9 +71,7 @@ KINDS = {  # what a file that is not taken is -> how it begins; the first that f
 }
 
 
-def open_image(
-    source: Image.Image | bytes | str | Path, *, max_pixels: int | None = None
-) -> Image.Image:
+def open_image(source: Picture, *, max_pixels: int | None = None) -> Image.Image:
     """Any picture as 8-bit RGB, upright by its EXIF tag, the first frame of an animation.
 
     16-bit grey is scaled to 8 bits (PIL's own conversion would clip it to white).
@@ -90,15 +93,15 @@ def open_image(
 
 
 def picture_size(source: bytes | str | Path, *, max_pixels: int | None = None) -> tuple[int, int]:
-    """Width and height in pixels as the head says; nothing is decoded. Raises as `open_image`."""
+    """Width and height in pixels, read from the header alone. Raises as `open_image`."""
     with _opened(source, max_pixels=max_pixels) as image:
         return image.size
 
 
 @contextmanager
 def _opened(source: bytes | str | Path, *, max_pixels: int | None) -> Iterator[Image.Image]:
-    """A picture of which no more than the head has been read, of a kind and size that are taken."""
-    with _file(source) as file:
+    """A picture of a format and size that are taken, of which only the header has been read."""
+    with _open_file(source) as file:
         head = file.read(HEAD_BYTES)
         try:
             image = Image.open(file, formats=FORMATS)
@@ -119,7 +122,7 @@ def _check_size(image: Image.Image, max_pixels: int | None) -> None:
         raise _unreadable(f"{size} is over {max_pixels:,} pixels; scale it down")
 
 
-def _file(source: bytes | str | Path) -> io.BufferedIOBase:
+def _open_file(source: bytes | str | Path) -> IO[bytes]:
     if isinstance(source, bytes):
         return io.BytesIO(source)
     path = Path(source)
@@ -130,22 +133,22 @@ def _file(source: bytes | str | Path) -> io.BufferedIOBase:
         raise
     except (OSError, ValueError) as error:  # the latter for a NUL in the name
         raise _unreadable(getattr(error, "strerror", None) or error) from error
-    raise _unreadable("a folder, FIFO or device, not a file")  # a FIFO would be waited for
+    raise _unreadable("a folder, FIFO or device, not a file")  # opening a FIFO would block
 
 
-def _unreadable(why) -> ValueError:
+def _unreadable(why: str | Exception) -> ValueError:
     return ValueError(f"not a readable image ({why})")
 
 
 def kind_of(head: bytes) -> str:
     """What a file that is not taken is, by its first bytes, and what to do about it."""
-    fits = (kind for kind, begins in KINDS.items() if re.match(begins, head, re.DOTALL))
-    kind = next(fits, "of a kind that is not known here")
+    matches = (kind for kind, begins in SIGNATURES.items() if re.match(begins, head, re.DOTALL))
+    kind = next(matches, "of a kind that is not known here")
     return f"{kind}; {CONVERT.format(kind.lower()) if kind in ('HEIC', 'AVIF') else TAKEN}"
 
 
 def _decode(image: Image.Image) -> Image.Image:
-    """The picture upright, decoded; a lazily opened one is read here."""
+    """Decode a picture that Pillow opened lazily, and make it upright."""
     try:
         image.load()
     except Exception as error:  # decoders raise almost anything on damaged data
@@ -156,13 +159,13 @@ def _decode(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF tag says; a damaged tag says nothing."""
+    """Apply the EXIF orientation; a damaged tag counts as none."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Pillow raises several unrelated errors here
         return image
-    turn = EXIF_TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
+    transpose = EXIF_TRANSPOSES.get(orientation)
+    return image if transpose is None else image.transpose(transpose)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -174,7 +177,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_to_rgb(image: Image.Image) -> Image.Image:
-    """Integers of more than 8 bits, or floats, of which what is not finite is black."""
+    """Integers of more than 8 bits, or floats; values that are not finite become black."""
     values = np.asarray(image, dtype=np.float32)
     values = np.where(np.isfinite(values), values, 0)
     peak = values.max(initial=0.0)

@@ -38,25 +38,34 @@ def find_vision_dir(
 def load_vision_config(folder: Path) -> CLIPVisionConfig:
     """The tower's config, from a full CLIP folder or a vision-only one."""
     config, _ = CLIPVisionConfig.get_config_dict(folder)
-    kind = config.get("model_type")
-    if kind == CLIPConfig.model_type:
-        return CLIPConfig.from_pretrained(folder).vision_config
-    if kind == CLIPVisionConfig.model_type:
+    model_type = config.get("model_type")
+    if model_type == CLIPConfig.model_type:
+        vision_config = CLIPConfig.from_pretrained(folder).vision_config
+        assert isinstance(vision_config, CLIPVisionConfig)
+        return vision_config
+    if model_type == CLIPVisionConfig.model_type:
         return CLIPVisionConfig.from_pretrained(folder)
     raise ValueError(
-        f"{folder}/config.json: model_type {kind!r} is not a CLIP tower; "
+        f"{folder}/config.json: model_type {model_type!r} is not a CLIP tower; "
         "use for example openai/clip-vit-base-patch16"
     )
 
 
+def image_side(vision_config: CLIPVisionConfig) -> int:
+    """Side in pixels of the square images that the tower takes."""
+    assert isinstance(vision_config.image_size, int)  # transformers allows pairs, CLIP has none
+    return vision_config.image_size
+
+
 def count_image_tokens(vision_config: CLIPVisionConfig, *, keep_cls: bool) -> int:
     """Patches of one image, plus one if the CLS token is kept."""
-    return (vision_config.image_size // vision_config.patch_size) ** 2 + int(keep_cls)
+    assert isinstance(vision_config.patch_size, int)
+    return (image_side(vision_config) // vision_config.patch_size) ** 2 + int(keep_cls)
 
 
 def load_image_processor(folder: Path, vision_config: CLIPVisionConfig) -> CLIPImageProcessorPil:
-    """CLIP's preprocessing for this tower; a folder without a description gets CLIP's own."""
-    side = vision_config.image_size
+    """The folder's preprocessing; without `preprocessor_config.json`, CLIP's own at this size."""
+    side = image_side(vision_config)
     if (folder / "preprocessor_config.json").is_file():
         processor = CLIPImageProcessorPil.from_pretrained(folder)
         crop = processor.crop_size
@@ -75,13 +84,11 @@ def load_vision_tower(folder: Path) -> CLIPVisionModel:
     """The frozen tower in float32 and eval mode; every one of its tensors must be in the file."""
     config = load_vision_config(folder)
     verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # a full CLIP folder reports its text half as unexpected
+    hf_logging.set_verbosity_error()  # in a full CLIP folder the text tower counts as unexpected
     progress_bar = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        tower, report = CLIPVisionModel.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True
-        )
+        tower, report = _read_tower(folder, config)
     except Exception as error:  # safetensors and the unpickler raise almost anything
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -98,4 +105,15 @@ def load_vision_tower(folder: Path) -> CLIPVisionModel:
             f"{folder}: {len(lost)} tensors of the vision tower are missing or of another size, "
             f"such as {lost[0]}; fetch the folder again"
         )
-    return tower.eval().requires_grad_(False)
+    tower.eval().requires_grad_(False)
+    return tower
+
+
+def _read_tower(
+    folder: Path, config: CLIPVisionConfig
+) -> tuple[CLIPVisionModel, dict[str, set[str]]]:
+    """The model, and which tensors transformers reports as missing, unexpected or mismatched."""
+    loaded: tuple[CLIPVisionModel, dict[str, set[str]]] = CLIPVisionModel.from_pretrained(
+        folder, config=config, dtype=torch.float32, output_loading_info=True
+    )  # type: ignore[assignment]  # annotated as the model alone
+    return loaded

@@ -5,7 +5,9 @@ Shapes: B batch, T tokens, I images, S image side in pixels.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,7 +16,10 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokeniz
 
 from model.image_fusion import images_per_sample, placeholder_mask
 from model.model_vlm import VLMConfig
-from model.pictures import open_image
+from model.pictures import Picture, open_image
+
+Message = dict[str, str]  # role and content
+Conversation = tuple[list[Message], Sequence[Picture]]
 
 IMAGE_TAG = "<image>"
 MODEL_DIR = Path(__file__).resolve().parent
@@ -23,7 +28,7 @@ TOKENIZER_DIRS = (MODEL_DIR / "minimind_tokenizer", MODEL_DIR)  # the downloaded
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What makes two tokenizers give the same ids: the vocabulary and the merges."""
+    """A hash of vocabulary and merges: equal for tokenizers that give the same ids."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     merges = [tuple(m.split(" ")) if isinstance(m, str) else m for m in spec["model"]["merges"]]
     core = json.dumps([sorted(tokenizer.get_vocab().items()), merges], ensure_ascii=True)
@@ -33,7 +38,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 def load_tokenizer(
     tokenizer_path: str | Path | None = None, *, expected_sha256: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, or the first default one (that fits).
+    """The tokenizer of a folder, or the first of the default folders that has the expected one.
 
     Args:
         tokenizer_path: a folder with `tokenizer.json`; None looks into the default places.
@@ -60,6 +65,7 @@ def load_tokenizer(
             ) from error
         if expected_sha256 in (None, tokenizer_sha256(tokenizer)):
             return tokenizer
+    assert expected_sha256 is not None
     raise ValueError(
         f"the tokenizer in {' or '.join(str(f) for f in present)} is not the one this weight was "
         f"trained with (vocabulary {expected_sha256[:12]}...); "
@@ -70,7 +76,7 @@ def load_tokenizer(
 def check_special_tokens(
     tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, model_name: str = "the model"
 ) -> None:
-    """The ids that model, loss mask and padding rely on.
+    """Check the special token ids that model, loss mask and padding rely on.
 
     Raises:
         ValueError: they differ, or the vocabulary is larger than the model's.
@@ -94,7 +100,7 @@ class VLMProcessor:
     Args:
         tokenizer: with the ChatML template.
         image_processor: of the vision tower.
-        config: says what the placeholder of an image is.
+        config: names the placeholder of an image.
     Raises:
         ValueError: the tokenizer does not turn the placeholder into the config's ids.
     """
@@ -119,25 +125,27 @@ class VLMProcessor:
                 "model belongs to (--tokenizer_path) or another --image_special_token"
             )
 
-    def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
         """The prompt as text, every `<image>` replaced by the placeholder.
 
         Raises:
             ValueError: a message holds a special token or the placeholder itself as text.
         """
         messages = [m | {"content": self._fill(m["content"])} for m in messages]
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+        assert isinstance(text, str)
+        return text
 
     def plain(self, text: str) -> str:
-        """Text that is only words in a message: a space breaks tags, special tokens, placeholders.
+        """Escape a text for `render`: a space splits image tags, special tokens and placeholders.
 
-        For what was not meant as a prompt, such as a model's own answer in the history.
+        For text that the user did not write as a prompt, such as the model's earlier answers.
         """
         for token in (IMAGE_TAG, *self.tokenizer.all_special_tokens, self.placeholder):
             middle = max(1, len(token) // 2)
-            while token in text:  # again: in a long run of @ the halves of two make a whole
+            while token in text:  # again: in a long run of @ the halves of two join to a new one
                 text = text.replace(token, f"{token[:middle]} {token[middle:]}")
         return text
 
@@ -164,20 +172,19 @@ class VLMProcessor:
 
     def __call__(
         self,
-        messages: list[dict],
-        images: list | Tensor,
+        messages: list[Message],
+        images: Sequence[Picture] | Tensor,
         *,
         max_length: int | None = None,
         add_generation_prompt: bool = False,
-    ) -> dict:
+    ) -> dict[str, Any]:
         """One conversation as model inputs.
 
         Args:
             messages: `{"role", "content"}` each, with one `<image>` per picture.
             images: pictures in reading order: PIL images, encoded bytes or paths; or, where they
                 are preprocessed already, their `pixel_values`.
-            max_length: tokens to keep; an image that would be cut is left out whole, with all
-                that follows it.
+            max_length: tokens to keep; the text ends before an image that would be cut.
         Returns:
             `input_ids` (T,) int64, `image_mask` (T,) bool, `pixel_values` (I, 3, S, S) float32,
             `is_truncated`.
@@ -200,11 +207,9 @@ class VLMProcessor:
                 f"{len(images)} image(s) but {num_found} placeholder(s) after tokenizing"
             )
         is_truncated = max_length is not None and len(input_ids) > max_length
-        if is_truncated:
-            whole = int(mask[:max_length].sum()) // len(self.image_ids)
-            if mask[:max_length].sum() % len(self.image_ids):  # back to the cut image's start
-                max_length = int(mask.nonzero()[whole * len(self.image_ids)])
-            input_ids, mask, images = input_ids[:max_length], mask[:max_length], images[:whole]
+        if max_length is not None and is_truncated:
+            length, num_images = self._cut(mask, max_length)
+            input_ids, mask, images = input_ids[:length], mask[:length], images[:num_images]
         return {
             "input_ids": input_ids,
             "image_mask": mask,
@@ -212,23 +217,33 @@ class VLMProcessor:
             "is_truncated": is_truncated,
         }
 
-    def pixel_values(self, images: list | Tensor) -> Tensor:
+    def _cut(self, mask: Tensor, max_length: int) -> tuple[int, int]:
+        """How many tokens and images of a (T,) image mask fit into `max_length` tokens."""
+        num_image_tokens = int(mask[:max_length].sum())
+        num_images, rest = divmod(num_image_tokens, len(self.image_ids))
+        if rest:  # back to where the image that would be cut begins
+            max_length = int(mask.nonzero()[num_images * len(self.image_ids)])
+        return max_length, num_images
+
+    def pixel_values(self, images: Sequence[Picture] | Tensor) -> Tensor:
         """Preprocess pictures: (I, 3, S, S) float32; (0, 3, S, S) for none.
 
-        One after another: decoded in full size, the pictures of a request could fill the memory.
+        One at a time: the pictures of a request, all decoded in full size, could fill the memory.
         """
         if isinstance(images, Tensor):
             return images
         if not images:
             side = self.image_processor.crop_size
             return torch.zeros(0, 3, side["height"], side["width"])
-        return torch.cat([
-            self.image_processor(images=open_image(image), return_tensors="pt")["pixel_values"]
-            for image in images
-        ])  # fmt: skip
+        return torch.cat([self._preprocess(image) for image in images])
+
+    def _preprocess(self, image: Picture) -> Tensor:  # (1, 3, S, S)
+        inputs = self.image_processor(images=open_image(image), return_tensors="pt")
+        pixel_values: Tensor = inputs["pixel_values"]
+        return pixel_values
 
     def pictures(self, pixel_values: Tensor) -> list[Image.Image]:
-        """The pictures that the tower sees: (I, 3, S, S) with the colours put back."""
+        """(I, 3, S, S) as pictures, the normalisation undone: what the tower sees."""
         mean, std = (
             pixel_values.new_tensor(values)[:, None, None]
             for values in (self.image_processor.image_mean, self.image_processor.image_std)
@@ -236,7 +251,7 @@ class VLMProcessor:
         scaled = ((pixel_values * std + mean).clamp(0, 1) * 255).round().byte()
         return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in scaled]
 
-    def prompt_batch(self, conversations: list[tuple[list[dict], list]]) -> dict[str, Tensor]:
+    def prompt_batch(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         """Prompts for generation, padded on the left.
 
         Args:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 from model.image_fusion import fuse_images
-from model.model_minimind import DecoderLayer, apply_rope, rope_tables
+from model.model_minimind import DecoderLayer
 from model.model_vlm import MiniMindVLM
+from model.rope import apply_rope, rope_tables
 
 
 def image_attention(

@@ -1,5 +1,4 @@
-"""Owns writing files so that nobody ever finds half of one: the old one stands until the new one
-is whole."""
+"""Owns atomic writing: a file is replaced only once the new one is complete and on disk."""
 
 import contextlib
 import glob
@@ -10,17 +9,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-PRINTED_TO = (1, 2)  # descriptors of the standard output and of the errors
+STANDARD_STREAMS = (1, 2)  # descriptors of stdout and stderr
 
 
-def atomic_write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Write a file so that it is either the old one or the new one, whole and on disk.
+def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that after a crash it is either the old one or the complete new one.
 
-    A link stays: the file that it points to is replaced. What is no file but takes what is written
-    (`/dev/stdout`, a pipe, a terminal) is written to as it stands, and never removed.
+    A symbolic link is kept: the file that it points to is replaced. A pipe or a device
+    (`/dev/stdout`, a terminal) is written to directly, and never removed.
 
+    Args:
+        write: writes the content to the open file; what it returns is ignored.
     Raises:
-        OSError: naming the file; the half-written one is removed.
+        OSError: naming the file; an incomplete new file is removed.
     """
     if not _is_stream(path):
         with staged_write(path, write):
@@ -33,20 +34,21 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 
 
 @contextlib.contextmanager
-def staged_write(path: Path, write: Callable[[IO[bytes]], None]) -> Iterator[Path]:
-    """Write a file beside its place, whole and on disk; it takes that place when the block ends.
+def staged_write(path: Path, write: Callable[[IO[bytes]], object]) -> Iterator[Path]:
+    """`atomic_write` in two steps, with the caller's block between them.
 
-    The place of a link is where the file is that it points to.
+    1. Write the content to a temporary file in the same folder, and sync it to disk.
+    2. When the block ends without an error, rename that file to its final name.
 
     Yields:
-        Where it stands until then.
+        Path of the temporary file.
     Raises:
-        OSError: naming the file; the half-written one is removed.
+        OSError: naming the file; the temporary file is removed.
     """
     place = real_place(path)
     temporary = _staging_path(place)
     try:
-        _refuse_what_is_no_file(path, place)
+        _check_regular_file(path, place)
         place.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
@@ -54,10 +56,10 @@ def staged_write(path: Path, write: Callable[[IO[bytes]], None]) -> Iterator[Pat
             os.fsync(file.fileno())
         yield temporary
         os.replace(temporary, place)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
         if temporary.is_file():
             temporary.unlink()
-        if isinstance(error.__context__, KeyboardInterrupt):  # and Ctrl-C too
+        if isinstance(error.__context__, KeyboardInterrupt):  # ... and for Ctrl-C
             raise KeyboardInterrupt from error
         raise OSError(
             f"could not write {path} ({error}); what stood there before is untouched; free some "
@@ -70,10 +72,10 @@ def staged_write(path: Path, write: Callable[[IO[bytes]], None]) -> Iterator[Pat
 
 
 def check_place(path: Path, *, flag: str) -> None:
-    """See to it that `atomic_write` can write here, before the work whose results it is to keep.
+    """Check that `atomic_write` can write here, before the work whose results go there.
 
     Raises:
-        ValueError: a folder, a place in a folder that is missing, or one that cannot be written.
+        ValueError: it is a folder, its folder is missing, or it cannot be written.
     """
     place = real_place(path)
     try:
@@ -81,7 +83,7 @@ def check_place(path: Path, *, flag: str) -> None:
             if not os.access(path, os.W_OK):
                 raise OSError("Permission denied")
             return
-        _refuse_what_is_no_file(path, place)
+        _check_regular_file(path, place)
         if not place.parent.is_dir():
             raise OSError(f"there is no folder {place.parent}")
         probe = _staging_path(place)
@@ -93,7 +95,7 @@ def check_place(path: Path, *, flag: str) -> None:
 
 
 def real_place(path: Path) -> Path:
-    """Where the file of this name stands: a link points to it."""
+    """The file itself, symbolic links followed."""
     return Path(os.path.realpath(path))
 
 
@@ -101,7 +103,7 @@ def _staging_path(place: Path) -> Path:
     return place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
-def _refuse_what_is_no_file(path: Path, place: Path) -> None:
+def _check_regular_file(path: Path, place: Path) -> None:
     if place.is_symlink():
         raise OSError("it is a link to itself")
     if path.is_dir():
@@ -111,18 +113,18 @@ def _refuse_what_is_no_file(path: Path, place: Path) -> None:
 
 
 def _is_stream(path: Path) -> bool:
-    """Is it written to as it stands: a device, a pipe, or the file that this process prints to?"""
+    """Whether it is written to directly: a device, a pipe, or the file that stdout goes to."""
     try:
         mode = os.stat(path).st_mode
     except OSError:
         return False
-    is_file = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
-    return not is_file or _descriptor_of(path) is not None
+    is_file_or_folder = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+    return not is_file_or_folder or _descriptor_of(path) is not None
 
 
 def _descriptor_of(path: Path) -> int | None:
-    """The descriptor by which this process prints to the very same file."""
-    for descriptor in PRINTED_TO:
+    """The descriptor of stdout or stderr where it is this very file, else None."""
+    for descriptor in STANDARD_STREAMS:
         with contextlib.suppress(OSError):  # it is closed
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
@@ -130,13 +132,13 @@ def _descriptor_of(path: Path) -> int | None:
 
 
 def _open_stream(path: Path) -> IO[bytes]:
-    """Opened anew, a file that is printed to would be emptied, and written over from its start."""
+    """Open for writing; stdout is duplicated, for opening its file by name would truncate it."""
     descriptor = _descriptor_of(path)
     return open(path, "wb") if descriptor is None else os.fdopen(os.dup(descriptor), "wb")
 
 
 def sync_folder(folder: Path) -> None:
-    """See to it that the names in a folder are on disk too."""
+    """Sync a folder, so that new names in it survive a crash too."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -146,7 +148,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what writes of this file that were killed have left beside it."""
+    """Remove the temporary files that killed writes of this file have left beside it."""
     place = real_place(path)
     for leftover in place.parent.glob(f".{glob.escape(place.name)}.*.tmp"):
         leftover.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Owns what a device is and can do: choosing one, preparing it, its number formats, its memory.
 
-Every command takes its device from here, so that a fault of one kind of device has one place.
+Every command takes its device from here, so that a workaround for a device has one place.
 """
 
 import contextlib
@@ -12,10 +12,10 @@ import torch
 
 GIB = 2**30
 GROUPED_ROW_BYTES = 16  # aten/src/ATen/native/GroupedMMUtils.h
-KINDS = ("cpu", "cuda", "mps")
-PAD_MULTIPLE = 64  # tokens; shapes that a GPU plans for, instead of one for every length
-# How each allocator begins to say that there is no room, and which part of it names the sizes.
-NO_ROOM = re.compile(
+DEVICE_TYPES = ("cpu", "cuda", "mps")
+PAD_MULTIPLE = 64  # tokens; GPU kernels are chosen for each shape, so use few shapes
+# How each allocator's error message begins, and which part of it names the sizes.
+OUT_OF_MEMORY = re.compile(
     r"((?:CUDA|HIP|MPS|XPU)(?: backend)? (?:error: )?out of memory|"
     r"DefaultCPUAllocator: (?:can't allocate|not enough) memory|CUBLAS_STATUS_ALLOC_FAILED)"
 )
@@ -27,7 +27,7 @@ CPU_BYTES = re.compile(r"you tried to allocate (\d+) bytes")
 
 
 class OutOfMemory(ValueError):
-    """What was asked for does not fit into the device's memory; one line that says the way out."""
+    """The device has too little memory; the message is one line and names the way out."""
 
 
 def choose_device(name: str | None = None, *, local_rank: int | None = None) -> torch.device:
@@ -36,17 +36,17 @@ def choose_device(name: str | None = None, *, local_rank: int | None = None) -> 
     A CUDA device always has an index: `torch.cuda.set_device` and nccl refuse one without.
 
     Args:
-        name: cpu, cuda, cuda:N or mps; plain `cuda` is the GPU 0, or that of `local_rank`.
-        local_rank: which of several processes on this machine this is. Each takes the GPU of its
-            number, also where `name` has an index: no two may share one.
+        name: cpu, cuda, cuda:N or mps; plain `cuda` is GPU 0, or that of `local_rank`.
+        local_rank: as in torchrun: the number of this process on this machine. It takes the GPU of
+            that number even if `name` has an index, for no two may share one.
     Raises:
-        ValueError: it is no device, or not there.
+        ValueError: the name is unknown, or this machine has no such device.
     """
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     best = "cuda" if has_cuda else "mps" if has_mps else "cpu"
     found = re.fullmatch(r"([a-z]+)(?::(\d+))?", name or best)
     kind, index = found.groups() if found else (None, None)
-    if kind not in KINDS:
+    if kind not in DEVICE_TYPES:
         raise ValueError(f"--device {name!r} is not a device; try cpu, cuda, cuda:1 or mps")
     if not {"cpu": True, "cuda": has_cuda, "mps": has_mps}[kind]:
         raise ValueError(f"--device {name}: this machine or torch build has no {kind.upper()}")
@@ -66,13 +66,13 @@ def choose_device(name: str | None = None, *, local_rank: int | None = None) -> 
 
 
 def prepare_device(device: torch.device, *, tf32: bool = False) -> torch.device:
-    """Make a chosen device this process's own and set how it computes; every command does so once.
+    """Make a device the current one and set its backends; every command does so once.
 
-    cuDNN's attention stays off: it plans anew for each shape, so decoding (one key more a token)
-    stalls at every step, and silently wrong answers of it are known (PyTorch issue 193893).
+    cuDNN attention is off: it builds a plan for each shape, so decoding (one more key each token)
+    stalls at every step, and it is known to give silently wrong answers (PyTorch issue 193893).
 
     Args:
-        tf32: float32 products in TF32, several times as fast with 10 bits of mantissa.
+        tf32: compute float32 matrix products in TF32: several times as fast, 10-bit mantissa.
     Raises:
         ValueError: the driver refuses it, for example because another process owns it.
     """
@@ -89,7 +89,7 @@ def prepare_device(device: torch.device, *, tf32: bool = False) -> torch.device:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 itself.
+    """Whether the device computes in bfloat16 natively.
 
     `torch.cuda.is_bf16_supported()` also counts emulation, and looks at the current device.
     """
@@ -99,8 +99,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def default_dtype(device: torch.device) -> str:
-    """In which numbers a model answers there: float32 on a CPU, else bfloat16 where there is one,
-    else float16."""
+    """The dtype for inference: float32 on a CPU, else bfloat16 where it is native, else float16."""
     if device.type == "cpu":
         return "float32"
     return "bfloat16" if has_bfloat16(device) else "float16"
@@ -118,7 +117,7 @@ def has_grouped_mm(device: torch.device, dtype: torch.dtype, widths: tuple[int, 
     Elsewhere PyTorch copies the group sizes to the host and multiplies group by group.
 
     Args:
-        widths: of the matrices, in numbers; rows that are no multiple of 16 bytes are refused.
+        widths: sizes of the matrices' rows, in elements; a row must be a multiple of 16 bytes.
     Source: `_grouped_mm_cuda` in aten/src/ATen/native/cuda/GroupedBlas.cpp.
     """
     if any(width * dtype.itemsize % GROUPED_ROW_BYTES for width in widths):
@@ -131,33 +130,33 @@ def has_grouped_mm(device: torch.device, dtype: torch.dtype, widths: tuple[int, 
 
 
 def heeds_found_inf(device: torch.device) -> bool:
-    """Whether the fused optimizers leave a step out there when `found_inf` says so.
+    """Whether the fused optimizers skip a step when `found_inf` is set; on MPS they do not.
 
-    Source: the Metal kernels of PyTorch take `found_inf` and never read it.
+    Source: PyTorch's Metal kernels take `found_inf` and never read it.
     """
     return device.type != "mps"
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """In what to multiply matrices whose product may be rough, such as an optimizer's."""
+    """The dtype for matrix products that need little precision, such as Muon's."""
     is_fast = device.type == "cuda" and has_bfloat16(device)
     return torch.bfloat16 if is_fast else torch.float32
 
 
 def pad_multiple(device: torch.device) -> int:
-    """To which multiple of tokens batches are padded there; 1 pads to the longest sample."""
+    """The multiple of tokens that batches are padded to; 1 pads to the longest sample."""
     return PAD_MULTIPLE if device.type == "cuda" else 1
 
 
 def out_of_memory_line(error: BaseException, *, advice: str) -> str | None:
-    """One line for an error of an allocator, with the sizes that it names; None for any other.
+    """One line for an out-of-memory error, with the sizes that it names; None for any other error.
 
     Args:
         advice: the way out, such as "lower --batch_size".
     """
     text = str(error)
     is_known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    if not is_known and not (isinstance(error, RuntimeError) and NO_ROOM.search(text)):
+    if not is_known and not (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
         return None
     sizes = SIZES.search(text)
     if sizes:
@@ -171,8 +170,11 @@ def out_of_memory_line(error: BaseException, *, advice: str) -> str | None:
 
 @contextlib.contextmanager
 def memory_guard(advice: str) -> Iterator[None]:
-    """Turn running out of memory into `OutOfMemory`, and let go of what was allocated on the way:
-    who goes on afterwards must not hold it through the error's frames."""
+    """Turn an out-of-memory error into `OutOfMemory`.
+
+    The local variables of the error's frames are cleared, so that a program that goes on does not
+    hold their tensors.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:

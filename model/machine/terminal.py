@@ -1,5 +1,4 @@
-"""Owns what a program in a terminal must bear: text that would be obeyed instead of shown, a reader
-that has left, a wish to stop."""
+"""Owns what every program in a terminal must handle: control characters, a closed pipe, SIGTERM."""
 
 import contextlib
 import os
@@ -7,21 +6,22 @@ import signal
 import sys
 import unicodedata
 from collections.abc import Iterator
+from types import FrameType
 
-# What a terminal would obey instead of show; a model can say any byte.
+# Control characters but tab and newline: a terminal obeys them, and a model may emit any.
 CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
-# Unicode categories: controls, halves of characters (bytes of a name that are not UTF-8), ends of
-# lines and of paragraphs.
+# Unicode categories: controls, surrogates (how Python holds bytes of a file name that are not
+# UTF-8), line and paragraph separators.
 ESCAPED = ("Cc", "Cs", "Zl", "Zp")
 
 
 def shown(text: str) -> str:
-    """A text of lines, without what would move the cursor or change colours."""
+    """A text of several lines, without what would move the cursor or change colours."""
     return text.translate(CONTROLS)
 
 
 def one_line(text: str) -> str:
-    """A name or an error as one line; what has no place there is escaped as Python does."""
+    """A name or an error as one line, its control characters escaped as Python does."""
     return "".join(
         c.encode("unicode_escape").decode() if unicodedata.category(c) in ESCAPED else c
         for c in text
@@ -30,12 +30,12 @@ def one_line(text: str) -> str:
 
 @contextlib.contextmanager
 def printing(*, is_extra: bool) -> Iterator[None]:
-    """Around what is printed, for a reader that may have left (`| head`).
+    """Print inside this block, where the reader may close the pipe (`| head`).
 
     Args:
-        is_extra: the results go elsewhere too, so that the work goes on without a reader.
+        is_extra: the results are written elsewhere too, so a closed pipe is no error.
     Raises:
-        BrokenPipeError: it has left, and there was nobody else to work for.
+        BrokenPipeError: the pipe is closed and `is_extra` is False.
     """
     try:
         yield
@@ -47,21 +47,21 @@ def printing(*, is_extra: bool) -> Iterator[None]:
 
 
 def silence_stdout() -> None:
-    """Print to nobody from here on; what waits to be printed would fail once more at the end."""
-    nobody = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nobody, sys.stdout.fileno())
-    os.close(nobody)
+    """Redirect stdout to the null device, else flushing its buffer at exit would fail again."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, taken as Ctrl-C is: what is done so far can be written."""
+    """SIGTERM, raised like Ctrl-C so that what is done so far can be written."""
 
 
 @contextlib.contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Raises `Terminated` in the main thread where a scheduler wishes the program to stop."""
+    """Raise `Terminated` in the main thread on SIGTERM, by which a scheduler stops a job."""
 
-    def stop(_signum: int, _frame) -> None:
+    def stop(_signum: int, _frame: FrameType | None) -> None:
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, stop)

@@ -3,8 +3,10 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 from model.machine.device import (
     check_dtype,
@@ -18,15 +20,15 @@ from model.options import NATIVE
 from model.vision_tower import count_image_tokens, find_vision_dir, load_vision_config
 from model.vlm_processor import VLMProcessor, check_special_tokens, load_tokenizer
 from model.weights.file_names import find_weight
-from model.weights.metadata import read_metadata, tower_sha256
+from model.weights.metadata import Metadata, read_metadata, tower_sha256
 from model.weights.strict_loading import check_tensors, load_weights, read_weights, weight_config
 
-BLIND_SEED = 0  # of the projection that a language model lacks
+PROJECTION_SEED = 0  # of the random projection that a language model gets
 
 
 @dataclass
 class LoadedModel:
-    """A model ready to use; `can_see` is False for a language model without a projection."""
+    """A model ready for inference; `can_see` is False if its weight had no projection."""
 
     model: MiniMindVLM
     processor: VLMProcessor
@@ -63,10 +65,10 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
 
 
 def check_native(args: argparse.Namespace, path: Path) -> Path:
-    """What `load_model` checks of a weight file but for the tensors' values, in a moment.
+    """Check a weight file as `load_model` does, without reading tensor values: a quick look.
 
     Returns:
-        the folder of the tower it is for, whose values are not looked at either.
+        The folder of the vision tower it was trained with, whose values are not read either.
     Raises:
         FileNotFoundError, ValueError: why it would not load.
     """
@@ -86,7 +88,7 @@ def check_native(args: argparse.Namespace, path: Path) -> Path:
     return tower
 
 
-def _load_native(args: argparse.Namespace, flags: dict) -> LoadedModel:
+def _load_native(args: argparse.Namespace, flags: dict[str, Any]) -> LoadedModel:
     path = find_weight(
         args.weight, save_dir=args.save_dir, hidden_size=args.hidden_size, use_moe=args.use_moe
     )
@@ -100,26 +102,28 @@ def _load_native(args: argparse.Namespace, flags: dict) -> LoadedModel:
     can_see = load_weights(model, state, path=path, may_lack_projection=True)
     if not can_see:
         _seed_projection(model)
-    attach_tower(model, tower, metadata=metadata, path=path)
-    processor = VLMProcessor(tokenizer, model.image_processor, config=model.config)
+    image_processor = attach_tower(model, tower, metadata=metadata, path=path)
+    processor = VLMProcessor(tokenizer, image_processor, config=model.config)
     return LoadedModel(model, processor, path, can_see)
 
 
 def _seed_projection(model: MiniMindVLM) -> None:
-    """Make the random projection of a model that lacks one the same at every start.
+    """Initialise the projection of a language model, the same at every start.
 
-    As wide as `nn.Linear` begins, without touching the global random numbers.
+    With the bound of `nn.Linear`, and without using the global random generator.
     """
-    generator = torch.Generator().manual_seed(BLIND_SEED)
+    generator = torch.Generator().manual_seed(PROJECTION_SEED)
     bound = model.config.vision_hidden_size**-0.5
     for parameter in model.vision_proj.parameters():
         torch.nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
 
-def placeholder_config(fields: dict, tokenizer, vision_model_path: Path | None) -> VLMConfig:
+def placeholder_config(
+    fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, vision_model_path: Path | None
+) -> VLMConfig:
     """Complete config fields with what follows from tower and tokenizer.
 
-    A placeholder that neither metadata nor flags name is `@` times the tower's tokens.
+    The default placeholder is one `@` for each image token of the tower.
     """
     vision = load_vision_config(find_vision_dir(vision_model_path))
     fields = {"vision_hidden_size": vision.hidden_size} | fields
@@ -130,20 +134,22 @@ def placeholder_config(fields: dict, tokenizer, vision_model_path: Path | None) 
 
 
 def attach_tower(
-    model: MiniMindVLM, vision_model_path: Path | None, *, metadata: dict, path: Path
-) -> None:
-    """Load the vision tower and compare it with the one the weight was trained with."""
+    model: MiniMindVLM, vision_model_path: Path | None, *, metadata: Metadata, path: Path
+) -> CLIPImageProcessorPil:
+    """Load the tower and its preprocessing; check that the weight was trained with this tower."""
     folder = find_vision_dir(vision_model_path)
     model.load_vision_encoder(folder)
+    assert model.vision_encoder is not None and model.image_processor is not None
     expected = metadata.get("vision_tower_sha256")
     if expected and expected != tower_sha256(model.vision_encoder):
         raise ValueError(
             f"{path} was trained with another vision tower than the one in {folder}; name the "
             "right folder by --vision_model_path"
         )
+    return model.image_processor
 
 
-def _load_folder(args: argparse.Namespace, flags: dict) -> LoadedModel:
+def _load_folder(args: argparse.Namespace, flags: dict[str, Any]) -> LoadedModel:
     """A folder as `save_pretrained` writes it, with its tokenizer if it has one."""
     folder = Path(args.load_from)
     if not (folder / "config.json").is_file():
@@ -173,15 +179,15 @@ def _load_folder(args: argparse.Namespace, flags: dict) -> LoadedModel:
         )
     own_tokenizer = folder if (folder / "tokenizer.json").is_file() else None
     tokenizer = load_tokenizer(args.tokenizer_path or own_tokenizer)
-    attach_tower(model, args.vision_model_path, metadata={}, path=folder)
-    processor = VLMProcessor(tokenizer, model.image_processor, config=model.config)
+    image_processor = attach_tower(model, args.vision_model_path, metadata={}, path=folder)
+    processor = VLMProcessor(tokenizer, image_processor, config=model.config)
     return LoadedModel(model, processor, folder, can_see=True)
 
 
-def _read_folder(folder: Path, config: VLMConfig) -> tuple[MiniMindVLM, dict]:
-    """The model, and what transformers says of its tensors."""
+def _read_folder(folder: Path, config: VLMConfig) -> tuple[MiniMindVLM, dict[str, set[str]]]:
+    """The model, and which tensors transformers reports as missing, unexpected or mismatched."""
     try:
-        return MiniMindVLM.from_pretrained(
+        return MiniMindVLM.from_pretrained(  # type: ignore[return-value]  # with loading info
             folder, config=config, dtype=torch.float32, output_loading_info=True
         )
     except (ImportError, MemoryError):

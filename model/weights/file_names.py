@@ -1,4 +1,4 @@
-"""Owns how weight files are named and where one is looked for.
+"""Owns how weight files are named and which one is read.
 
 A weight is `NAME_{hidden}{_moe}.pth`, with `NAME_{hidden}{_moe}.json` beside it that describes it.
 """
@@ -18,9 +18,9 @@ def weight_stem(name: str, *, hidden_size: int, use_moe: bool) -> str:
 def find_weight(
     name: str, *, save_dir: Path, hidden_size: int | None, use_moe: bool | None
 ) -> Path:
-    """The file of a weight name: in `save_dir`, then in `out/`; a path is taken as it is.
+    """The file of a weight's name, in `save_dir` or else in `out/`; a path is taken as it is.
 
-    Without a hidden size the one that exists is taken, 512 before others.
+    Without a hidden size, 512 is preferred; of other sizes there must be only one.
 
     Raises:
         FileNotFoundError: nothing fits; lists what is there.
@@ -47,14 +47,20 @@ def find_weight(
                     f"several weights fit {name!r} in {folder}: "
                     f"{', '.join(p.name for p in found)}; choose one by --hidden_size and --use_moe"
                 )
-    there = sorted({p.name for folder in folders for p in folder.glob("*.pth")})
     wanted = weight_stem(name, hidden_size=hidden_size or 512, use_moe=bool(use_moe)) + ".pth"
-    ways = {
+    raise _not_found(name, wanted, folders)
+
+
+def _not_found(name: str, wanted: str, folders: list[Path]) -> FileNotFoundError:
+    """The error for a weight that is in none of the folders; it lists what is there."""
+    present = sorted({p.name for folder in folders for p in folder.glob("*.pth")})
+    ways_out = {
         "llm": "fetch it by `python dataset/download.py llm_512`, make it by trainer/train_llm.py",
         "pretrain_vlm": "make it by trainer/train_pretrain_vlm.py",
         "sft_vlm": "make it by trainer/train_sft_vlm.py",
     }
-    raise FileNotFoundError(
+    way_out = ways_out.get(name, "make it first")
+    return FileNotFoundError(
         f"no weight {wanted} in {' or '.join(str(f) for f in folders)} (there: "
-        f"{', '.join(there) or 'no weights'}); {ways.get(name, 'make it first')}, or name its path"
+        f"{', '.join(present) or 'no weights'}); {way_out}, or name its path"
     )

@@ -4,9 +4,15 @@ import hashlib
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+
+from model.model_minimind import MiniMindForCausalLM
+from model.model_vlm import MiniMindVLM
+
+Metadata = dict[str, Any]  # the JSON object beside a weight
 
 METADATA_FORMAT = 1
 
@@ -16,10 +22,15 @@ SIZE_FIELDS = (
     "intermediate_size", "vocab_size", "use_moe", "n_routed_experts", "n_shared_experts",
     "vision_hidden_size",
 )  # fmt: skip
+DESCRIBED_FIELDS = (
+    *SIZE_FIELDS, "keep_cls", "image_special_token", "image_ids", "rope_theta",
+    "max_position_embeddings", "num_experts_per_tok", "norm_topk_prob", "rms_norm_eps", "dropout",
+    "hidden_act", "aux_loss_alpha", "seq_aux",
+)  # fmt: skip
 
 
 def weight_id(path: Path) -> str | None:
-    """Tells weight files apart by the checksums of their tensors; None for what is not one."""
+    """An id of a weight file, from the checksums of its tensors; None if it is not a zip file."""
     try:
         with zipfile.ZipFile(path) as archive:
             sums = [(item.filename.partition("/")[2], item.CRC) for item in archive.infolist()]
@@ -28,8 +39,8 @@ def weight_id(path: Path) -> str | None:
     return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
 
 
-def former_metadata(path: Path) -> dict:
-    """What is known of the weight that a save replaces, with its id."""
+def former_metadata(path: Path) -> Metadata:
+    """The metadata of the weight that a save is about to replace, with its id."""
     try:
         metadata = read_metadata(path)
     except ValueError:
@@ -37,23 +48,24 @@ def former_metadata(path: Path) -> dict:
     return metadata | {"weight_id": weight_id(path)}
 
 
-def describe_model(model, *, tokenizer_sha256: str) -> dict:
+def describe_model(model: MiniMindForCausalLM, *, tokenizer_sha256: str) -> Metadata:
     """The metadata that loading checks: sizes, placeholder, tower and tokenizer."""
     config = model.config
-    names = (*SIZE_FIELDS, "keep_cls", "image_special_token", "image_ids", "rope_theta",
-             "max_position_embeddings", "num_experts_per_tok", "norm_topk_prob",
-             "rms_norm_eps", "dropout", "hidden_act", "aux_loss_alpha", "seq_aux")  # fmt: skip
-    tower = getattr(model, "vision_encoder", None)
+    tower, tower_name = None, None
+    if isinstance(model, MiniMindVLM) and model.vision_encoder is not None:
+        tower, tower_name = model.vision_encoder, model.vision_dir.name
     return {
-        "config": {name: getattr(config, name) for name in names if hasattr(config, name)},
-        "vision_tower": model.vision_dir.name if tower is not None else None,
+        "config": {
+            name: getattr(config, name) for name in DESCRIBED_FIELDS if hasattr(config, name)
+        },
+        "vision_tower": tower_name,
         "vision_tower_sha256": tower_sha256(tower) if tower is not None else None,
         "tokenizer_sha256": tokenizer_sha256,
     }
 
 
 def tower_sha256(tower: nn.Module) -> str:
-    """Tells towers apart by the tensors at their two ends."""
+    """A hash of a tower's first and last tensors: its embeddings and its post-layernorm."""
     digest = hashlib.sha256()
     for name, tensor in tower.state_dict().items():
         if "embedding" in name or "post_layernorm" in name:
@@ -61,25 +73,34 @@ def tower_sha256(tower: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def read_metadata(path: Path) -> dict:
-    """What lies beside a weight, or {} for a plain published file."""
+def read_metadata(path: Path) -> Metadata:
+    """The metadata of a weight, or {} for one without, such as the original project's.
+
+    A save writes the JSON file before the weight, with the former weight's metadata under
+    `former`. If the save was interrupted between the two, the weight still is the former one:
+    its id says so, and its own metadata is returned.
+
+    Raises:
+        ValueError: the JSON file is damaged, of another format, or of another weight.
+    """
     beside = path.with_suffix(".json")
     if not beside.is_file():
         return {}
     try:
-        metadata = json.loads(beside.read_text(encoding="utf-8"))
+        metadata: Metadata = json.loads(beside.read_text(encoding="utf-8"))
         if isinstance(metadata, dict) and "format" not in metadata:
-            return {}  # somebody else's JSON; the tensors' shapes are enough
+            return {}  # another program's JSON; the tensors' shapes suffice
         metadata["config"].keys()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{beside} is not weight metadata ({error!r}); mend it") from None
     if metadata["format"] != METADATA_FORMAT:
         raise ValueError(f"{beside} has format {metadata.get('format')}, not {METADATA_FORMAT}")
-    former, described = metadata.pop("former", None), metadata.get("weight_id")
-    found = weight_id(path) if former or described else None
-    if former and former["weight_id"] == found:
-        return former if "format" in former else {}  # a save was cut off before the weight
-    if described and described != found:
+    former: Metadata | None = metadata.pop("former", None)
+    expected_id = metadata.get("weight_id")
+    found_id = weight_id(path) if former or expected_id else None
+    if former and former["weight_id"] == found_id:
+        return former if "format" in former else {}
+    if expected_id and expected_id != found_id:
         raise ValueError(
             f"{beside} describes another weight than the {path.name} beside it; if that came from "
             f"elsewhere, delete {beside.name}, else put the weight back that belongs to it"

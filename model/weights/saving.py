@@ -1,4 +1,4 @@
-"""Owns writing a weight: a float16 state dict without the vision tower, and its description."""
+"""Owns writing a weight: a float16 state dict without the vision tower, and its metadata."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.machine.atomic_file import atomic_write, staged_write
-from model.weights.metadata import METADATA_FORMAT, former_metadata, weight_id
+from model.weights.metadata import METADATA_FORMAT, Metadata, former_metadata, weight_id
 from model.weights.strict_loading import VISION_PREFIX
 
 
@@ -17,8 +17,8 @@ def half_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: a tensor does not fit fp16, or is not finite.
     """
-    halves: dict[int, Tensor] = {}
-    state = {}
+    halves: dict[int, Tensor] = {}  # by the address of the original
+    state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith(VISION_PREFIX):
             continue
@@ -36,11 +36,15 @@ def half_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def save_weights(model: nn.Module | dict[str, Tensor], path: Path, metadata: dict) -> None:
-    """Save the fp16 weight and, beside it, what it is.
+def save_weights(model: nn.Module | dict[str, Tensor], path: Path, metadata: Metadata) -> None:
+    """Save the fp16 weight and, beside it, its metadata, so that a crash never mixes the two.
 
-    The description is written first and holds the former one too: whichever weight stands there
-    after a kill, `read_metadata` finds the one that belongs to it.
+    1. Write the weight to a temporary file.
+    2. Replace the JSON file; it holds the new metadata and, under `former`, the previous weight's.
+    3. Rename the temporary file to the weight's name.
+
+    After a crash between 2 and 3 `read_metadata` finds that the former weight is still there, and
+    returns what belongs to it.
 
     Args:
         model: the model, or its state dict.
@@ -49,6 +53,6 @@ def save_weights(model: nn.Module | dict[str, Tensor], path: Path, metadata: dic
     state = half_state(model.state_dict() if isinstance(model, nn.Module) else model)
     former = former_metadata(path) if path.is_file() else None
     with staged_write(path, lambda file: torch.save(state, file)) as temporary:
-        about = {"format": METADATA_FORMAT} | metadata | {"weight_id": weight_id(temporary)}
-        text = json.dumps(about | {"former": former}, indent=1, ensure_ascii=False)
+        full = {"format": METADATA_FORMAT} | metadata | {"weight_id": weight_id(temporary)}
+        text = json.dumps(full | {"former": former}, indent=1, ensure_ascii=False)
         atomic_write(path.with_suffix(".json"), lambda file: file.write(text.encode()))

@@ -1,10 +1,12 @@
 """Owns reading a weight: its tensors, the sizes they imply, and loading them strictly.
 
-The vision tower is never in a weight; of all else nothing may be missing, unknown or misshapen.
+A weight never holds the vision tower; any other tensor that is missing, unknown or of another shape
+is an error.
 """
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ TRAINING_STATE_KEYS = {"model", "optimizer"}
 
 
 def read_weights(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
-    """The state dict of a weight file, refusing what is not one.
+    """The state dict of a weight file, without a vision tower.
 
     With `shapes_only` the tensors have no values (they are on `meta`).
 
@@ -54,11 +56,13 @@ def read_weights(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if not k.startswith(VISION_PREFIX)}
 
 
-def sizes_from_tensors(state: dict[str, Tensor], *, path: Path, num_heads: int = 8) -> dict:
+def sizes_from_tensors(
+    state: dict[str, Tensor], *, path: Path, num_heads: int = 8
+) -> dict[str, int]:
     """The sizes of a model, read off its tensors' shapes.
 
     Args:
-        num_heads: query heads, which show in no shape.
+        num_heads: query heads, which no shape depends on.
     """
     try:
         vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
@@ -91,15 +95,15 @@ def sizes_from_tensors(state: dict[str, Tensor], *, path: Path, num_heads: int =
     return sizes
 
 
-def weight_config(state: dict[str, Tensor], *, path: Path, flags: dict) -> dict:
+def weight_config(state: dict[str, Tensor], *, path: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """Config fields of a weight: from its metadata, else its shapes, else the flags.
 
     Args:
-        flags: what the user asked for, None where left open.
+        flags: config fields that the user gave; None where not given.
     Raises:
         ValueError: a flag, or the metadata, contradicts the tensors.
     """
-    config = read_metadata(path).get("config", {})
+    config: dict[str, Any] = read_metadata(path).get("config", {})
     num_heads = config.get("num_attention_heads") or flags.get("num_attention_heads") or 8
     sizes = sizes_from_tensors(state, path=path, num_heads=num_heads)
     for name, size in sizes.items():
