@@ -73,8 +73,10 @@ class Chat:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(f"{path}: {reason}") from error
         self.new_images.append(image)
-        print(f"picture {len(self.new_images)} for the next question: {path} "
-              f"({image.width}x{image.height}) / 已添加图像")  # fmt: skip
+        print(
+            f"picture {len(self.new_images)} for the next question: {path} "
+            f"({image.width}x{image.height}) / 已添加图像"
+        )
 
     def set_seed(self, text: str) -> None:
         if text.isdecimal():

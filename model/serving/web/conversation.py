@@ -19,7 +19,7 @@ SHARED_SIDE, SHARED_QUALITY = 768, 85  # of pictures in a shared page
 
 
 @dataclass
-class Turn:
+class ChatTurn:
     """A question with its pictures, and the answer; `note` says how the answer came about."""
 
     question: str
@@ -46,7 +46,7 @@ def check_image(path: str | Path) -> None:
         raise ValueError(f"{name}: {without_paths(error)}") from error
 
 
-def new_turn(question: str, images: list[str], *, default_question: str) -> Turn:
+def new_turn(question: str, images: list[str], *, default_question: str) -> ChatTurn:
     """A checked question. Its pictures were checked when they were uploaded: none is opened here.
 
     Raises:
@@ -62,10 +62,10 @@ def new_turn(question: str, images: list[str], *, default_question: str) -> Turn
             raise ValueError(f"{Path(image).name[:80]} is no longer here; add it again")
     if not question and not images:
         raise ValueError("there is no question")
-    return Turn(question or default_question, list(images))
+    return ChatTurn(question or default_question, list(images))
 
 
-def prompt_of(engine: VLMEngine, turns: list[Turn]) -> tuple[list[dict], list[str]]:
+def prompt_of(engine: VLMEngine, turns: list[ChatTurn]) -> tuple[list[dict], list[str]]:
     """What the model is given for the last turn: all messages and all pictures so far."""
     messages: list[dict] = []
     for i, turn in enumerate(turns):
@@ -75,7 +75,7 @@ def prompt_of(engine: VLMEngine, turns: list[Turn]) -> tuple[list[dict], list[st
     return messages, [image for turn in turns for image in turn.images]
 
 
-def chat_messages(turns: list[Turn]) -> list[dict]:
+def chat_messages(turns: list[ChatTurn]) -> list[dict]:
     """The turns as the page's chat shows them; it takes text for HTML, whatever it is told."""
     messages = []
     for turn in turns:
@@ -122,7 +122,7 @@ def figure(path: str, *, otherwise: str) -> str:
         return html.escape(otherwise)
 
 
-def to_html(turns: list[Turn], *, language: str, text: Callable[[str, str], str]) -> str:
+def to_html(turns: list[ChatTurn], *, language: str, text: Callable[[str, str], str]) -> str:
     """The conversation as one page that needs nothing else; every word in it is escaped."""
     parts = []
     for turn in turns:

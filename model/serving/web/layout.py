@@ -39,9 +39,12 @@ class Layout:
         with gr.Row(elem_id="head"):
             self.head = self._named(gr.HTML(), value="head")
             self.language = gr.Radio(
-                list(LANGUAGES), value="English", show_label=False, container=False,
+                list(LANGUAGES),
+                value="English",
+                show_label=False,
+                container=False,
                 elem_id="language",
-            )  # fmt: skip
+            )
         with gr.Row():
             with gr.Column(scale=7):
                 self._add_chat()
@@ -71,15 +74,26 @@ class Layout:
 
     def _add_chat(self) -> None:
         self.chat = gr.Chatbot(
-            height=520, elem_id="chat", buttons=["copy", "copy_all"], render_markdown=False,
-            allow_tags=False, latex_delimiters=[], feedback_options=None,
-            allow_file_downloads=False, group_consecutive_messages=False,
-        )  # fmt: skip
+            height=520,
+            elem_id="chat",
+            buttons=["copy", "copy_all"],
+            render_markdown=False,
+            allow_tags=False,
+            latex_delimiters=[],
+            feedback_options=None,
+            allow_file_downloads=False,
+            group_consecutive_messages=False,
+        )
         self._named(self.chat, label="conversation", placeholder="empty")
         self.box = gr.MultimodalTextbox(
-            sources=["upload"], file_types=["image"], file_count="multiple", show_label=False,
-            max_lines=8, max_plain_text_length=MAX_QUESTION_CHARACTERS, elem_id="box",
-        )  # fmt: skip
+            sources=["upload"],
+            file_types=["image"],
+            file_count="multiple",
+            show_label=False,
+            max_lines=8,
+            max_plain_text_length=MAX_QUESTION_CHARACTERS,
+            elem_id="box",
+        )
         self._named(self.box, placeholder="question")
         self.status = gr.Markdown(elem_id="status")
 
@@ -103,9 +117,15 @@ class Layout:
         )
         self._named(gr.Markdown(), value="examples")
         self.gallery = gr.Gallery(
-            [str(path) for path in examples], columns=4, rows=2, height="auto", show_label=False,
-            allow_preview=False, buttons=[], elem_id="examples",
-        )  # fmt: skip
+            [str(path) for path in examples],
+            columns=4,
+            rows=2,
+            height="auto",
+            show_label=False,
+            allow_preview=False,
+            buttons=[],
+            elem_id="examples",
+        )
         with self._named(gr.Accordion(open=False, elem_id="camera"), label="camera"):
             self.camera = gr.Image(
                 sources=["webcam"], type="filepath", image_mode=None, show_label=False
@@ -118,9 +138,12 @@ class Layout:
             self.look_layer = gr.Slider(0, num_layers, 0, step=1)
             self.look_go = gr.Button(elem_id="look_go")
             self.look_picture = gr.Image(
-                show_label=False, interactive=False, format="png", buttons=["download"],
+                show_label=False,
+                interactive=False,
+                format="png",
+                buttons=["download"],
                 elem_id="look_picture",
-            )  # fmt: skip
+            )
             self.look_share = gr.Markdown()
         self._named(self.look_image, label="look_image")
         self._named(self.look_layer, label="look_layer")

@@ -18,7 +18,7 @@ import gradio as gr
 from model.generation.sampling import MAX_SEED, Sampling
 from model.serving.web import conversation as web_chat
 from model.serving.web.attention_picture import draw_look
-from model.serving.web.conversation import Turn, chat_messages, new_turn, prompt_of
+from model.serving.web.conversation import ChatTurn, chat_messages, new_turn, prompt_of
 from model.serving.web.layout import LIMITS, Layout
 from model.serving.web.protection.privacy import without_paths
 from model.serving.web.text import LANGUAGES, language_of, text
@@ -155,7 +155,9 @@ class Page:
         if cancel is not None:
             cancel.set()
 
-    def _ask(self, request: gr.Request, box: dict, turns: list[Turn], *choices) -> Iterator[dict]:
+    def _ask(
+        self, request: gr.Request, box: dict, turns: list[ChatTurn], *choices
+    ) -> Iterator[dict]:
         """Answer what stands in the box."""
         wish = Wish.of(request, *choices)
         describe = text("describe", wish.language)
@@ -166,14 +168,14 @@ class Page:
             return
         yield from self._answer([*turns, turn], wish, before=turns, box=box)
 
-    def _regenerate(self, request: gr.Request, turns: list[Turn], *choices) -> Iterator[dict]:
+    def _regenerate(self, request: gr.Request, turns: list[ChatTurn], *choices) -> Iterator[dict]:
         """Answer the last question once more."""
         if turns:
-            fresh = [*turns[:-1], Turn(turns[-1].question, turns[-1].images)]
+            fresh = [*turns[:-1], ChatTurn(turns[-1].question, turns[-1].images)]
             yield from self._answer(fresh, Wish.of(request, *choices), before=turns)
 
     def _answer(
-        self, turns: list[Turn], wish: Wish, *, before: list[Turn], box: dict | None = None
+        self, turns: list[ChatTurn], wish: Wish, *, before: list[ChatTurn], box: dict | None = None
     ) -> Iterator[dict]:
         """Stream the answer to the last of the turns; if it fails, all is as it was before."""
         at, language = self.parts, wish.language
@@ -194,7 +196,9 @@ class Page:
         finally:
             del self._cancels[wish.session]
 
-    def _generate(self, turns: list[Turn], wish: Wish, cancel: threading.Event) -> Iterator[dict]:
+    def _generate(
+        self, turns: list[ChatTurn], wish: Wish, cancel: threading.Event
+    ) -> Iterator[dict]:
         """Fill in the last turn's answer, piece by piece."""
         sampling, turn = wish.sampling(), turns[-1]
         engine = self.weights.get(wish.weight)
@@ -208,19 +212,26 @@ class Page:
         said, language = pieces.answer, wish.language
         count, reason = said.num_dropped_turns, said.finish_reason
         turn.note = text(
-            "status", language, tokens=said.num_new_tokens, seed=sampling.seed, weight=wish.weight,
+            "status",
+            language,
+            tokens=said.num_new_tokens,
+            seed=sampling.seed,
+            weight=wish.weight,
             seconds=time.perf_counter() - started_s,
             ending="" if reason == "stop" else text(f"ending_{reason}", language),
             dropped=text("dropped", language, count=count) if count else "",
-        )  # fmt: skip
+        )
 
-    def _running(self, turns: list[Turn]) -> dict:
+    def _running(self, turns: list[ChatTurn]) -> dict:
         at = self.parts
-        return {at.chat: chat_messages(turns), at.status: "…",
-                at.stop: gr.update(interactive=True),
-                at.again: gr.update(interactive=False)}  # fmt: skip
+        return {
+            at.chat: chat_messages(turns),
+            at.status: "…",
+            at.stop: gr.update(interactive=True),
+            at.again: gr.update(interactive=False),
+        }
 
-    def _done(self, turns: list[Turn]) -> dict:
+    def _done(self, turns: list[ChatTurn]) -> dict:
         """The page at rest."""
         at = self.parts
         return {
@@ -232,7 +243,7 @@ class Page:
             at.share: gr.update(interactive=bool(turns)),
         }
 
-    def _share(self, turns: list[Turn], language: str) -> str:
+    def _share(self, turns: list[ChatTurn], language: str) -> str:
         """The conversation as a page, handed to the browser alone: no file of it is kept here."""
         return web_chat.to_html(turns, language=LANGUAGES[language], text=text)
 
@@ -262,10 +273,15 @@ class Page:
             return {at.weight: current}
         layers = engine.model.config.num_hidden_layers
         key = "loaded" if engine.can_see else "blind"
-        return {at.current: wanted, at.look_layer: gr.update(maximum=layers, value=0),
-                at.status: text(key, code, weight=wanted)}  # fmt: skip
+        return {
+            at.current: wanted,
+            at.look_layer: gr.update(maximum=layers, value=0),
+            at.status: text(key, code, weight=wanted),
+        }
 
-    def _look(self, turns: list[Turn], weight: str, language: str, image: int, layer: int) -> dict:
+    def _look(
+        self, turns: list[ChatTurn], weight: str, language: str, image: int, layer: int
+    ) -> dict:
         """The picture of what the last answer looked at."""
         at, code = self.parts, LANGUAGES[language]
         if not turns or not turns[-1].answer or not any(turn.images for turn in turns):

@@ -52,20 +52,30 @@ def serve_page(
         from model.serving.web.page import Page
 
         page = Page(
-            weights, defaults, concurrency=concurrency,
+            weights,
+            defaults,
+            concurrency=concurrency,
             examples=copy_examples(examples, folder / EXAMPLES),
-        )  # fmt: skip
-        theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONTS,
-                               font_mono=("monospace",))  # fmt: skip
+        )
+        theme = gr.themes.Soft(
+            primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=("monospace",)
+        )
         page.blocks.queue(max_size=max(1, queue))  # what runs at once passes the queue too
         care.calm(page.blocks)
         page.blocks.launch(
-            server_name=host, server_port=port or None, max_file_size=MAX_UPLOAD_BYTES, css=CSS,
-            theme=theme, app_kwargs={"lifespan": guarded(folder, names=allowed_hosts(host))},
+            server_name=host,
+            server_port=port or None,
+            max_file_size=MAX_UPLOAD_BYTES,
+            css=CSS,
+            theme=theme,
+            app_kwargs={"lifespan": guarded(folder, names=allowed_hosts(host))},
             auth=None if password is None else lambda _, given: is_same(given, password),
-            auth_message=ANY_NAME, quiet=True, prevent_thread_lock=True,
-            state_session_capacity=care.MAX_SESSIONS, **NOT_WANTED,
-        )  # fmt: skip
+            auth_message=ANY_NAME,
+            quiet=True,
+            prevent_thread_lock=True,
+            state_session_capacity=care.MAX_SESSIONS,
+            **NOT_WANTED,
+        )
         close_when_idle(page.blocks.server.config)
         print(f"talk to it at {page.blocks.local_url} (Ctrl-C ends it)", flush=True)
         page.blocks.block_thread()

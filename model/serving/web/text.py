@@ -75,7 +75,7 @@ TEXTS = {
         " · the {count} oldest turns no longer fit",
         " · 最早的 {count} 轮对话已放不下",
     ),
-}  # fmt: skip
+}
 ANY_NAME = "Any name will do; the password is the server's. 用户名随意，密码请问服务器主人。"
 
 

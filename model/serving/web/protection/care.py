@@ -96,10 +96,13 @@ class Care:
         blocks = self._app.get_blocks()
         holder, queue = self._app.state_holder, blocks._queue
         for kept in (
-            holder.session_data, holder.time_last_used, queue.pending_messages_per_session,
-            queue.pending_event_ids_session, blocks.pending_streams,
+            holder.session_data,
+            holder.time_last_used,
+            queue.pending_messages_per_session,
+            queue.pending_event_ids_session,
+            blocks.pending_streams,
             blocks.pending_diff_streams,
-        ):  # fmt: skip
+        ):
             kept.pop(session, None)
 
     def _delete_old(self) -> None:
