@@ -1,4 +1,4 @@
-"""Talk to the model in the browser, or serve it to programs as the OpenAI protocol has it.
+"""Talk to the model in the browser, or serve it to programs by the OpenAI protocol.
 
     python web_demo.py
     python web_demo.py --weight pretrain_vlm --port 8000
@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def warn_of(engine: VLMEngine) -> None:
+def print_warning(engine: VLMEngine) -> None:
     if engine.warning:
         print(f"warning: {engine.warning}", file=sys.stderr, flush=True)
 
@@ -76,10 +76,10 @@ def main(argv: list[str] | None = None) -> int:
         defaults = sampling_from(args)
         if args.api:
             engine = VLMEngine.from_args(args)
-            warn_of(engine)
+            print_warning(engine)
             return serve_api(engine, defaults, **where, **limits, api_key=args.api_key)
         weights = Weights(args)
-        warn_of(weights.get(weights.default))
+        print_warning(weights.get(weights.default))
         return serve_page(
             weights, defaults, **where, **limits, password=args.password, examples=args.examples
         )

@@ -51,9 +51,7 @@ class PatientProtocol(H11Protocol):
         if len(self.connections) > self.max_connections:
             idle = [c for c in self.connections if c._head_timer is not None]
             oldest = min(idle, key=lambda c: c._head_timer.when())
-            self.connections.discard(
-                oldest
-            )  # now: `connection_lost` comes only with a later turn of the loop
+            self.connections.discard(oldest)  # now: `connection_lost` comes later
             oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -27,7 +27,8 @@ class StopText:
     """Ends a text that comes in pieces in front of the first stop string that is complete.
 
     Of two that end at the same character the longer one counts. Runs in time linear in the text,
-    by the automaton of Knuth, Morris and Pratt. Source: D. Knuth, J. Morris, V. Pratt, "Fast pattern matching in strings" (1977).
+    by the automaton of Knuth, Morris and Pratt.
+    Source: D. Knuth, J. Morris, V. Pratt, "Fast pattern matching in strings" (1977).
     """
 
     def __init__(self, stops: list[str]):

@@ -20,17 +20,15 @@ MAX_IMAGE_PIXELS = 50_000_000
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
 MAX_MESSAGES = 1000
 MAX_PARTS = 100  # of one message
-MAX_VALUES = (
-    500_000  # in the JSON: millions of empty arrays would take gigabytes and block other requests
-)
+MAX_VALUES = 500_000  # in the JSON: millions of empty arrays would take gigabytes
 MAX_DIGITS = 400  # of an integer
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 USED = {
     "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed",
     "stop", "stream", "stream_options", "n", "top_k", "repetition_penalty",
 }  # fmt: skip
-# HARMLESS fields are accepted and ignored. NOT_OFFERED ones would change the answer: only the values
-# listed, which ask for nothing, are accepted. The protocol refuses all other names.
+# Accepted and ignored: HARMLESS fields. Those of NOT_OFFERED would change the answer: only their
+# neutral values, listed here, are accepted. The protocol refuses all other names.
 HARMLESS = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
     "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "prediction",

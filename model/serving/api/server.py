@@ -80,13 +80,13 @@ class ChatCompletions:
         try:
             with self._places.place():
                 body = await read_body(Request(scope, receive), timeout_s=self._body_timeout_s)
-                await self._reply_while_present(body, scope, receive, send)
+                await self._reply_while_connected(body, scope, receive, send)
         except ApiError as error:
             await error_response(error)(scope, receive, send)
         except ClientDisconnect:
             pass
 
-    async def _reply_while_present(
+    async def _reply_while_connected(
         self, body: bytearray, scope: Scope, receive: Receive, send: Send
     ) -> None:
         client = Client()

@@ -21,7 +21,7 @@ from model.serving.web.attention_picture import SIDE, draw_look
 from model.serving.web.conversation import ChatTurn, check_image, new_turn, prompt_of, to_html
 from model.serving.web.protection import login
 from model.serving.web.protection.privacy import without_paths
-from model.serving.web.text import TEXTS, language_of, text
+from model.serving.web.text import TEXTS, page_language, text
 from model.serving.web.weights import MAX_LOADED, Weights
 from model.vlm_processor import open_image
 
@@ -171,7 +171,7 @@ def test_every_text_is_there_in_both_languages():
         )
         assert english == chinese, key
     assert text("loaded", "zh", weight="x{y}") == "当前权重：x{y}"
-    assert [language_of(h) for h in ("zh-CN,en;q=0.5", "en-US", None)] == ["zh", "en", "en"]
+    assert [page_language(h) for h in ("zh-CN,en;q=0.5", "en-US", None)] == ["zh", "en", "en"]
 
 
 def test_look_glows_where_the_attention_is():
