@@ -33,9 +33,8 @@ class StopText:
 
     def __init__(self, stops: list[str]):
         self._stops = [(stop, _borders(stop)) for stop in stops]
-        self._num_matched = [0] * len(
-            stops
-        )  # length of each stop's longest prefix that ends the text
+        # Of each stop string: the length of its longest prefix that the text ends with.
+        self._num_matched = [0] * len(stops)
         self._held = ""  # may be the start of a stop string
         self.is_found = False
 

@@ -202,6 +202,33 @@ class RequireKey:
         await self._app(scope, receive, send)
 
 
+def _model_routes(model_id: str, *, created_s: int) -> list[Route]:
+    """`/v1/models`: the list of the one model, and the model by its name."""
+    model = {
+        "id": model_id,
+        "object": "model",
+        "created": created_s,
+        "owned_by": "minimind-v",
+    }
+
+    async def models(_request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def one_model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name == model_id:
+            return JSONResponse(model)
+        return error_response(ApiError(404, f"no model {name[:100]!r}", code="model_not_found"))
+
+    return [Route("/v1/models", models), Route("/v1/models/{name:path}", one_model)]
+
+
+async def _http_error(_request: Request, error: HTTPException) -> Response:
+    response = error_response(ApiError(error.status_code, str(error.detail)))
+    response.headers.update(error.headers or {})
+    return response
+
+
 def create_app(
     engine: VLMEngine,
     defaults: Sampling,
@@ -222,27 +249,6 @@ def create_app(
         body_timeout_s: for the whole body of a request to arrive.
     """
     model_id = engine.path.stem if engine.path.is_file() else engine.path.resolve().name
-    model = {
-        "id": model_id,
-        "object": "model",
-        "created": int(engine.path.stat().st_mtime),
-        "owned_by": "minimind-v",
-    }
-
-    async def models(_request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [model]})
-
-    async def one_model(request: Request) -> Response:
-        name = request.path_params["name"]
-        if name == model_id:
-            return JSONResponse(model)
-        return error_response(ApiError(404, f"no model {name[:100]!r}", code="model_not_found"))
-
-    async def http_error(_request: Request, error: HTTPException) -> Response:
-        response = error_response(ApiError(error.status_code, str(error.detail)))
-        response.headers.update(error.headers or {})
-        return response
-
     chat = ChatCompletions(
         engine,
         model_id=model_id,
@@ -254,14 +260,13 @@ def create_app(
     return Starlette(
         routes=[
             Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/v1/models", models),
-            Route("/v1/models/{name:path}", one_model),
+            *_model_routes(model_id, created_s=int(engine.path.stat().st_mtime)),
         ],
         middleware=[
             Middleware(KnownHosts, hosts, refuse=lambda m: error_response(ApiError(403, m))),
             Middleware(RequireKey, api_key=api_key),
         ],
-        exception_handlers={HTTPException: http_error},
+        exception_handlers={HTTPException: _http_error},
     )
 
 

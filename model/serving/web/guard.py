@@ -156,7 +156,7 @@ class _Reply:
             if self.cookie:
                 value = f"{self.cookie}; Path=/; HttpOnly; SameSite=Lax".encode()
                 headers = [*message["headers"], (b"set-cookie", value)]
-                message = message | {"headers": headers}
+                message = {**message, "headers": headers}
         elif self.is_withheld:
             return
         elif message["type"] == "http.response.body":

@@ -49,9 +49,7 @@ def serve_page(
         folder = Path(name).resolve()
         os.environ["GRADIO_TEMP_DIR"] = str(folder)
         care.set_before_import()
-        import gradio as gr
-
-        from model.serving.web.page import Page
+        from model.serving.web.page import Page  # imports Gradio
 
         page = Page(
             weights,
@@ -59,31 +57,37 @@ def serve_page(
             concurrency=concurrency,
             examples=copy_examples(examples, folder / EXAMPLES),
         )
-        theme = gr.themes.Soft(
-            primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=("monospace",)
-        )
-        page.blocks.queue(
-            max_size=max(1, queue)
-        )  # events that run at once pass through the queue too
+        # Events that run at once pass through the queue too.
+        page.blocks.queue(max_size=max(1, queue))
         care.calm(page.blocks)
-        page.blocks.launch(
-            server_name=host,
-            server_port=port or None,
-            max_file_size=MAX_UPLOAD_BYTES,
-            css=CSS,
-            theme=theme,
-            app_kwargs={"lifespan": guarded(folder, names=allowed_hosts(host))},
-            auth=None if password is None else lambda _, given: is_same(given, password),
-            auth_message=ANY_NAME,
-            quiet=True,
-            prevent_thread_lock=True,
-            state_session_capacity=care.MAX_SESSIONS,
-            **NOT_WANTED,
-        )
+        _launch(page.blocks, folder, host=host, port=port, password=password)
         close_when_idle(page.blocks.server.config)
         print(f"talk to it at {page.blocks.local_url} (Ctrl-C ends it)", flush=True)
         page.blocks.block_thread()
     return 0
+
+
+def _launch(blocks: Any, folder: Path, *, host: str, port: int, password: str | None) -> None:
+    """Start Gradio's server in a thread; `blocks` are a `gr.Blocks` with its queue."""
+    import gradio as gr
+
+    theme = gr.themes.Soft(
+        primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=("monospace",)
+    )
+    blocks.launch(
+        server_name=host,
+        server_port=port or None,
+        max_file_size=MAX_UPLOAD_BYTES,
+        css=CSS,
+        theme=theme,
+        app_kwargs={"lifespan": guarded(folder, names=allowed_hosts(host))},
+        auth=None if password is None else lambda _, given: is_same(given, password),
+        auth_message=ANY_NAME,
+        quiet=True,
+        prevent_thread_lock=True,
+        state_session_capacity=care.MAX_SESSIONS,
+        **NOT_WANTED,
+    )
 
 
 def guarded(

@@ -30,9 +30,8 @@ class Weights:
         self.default = first.path.stem
         self._loaded = OrderedDict({self.default: first})
         self._tower = (first.model.vision_dir, tower_sha256(first.model.vision_encoder))
-        self._checked: dict[
-            Path, tuple[tuple[Any, ...], str | None]
-        ] = {}  # path -> (state of its files, what is shown)
+        # Path -> (times and sizes of its files, what the page shows).
+        self._checked: dict[Path, tuple[tuple[Any, ...], str | None]] = {}
 
     def names(self) -> dict[str, str]:
         """File stem -> what the page shows, for each weight whose metadata says that it would load.

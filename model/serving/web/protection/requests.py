@@ -47,9 +47,7 @@ ROUTES = (
     _route("theme", "GET HEAD", r"/theme\.css", is_public=True),
     _route("icon", "GET HEAD", r"/favicon\.ico", is_public=True),
     _route("login", "POST", "/login", is_public=True),
-    _route(
-        "started", "GET", f"{API}/startup-events", is_public=True
-    ),  # requested by Gradio itself at launch
+    _route("started", "GET", f"{API}/startup-events", is_public=True),  # by Gradio, at launch
     _route("config", "GET", "/config"),
     _route("heartbeat", "GET", f"{API}/heartbeat/(?P<session>{SESSION})"),
     _route("join", "POST", f"{API}/queue/join"),
