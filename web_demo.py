@@ -1,4 +1,4 @@
-"""Talk to the model in the browser, or serve it to programs as the OpenAI protocol has it.
+"""Talk to the model in the browser, or serve it to programs by the OpenAI protocol.
 
     python web_demo.py
     python web_demo.py --weight pretrain_vlm --port 8000
@@ -35,18 +35,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--api", action="store_true", help="OpenAI-compatible server, no page / 接口服务")
     add("--host", default="127.0.0.1", help="0.0.0.0: every machine can reach it / 监听地址")
     add("--port", type=int, default=7860, help="of page or server / 端口")
-    add("--password", default=os.environ.get("MINIMIND_PASSWORD"),
-        help="asked of the page's visitors, with any name / 网页访问密码")  # fmt: skip
-    add("--api_key", default=os.environ.get("MINIMIND_API_KEY"),
-        help="asked of --api's clients / 接口密钥")  # fmt: skip
+    add(
+        "--password",
+        default=os.environ.get("MINIMIND_PASSWORD"),
+        help="asked of the page's visitors, with any name / 网页访问密码",
+    )
+    add(
+        "--api_key",
+        default=os.environ.get("MINIMIND_API_KEY"),
+        help="asked of --api's clients / 接口密钥",
+    )
     add("--concurrency", type=int, default=2, help="answers at once / 同时生成的回答数")
     add("--queue", type=int, default=64, help="questions that may wait / 最多排队数")
-    add("--examples", type=parse_path, default=ROOT / "dataset" / "eval_images",
-        help="folder of pictures to try on the page / 示例图片目录")  # fmt: skip
+    add(
+        "--examples",
+        type=parse_path,
+        default=ROOT / "dataset" / "eval_images",
+        help="folder of pictures to try on the page / 示例图片目录",
+    )
     return parser.parse_args(argv)
 
 
-def warn_of(engine: VLMEngine) -> None:
+def print_warning(engine: VLMEngine) -> None:
     if engine.warning:
         print(f"warning: {engine.warning}", file=sys.stderr, flush=True)
 
@@ -66,10 +76,10 @@ def main(argv: list[str] | None = None) -> int:
         defaults = sampling_from(args)
         if args.api:
             engine = VLMEngine.from_args(args)
-            warn_of(engine)
+            print_warning(engine)
             return serve_api(engine, defaults, **where, **limits, api_key=args.api_key)
         weights = Weights(args)
-        warn_of(weights.get(weights.default))
+        print_warning(weights.get(weights.default))
         return serve_page(
             weights, defaults, **where, **limits, password=args.password, examples=args.examples
         )

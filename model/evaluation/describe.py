@@ -92,7 +92,8 @@ def describe(
         try:
             messages = ask(_repeat_tag(prompt, len(names)), num_images=len(names))
             _check_tags(messages, num_images=len(names))
-            engine.fit(messages, sample.images, sampling)  # too many are not even decoded
+            # Pictures that cannot fit are not even decoded.
+            engine.context.fit(messages, max_new_tokens=sampling.max_new_tokens)
             pixels, thumbnails = _read_images(
                 engine.processor, sample.images, with_thumbnails=with_thumbnails
             )

@@ -1,1 +1,1 @@
-"""Answers: sampling, decoding, the engine, where it looks."""
+"""Generating answers: sampling, decoding, context, the engine, attention maps."""

@@ -1,4 +1,7 @@
-"""Owns what an answer's tokens attend to, computed beside the model rather than inside it.
+"""Owns the attention maps of an answer: how much its tokens attend to each image patch.
+
+The weights are computed again here, layer by layer: the model's own attention is fused and never
+holds them.
 
 Shapes: T tokens, A answer tokens, H heads, K head dim, I images, P image tokens, D hidden.
 """
@@ -21,10 +24,11 @@ def image_attention(
     """Mean attention of the answer's tokens to each image's patches.
 
     Args:
-        batch: one prompt of `VLMProcessor.prompt_batch`. answer_ids: (1, A).
-        layer: None is the mean of all.
+        batch: one prompt of `VLMProcessor.prompt_batch`.
+        answer_ids: (1, A) int64.
+        layer: from 0; None is the mean over all layers.
     Returns:
-        One (side, side) map an image.
+        One (side, side) float32 map for each image, on the CPU.
     """
     if not len(batch["pixel_values"]):
         return []
@@ -41,20 +45,21 @@ def image_attention(
     patches = attention[:num_prompt][batch["image_mask"][0]]
     patches = patches.view(-1, model.config.num_image_tokens)  # (I, P)
     if model.config.keep_cls:
-        patches = patches[:, 1:]  # the CLS token stands nowhere in the picture
+        patches = patches[:, 1:]  # the CLS token has no place in the picture
     side = math.isqrt(patches.shape[1])
     return list(patches.view(-1, side, side))
 
 
 def _mean_attention(model: MiniMindVLM, embeds: Tensor, first: int, *, layer: int | None) -> Tensor:
-    """What the tokens from `first` on attend to: (T,), over heads, these tokens and layers."""
+    """Attention of the tokens from `first` on, the mean over layers, heads and them: (T,)."""
     positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
-    rope = tuple(t.to(embeds.dtype) for t in rope_tables(model.config, positions))
+    cos, sin = rope_tables(model.config, positions)
+    rope = cos.to(embeds.dtype), sin.to(embeds.dtype)
     causal_mask = create_causal_mask(
         config=model.config, inputs_embeds=embeds, attention_mask=None, past_key_values=None
     )
     layers = model.model.layers if layer is None else model.model.layers[: layer + 1]
-    hidden, weights = embeds, []
+    hidden, weights = embeds, list[Tensor]()
     for i, block in enumerate(layers):
         if layer is None or i == layer:
             weights.append(_attention_of(block, hidden, rope, first))
@@ -67,7 +72,7 @@ def _mean_attention(model: MiniMindVLM, embeds: Tensor, first: int, *, layer: in
 def _attention_of(
     block: DecoderLayer, hidden: Tensor, rope: tuple[Tensor, Tensor], first: int
 ) -> Tensor:
-    """One layer's attention of the tokens from `first` on: (T,), the mean over heads and them."""
+    """The same of one layer: (T,), the mean over heads and the tokens from `first` on."""
     attention, normed = block.self_attn, block.input_layernorm(hidden)
 
     def heads(projected: Tensor) -> Tensor:  # (1, T, H * K) -> (1, H, T, K)
@@ -79,6 +84,6 @@ def _attention_of(
     key = key.repeat_interleave(attention.num_key_value_groups, dim=1)
     scores = (query @ key.mT).float() * attention.scaling  # (1, H, A, T)
     num_answer, num_tokens = scores.shape[-2:]
-    hidden_ahead = torch.ones(num_answer, num_tokens, dtype=torch.bool, device=scores.device)
-    hidden_ahead = hidden_ahead.triu(num_tokens - num_answer + 1)
-    return nn.functional.softmax(scores.masked_fill(hidden_ahead, -torch.inf), -1).mean((0, 1, 2))
+    is_future = torch.ones(num_answer, num_tokens, dtype=torch.bool, device=scores.device)
+    is_future = is_future.triu(num_tokens - num_answer + 1)
+    return nn.functional.softmax(scores.masked_fill(is_future, -torch.inf), -1).mean((0, 1, 2))

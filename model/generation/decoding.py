@@ -1,25 +1,27 @@
-"""Owns how an answer is written token by token: the loop over the cache, text in pieces.
+"""Owns the decoding loop: answers token by token over a key-value cache, and ids to text.
 
-Shapes: B rows still being written, T tokens, V vocabulary.
+Shapes: B unfinished answers, T tokens, V vocabulary.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
 
 from model.generation.sampling import Sampling
 from model.model_vlm import MiniMindVLM
 
-HALF = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
+REPLACEMENT = "\ufffd"  # what the tokenizer writes for bytes that are not a whole character
 
 
-class Row:
-    """One answer being written, with its own random numbers.
+class AnswerState:
+    """One answer while it is generated, with its own random numbers.
 
     Args:
         prompt_ids: (T,) on the CPU, without padding.
-        max_new_tokens: no more than the context has room for.
+        max_new_tokens: must fit in the context behind the prompt.
     """
 
     def __init__(self, prompt_ids: Tensor, sampling: Sampling, *, max_new_tokens: int):
@@ -36,10 +38,15 @@ class Row:
         else:
             self._generator.manual_seed(sampling.seed)
 
-    def take(self, logits: Tensor, *, eos_token_id: int) -> int:  # (V,) float32 on the CPU
-        """Choose the next token; it may be the last one."""
+    def add_token(self, logits: Tensor, *, eos_token_id: int) -> int:
+        """Choose the next token and append it; sets `finish_reason` if it is the last one.
+
+        Args:
+            logits: (V,) float32 on the CPU.
+        """
         length = self.num_prompt_tokens + len(self.new_ids)
-        scores = self._processors(self._ids[None, :length], logits[None])[0]
+        ids = self._ids[None, :length]  # (1, T)
+        scores = self._processors(ids, logits[None])[0]  # type: ignore[arg-type]  # int64 will do
         if self._is_greedy:
             token = int(scores.argmax())
         else:
@@ -54,60 +61,67 @@ class Row:
 
 
 class Decoder:
-    """Writes the answers of a batch, one token of every unfinished row at a time.
+    """Generates the answers of a batch; each step adds one token to every unfinished answer.
 
-    A row's tokens depend on its own prompt and seed alone. Every step may be taken by another
-    thread, one at a time; several decoders may share a model.
+    An answer's tokens depend on its own prompt and seed alone. Steps may run in different threads,
+    but only one at a time; several decoders may share a model.
 
     Args:
-        batch: of `VLMProcessor.prompt_batch`. rows: one for each of its rows.
+        batch: of `VLMProcessor.prompt_batch`.
+        answers: one for each row of the batch, in its order.
     """
 
     def __init__(
-        self, model: MiniMindVLM, batch: dict[str, Tensor], rows: list[Row], *, eos_token_id: int
+        self,
+        model: MiniMindVLM,
+        batch: dict[str, Tensor],
+        answers: list[AnswerState],
+        *,
+        eos_token_id: int,
     ):
-        self.rows = rows
-        self._active = list(rows)
+        self.answers = answers
+        self._active = list(answers)
         self._model = model
         self._eos_token_id = eos_token_id
         self._inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         self._mask = self._inputs["attention_mask"]  # (B, T)
-        self._cache = None
+        self._cache: Cache | None = None
 
     @property
     def is_done(self) -> bool:
         return not self._active
 
     def cancel(self) -> None:
-        """End what is unfinished where it stands, and let go of its memory."""
-        for row in self._active:
-            row.finish_reason = "cancelled"
+        """End the unfinished answers with the tokens they have, and free the cache."""
+        for answer in self._active:
+            answer.finish_reason = "cancelled"
         self._active, self._inputs, self._cache = [], {}, None
 
     @torch.inference_mode()
     def step(self) -> None:
-        """The next token of every unfinished row; after an error there is none any more."""
+        """Add a token to every unfinished answer; an error cancels them all."""
         try:
             logits = self._forward()
         except RuntimeError:
-            self.cancel()  # its memory is free for others while the error is told
+            self.cancel()  # frees the cache: others may need it while the error is reported
             raise
-        for row, scores in zip(self._active, logits, strict=True):
-            row.take(scores, eos_token_id=self._eos_token_id)
-        going_on = [i for i, row in enumerate(self._active) if row.finish_reason is None]
-        if len(going_on) < len(self._active):  # finished rows cost nothing
-            self._active = [self._active[i] for i in going_on]
-            kept = torch.tensor(going_on, dtype=torch.int64, device=self._mask.device)
+        for answer, scores in zip(self._active, logits, strict=True):
+            answer.add_token(scores, eos_token_id=self._eos_token_id)
+        unfinished = [i for i, a in enumerate(self._active) if a.finish_reason is None]
+        if len(unfinished) < len(self._active):  # finished answers leave the batch
+            self._active = [self._active[i] for i in unfinished]
+            kept = torch.tensor(unfinished, dtype=torch.int64, device=self._mask.device)
             self._mask = self._mask[kept]
+            assert self._cache is not None
             self._cache.batch_select_indices(kept)
 
     def _forward(self) -> Tensor:
         """Logits (B, V) of the next tokens, in float32 on the CPU."""
         if self._cache is None:
-            inputs = self._inputs
+            inputs: dict[str, Any] = self._inputs
         else:
-            last = torch.tensor([[row.new_ids[-1]] for row in self._active])
-            # As embeddings, so that no written token is taken for an image's placeholder.
+            last = torch.tensor([[answer.new_ids[-1]] for answer in self._active])  # (B, 1)
+            # As embeddings: a generated token must not be taken for an image placeholder.
             embeds = self._model.model.embed_tokens(last.to(self._mask.device))
             self._mask = F.pad(self._mask, (0, 1), value=1)
             inputs = {
@@ -117,31 +131,33 @@ class Decoder:
             }
         output = self._model(**inputs, use_cache=True, logits_to_keep=1)
         self._inputs, self._cache = {}, output.past_key_values
-        return output.logits[:, -1].float().cpu()
+        logits: Tensor = output.logits[:, -1].float().cpu()
+        return logits
 
 
 class TextPieces:
-    """Token ids to text as they come, never half a character.
+    """Decodes one answer's tokens as they come, in pieces of whole characters.
 
-    The bytes of one character may come in several tokens: what may still grow waits. Joined, the
-    pieces are the decoded answer without half a character at its end.
+    A character's bytes may come in several tokens: they are held back until it is complete. The
+    pieces joined are the decoded answer, without an incomplete character at its end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         self._waiting: list[int] = []  # ids since the last character boundary
-        self._num_said = 0  # characters of theirs that are out already
+        self._num_returned = 0  # characters of theirs returned already
 
     def push(self, token: int) -> str:
-        """What the token completes; often its text, sometimes nothing."""
+        """The characters that this token completes; "" if none."""
         self._waiting.append(token)
         text = self._tokenizer.decode(
             self._waiting, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        whole = text.removesuffix(HALF)
-        piece = whole[self._num_said :]
+        assert isinstance(text, str)  # of one sequence; a batch would give a list
+        whole = text.removesuffix(REPLACEMENT)
+        piece = whole[self._num_returned :]
         if whole == text:
-            self._waiting, self._num_said = [], 0
+            self._waiting, self._num_returned = [], 0
         else:
-            self._num_said = len(whole)
+            self._num_returned = len(whole)
         return piece

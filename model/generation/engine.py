@@ -1,39 +1,38 @@
-"""Owns using a model: `VLMEngine`, the one way in which evaluation, chat, page and server answer.
+"""Owns `VLMEngine`, by which evaluation, terminal chat, web page and API server all use a model.
 
-Whoever asks builds the messages by `ask` and `VLMEngine.remember`, so that the same words, pictures
-and seed give the same answer everywhere.
+They build messages by `ask` and `VLMEngine.remember`, so that the same text, pictures and seed give
+the same answer everywhere.
 """
 
 import argparse
 import threading
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.generation.attention_map import image_attention
-from model.generation.decoding import Decoder, Row, TextPieces
+from model.generation.context import Context, Message
+from model.generation.decoding import AnswerState, Decoder, TextPieces
 from model.generation.sampling import Sampling
 from model.machine.device import memory_guard
 from model.vlm_processor import IMAGE_TAG
 from model.weights.build_model import LoadedModel, load_model
 
 NO_ROOM_ADVICE = "ask more briefly, with fewer pictures, or lower --batch_size or --concurrency"
-RESERVED_SHARE = 4  # of the context, 1 / this: what earlier turns give way to at most
+Images = list[Any] | Tensor  # PIL images, encoded bytes or paths; or `pixel_values` (I, 3, S, S)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said.
+    """An answer and how it ended.
 
     Args:
-        finish_reason: "stop" (it ended by itself), "length" or "cancelled".
+        finish_reason: "stop" (the model wrote its end token), "length" or "cancelled".
         num_new_tokens: the end token included.
-        num_dropped_turns: how many old turns the context had no room for.
+        num_dropped_turns: old turns that the context had no room for.
     """
 
     text: str
@@ -43,7 +42,7 @@ class Answer:
     num_dropped_turns: int
 
 
-def ask(prompt: str, *, num_images: int) -> list[dict]:
+def ask(prompt: str, *, num_images: int) -> list[Message]:
     """One user message; a prompt without any `<image>` gets one in front for every image."""
     if IMAGE_TAG not in prompt:
         prompt = f"{IMAGE_TAG}\n" * num_images + prompt
@@ -53,8 +52,8 @@ def ask(prompt: str, *, num_images: int) -> list[dict]:
 class Stream:
     """One answer as it comes: iterate over the pieces of its text, then read `answer`.
 
-    Nothing runs between two pieces, and each may be taken by another thread. Closing it, leaving
-    it as a context manager or setting `cancel` ends the answer at the next token.
+    Nothing is computed between two pieces, and each may be read by another thread. Closing the
+    stream, leaving it as a context manager or setting `cancel` ends the answer at the next token.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class Stream:
                 self.close()
                 break
             self._decoder.step()
-            piece = self._pieces.push(self._decoder.rows[0].new_ids[-1])
+            piece = self._pieces.push(self._decoder.answers[0].new_ids[-1])
             if piece:
                 self._text += piece
                 return piece
@@ -89,11 +88,11 @@ class Stream:
     def __enter__(self) -> "Stream":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the answer where it stands; a finished one stays as it is."""
+        """End the answer with the tokens it has; nothing happens to a finished one."""
         self._decoder.cancel()
 
     @property
@@ -103,35 +102,35 @@ class Stream:
             raise ValueError(
                 "the answer has not ended yet: read the stream to its end, or close it"
             )
-        return _answer(self._decoder.rows[0], self._text, self._num_dropped_turns)
+        return _answer(self._decoder.answers[0], self._text, self._num_dropped_turns)
 
 
-def _answer(row: Row, text: str, num_dropped_turns: int) -> Answer:
+def _answer(state: AnswerState, text: str, num_dropped_turns: int) -> Answer:
+    assert state.finish_reason is not None
     return Answer(
-        text, row.finish_reason, row.num_prompt_tokens, len(row.new_ids), num_dropped_turns
+        text, state.finish_reason, state.num_prompt_tokens, len(state.new_ids), num_dropped_turns
     )
 
 
 class VLMEngine:
     """A loaded model that answers; safe to share between threads.
 
-    Nothing here changes after it is made: every answer has its own cache and random numbers.
+    It has no state that answering changes: every answer has its own cache and random numbers.
     """
 
     def __init__(self, loaded: LoadedModel):
         self.model, self.processor = loaded.model, loaded.processor
         self.path, self.can_see = loaded.path, loaded.can_see
-        # The vocabulary is spelled a character for each byte: so many bytes has a token at most.
-        self._max_token_bytes = max(map(len, self.processor.tokenizer.get_vocab()))
+        self.context = Context(self.processor, max_tokens=self.model.config.max_position_embeddings)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "VLMEngine":
-        """Load what `add_model_arguments` describes, strictly; raises as `load_model` does."""
+        """Load the model that the flags name, strictly; raises as `load_model` does."""
         return cls(load_model(args))
 
     @property
     def warning(self) -> str | None:
-        """What to tell whoever starts this model; None where there is nothing to tell."""
+        """What the user should know before using this model; None if nothing."""
         if self.can_see:
             return None
         return (
@@ -142,29 +141,24 @@ class VLMEngine:
     @property
     def max_tokens(self) -> int:
         """Length of the context: prompt and answer together."""
-        return self.model.config.max_position_embeddings
-
-    @property
-    def max_characters(self) -> int:
-        """No longer text has room in the context, whatever it says: it need not be tokenized."""
-        return self.max_tokens * self._max_token_bytes
+        return self.context.max_tokens
 
     @memory_guard(NO_ROOM_ADVICE)
     def generate(
         self,
-        conversations: list[tuple[list[dict], list]],
+        conversations: list[tuple[list[Message], Images]],
         sampling: Sampling,
         *,
         cancel: threading.Event | None = None,
     ) -> list[Answer]:
         """Answers to a batch of (messages, images).
 
-        Every row has its own random numbers from `sampling.seed`: what stands beside it in the
-        batch does not change it.
+        Every answer has its own random numbers from `sampling.seed`, so that the other
+        conversations of the batch do not change it.
 
         Raises:
             ValueError, OSError: a conversation or picture that cannot be used.
-            OutOfMemory: there is no room for it, a ValueError too; what it took is free again.
+            OutOfMemory: (a ValueError too) memory ran out; what was allocated is free again.
         """
         decoder, dropped = self._start(conversations, sampling)
         while not decoder.is_done:
@@ -173,26 +167,26 @@ class VLMEngine:
             else:
                 decoder.step()
         answers = []
-        for row, num_dropped_turns in zip(decoder.rows, dropped, strict=True):
+        for state, num_dropped_turns in zip(decoder.answers, dropped, strict=True):
             pieces = TextPieces(self.processor.tokenizer)
-            text = "".join(pieces.push(token) for token in row.new_ids)
-            answers.append(_answer(row, text, num_dropped_turns))
+            text = "".join(pieces.push(token) for token in state.new_ids)
+            answers.append(_answer(state, text, num_dropped_turns))
         return answers
 
     @memory_guard(NO_ROOM_ADVICE)
     def stream(
         self,
-        messages: list[dict],
-        images: list | Tensor,
+        messages: list[Message],
+        images: Images,
         sampling: Sampling,
         *,
         cancel: threading.Event | None = None,
     ) -> Stream:
-        """One answer in pieces; raises as `generate` does, before the first piece, but for
-        `OutOfMemory`, which may come with any.
+        """One answer in pieces.
 
-        Args:
-            images: also as their `pixel_values` (I, 3, S, S).
+        Raises:
+            ValueError, OSError: as `generate`, before the first piece.
+            OutOfMemory: here or while any piece is read.
         """
         decoder, (num_dropped_turns,) = self._start([(messages, images)], sampling)
         return Stream(
@@ -203,138 +197,52 @@ class VLMEngine:
         )
 
     def _start(
-        self, conversations: list[tuple[list[dict], list]], sampling: Sampling
+        self, conversations: list[tuple[list[Message], Images]], sampling: Sampling
     ) -> tuple[Decoder, list[int]]:
         """A decoder, and how many turns were dropped from each conversation."""
         if not conversations:
             raise ValueError("no conversation to answer")
-        fitted = [self.fit(messages, images, sampling) for messages, images in conversations]
-        batch = self.processor.prompt_batch([(m, images) for m, images, _ in fitted])
-        rows = []
+        prompts, dropped = [], []
+        for messages, images in conversations:
+            kept, num_dropped = self.context.fit(messages, max_new_tokens=sampling.max_new_tokens)
+            prompts.append((kept, images))
+            dropped.append(num_dropped)
+        batch = self.processor.prompt_batch(prompts)
+        answers = []
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
             prompt_ids = ids[mask.bool()]
             room = self.max_tokens - len(prompt_ids)
-            rows.append(
-                Row(prompt_ids, sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-            )
+            limit = min(sampling.max_new_tokens, room)
+            answers.append(AnswerState(prompt_ids, sampling, max_new_tokens=limit))
         eos_token_id = self.processor.tokenizer.eos_token_id
-        decoder = Decoder(self.model, batch, rows, eos_token_id=eos_token_id)
-        return decoder, [num_dropped for *_, num_dropped in fitted]
+        return Decoder(self.model, batch, answers, eos_token_id=eos_token_id), dropped
 
-    def fit(
-        self, messages: list[dict], images: Sequence | Tensor, sampling: Sampling
-    ) -> tuple[list[dict], Sequence | Tensor, int]:
-        """Drop the oldest turns, a question with its answer, until prompt and answer fit.
+    def remember(self, messages: list[Message], answer: str) -> list[Message]:
+        """The conversation with the model's answer appended, for the next question.
 
-        For an answer of up to a quarter of the context turns are dropped; a longer one takes what
-        room there is, so that asking for the longest does not erase the conversation. A turn that
-        shows an image stays, and so do the system message and the last question. Where even that
-        leaves less room, the answer is the shorter. The pictures
-        are not looked at.
-
-        Returns:
-            messages, images, and the number of dropped turns.
-        Raises:
-            ValueError: there is no room for an answer at all.
+        Where an answer spells `<image>` or a special token, it is made ordinary text.
         """
-        turns = _turns(messages)
-        droppable = [i for i, turn in enumerate(turns[:-1]) if _is_droppable(turn)]
-        reserved = min(sampling.max_new_tokens, max(1, self.max_tokens // RESERVED_SHARE))
-        fewest = self._fewest_to_drop(turns, droppable)
-
-        def without(num_dropped: int) -> list[dict]:
-            gone = set(droppable[:num_dropped])
-            return [m for i, turn in enumerate(turns) if i not in gone for m in turn]
-
-        @cache
-        def num_tokens(num_dropped: int) -> int:
-            return self._num_tokens(without(num_dropped))
-
-        def fits(num_dropped: int) -> bool:
-            return num_tokens(num_dropped) + reserved <= self.max_tokens
-
-        # Tokenizing all again for every guess of a bisection costs; the sizes guess right.
-        room = self.max_tokens - reserved - num_tokens(len(droppable))
-        sizes = self._turn_sizes([turns[i] for i in droppable[fewest:]])
-        num_kept = bisect_right(list(accumulate(reversed(sizes))), room)
-        first = len(droppable) - num_kept
-        is_enough = first == len(droppable) or fits(first)
-        if not is_enough or (first > fewest and fits(first - 1)):
-            first = fewest + bisect_left(range(fewest, len(droppable)), True, key=fits)
-        if num_tokens(first) >= self.max_tokens:
-            what = " without its earlier text turns" if droppable else ""
-            raise ValueError(
-                f"the prompt has {num_tokens(first)} tokens{what}, the model takes "
-                f"{self.max_tokens} with the answer; shorten the question or use fewer images"
-            )
-        return without(first), images, first
-
-    def check_length(self, messages: list[dict]) -> None:
-        """Refuse what is too long to be worth tokenizing, whatever turns are dropped.
-
-        Raises:
-            ValueError: what must stay is longer than any text that the context holds.
-        """
-        turns = _turns(messages)
-        self._fewest_to_drop(turns, [i for i, t in enumerate(turns[:-1]) if _is_droppable(t)])
-
-    def _fewest_to_drop(self, turns: list[list[dict]], droppable: list[int]) -> int:
-        """How many of the droppable turns must go by the count of characters alone."""
-        sizes = [sum(len(message["content"]) for message in turn) for turn in turns]
-        left = sum(sizes)
-        for num_dropped in range(len(droppable) + 1):
-            if left <= self.max_characters:
-                return num_dropped
-            if num_dropped < len(droppable):
-                left -= sizes[droppable[num_dropped]]
-        what = " without its earlier text turns" if droppable else ""
-        raise ValueError(
-            f"the prompt has {left:,} characters{what}, no prompt of over {self.max_characters:,} "
-            f"fits: the model takes {self.max_tokens} tokens with the answer; shorten the question"
-        )
-
-    def _turn_sizes(self, turns: list[list[dict]]) -> list[int]:
-        """Tokens of each turn, as far as it can be said without the rest of the conversation."""
-        if not turns:
-            return []
-        tokenizer = self.processor.tokenizer
-        start, end = tokenizer.bos_token, tokenizer.eos_token  # ChatML
-        texts = ["".join(f"{start}{m['role']}\n{m['content']}{end}\n" for m in t) for t in turns]
-        # Half a character is `render`'s to refuse, where the turn stays; the tokenizer would fail.
-        texts = [text.encode(errors="replace").decode() for text in texts]
-        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-    def _num_tokens(self, messages: list[dict]) -> int:
-        text = self.processor.render(messages, add_generation_prompt=True)
-        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def remember(self, messages: list[dict], said: str) -> list[dict]:
-        """The conversation with the model's answer behind it, for the next question.
-
-        A model may say `<image>` or spell a special token: in the history they are only words.
-        """
-        return [*messages, {"role": "assistant", "content": self.processor.plain(said)}]
+        return [*messages, {"role": "assistant", "content": self.processor.plain(answer)}]
 
     @memory_guard(NO_ROOM_ADVICE)
     @torch.inference_mode()
     def look(
         self,
-        messages: list[dict],
-        images: list | Tensor,
+        messages: list[Message],
+        images: Images,
         answer_text: str,
         *,
         layer: int | None = None,
     ) -> list[Tensor]:
-        """Where an answer looks: its tokens' mean attention to the patches of each image.
+        """Attention maps: how much an answer's tokens attend to each patch of each image.
 
         Args:
-            images: as `VLMProcessor` takes them.
-            layer: of the language model, from 0; None is the mean of all.
+            layer: of the language model, from 0; None is the mean over all layers.
         Returns:
-            One (side, side) float32 map an image, on the CPU: shares of the attention, so that a
-            map's sum is at most 1.
+            One (side, side) float32 map for each image, on the CPU. The values are shares of all
+            attention: the maps together sum to at most 1.
         Raises:
-            ValueError: no answer, no such layer, or as `generate`.
+            ValueError: the answer is empty, there is no such layer, or as `generate`.
         """
         num_layers = self.model.config.num_hidden_layers
         if layer is not None and not 0 <= layer < num_layers:
@@ -342,22 +250,7 @@ class VLMEngine:
         answer = self.processor.tokenizer(answer_text, add_special_tokens=False)["input_ids"]
         if not answer:
             raise ValueError("the answer is empty: there is nothing to look from")
-        room = Sampling(max_new_tokens=len(answer))
-        messages, images, _ = self.fit(messages, images, room)
+        messages, _ = self.context.fit(messages, max_new_tokens=len(answer))
         batch = self.processor.prompt_batch([(messages, images)])
         answer_ids = torch.tensor([answer[: self.max_tokens - batch["input_ids"].shape[1]]])
         return image_attention(self.model, batch, answer_ids, layer=layer)
-
-
-def _turns(messages: list[dict]) -> list[list[dict]]:
-    """A turn begins with each question; what stands before the first one is a turn too."""
-    turns: list[list[dict]] = []
-    for message in messages:
-        if message["role"] == "user" or not turns:
-            turns.append([])
-        turns[-1].append(message)
-    return turns
-
-
-def _is_droppable(turn: list[dict]) -> bool:
-    return not any(m["role"] == "system" or IMAGE_TAG in m["content"] for m in turn)

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers.generation import (
+from transformers.generation.logits_process import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -25,11 +25,14 @@ class Sampling:
     """How the next token is chosen.
 
     Args:
-        temperature: 0 is greedy. top_p: the nucleus. top_k: 0 takes all.
-        repetition_penalty: divides the logits of what prompt and answer hold already; 1 is none.
-        seed: of the answer alone; None draws one.
+        temperature: 0 is greedy decoding.
+        top_p: nucleus sampling: the smallest set of tokens with at least this probability.
+        top_k: only the k likeliest tokens; 0 is off.
+        repetition_penalty: of tokens that prompt or answer already hold: positive logits are
+            divided by it, negative ones multiplied; 1 is off.
+        seed: of each answer's own random numbers; None draws a new one.
     Raises:
-        ValueError: a value out of its range, by its flag's name.
+        ValueError: a value is out of its range; the message names the flag.
     """
 
     max_new_tokens: int = 512
@@ -39,7 +42,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def must(is_right: bool, name: str, wanted: str) -> None:
             if not is_right:
                 raise ValueError(f"--{name} must be {wanted}; got {getattr(self, name)}")
@@ -52,7 +55,7 @@ class Sampling:
         must(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", f"from 0 to {MAX_SEED}")
 
     def processors(self) -> LogitsProcessorList:
-        """What is done to the logits of one row, in transformers' order."""
+        """The logits processors of one answer, in the order that transformers' `generate` uses."""
         steps = LogitsProcessorList()
         if self.repetition_penalty != 1:
             steps.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
@@ -67,7 +70,7 @@ class Sampling:
 
 
 def _peak_at_zero(_ids: Tensor, logits: Tensor) -> Tensor:
-    """The same distribution; no temperature, however small, can overflow it."""
+    """Shift the largest logit to 0, so that no tiny temperature overflows; softmax is the same."""
     return logits - logits.max(-1, keepdim=True).values
 
 
@@ -92,6 +95,10 @@ def sampling_from(args: argparse.Namespace) -> Sampling:
         ValueError: a flag out of its range.
     """
     return Sampling(
-        args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.repetition_penalty,
+        args.max_new_tokens,
+        args.temperature,
+        args.top_p,
+        args.top_k,
+        args.repetition_penalty,
         args.seed,
-    )  # fmt: skip
+    )

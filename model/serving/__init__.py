@@ -1,1 +1,1 @@
-"""Using a model: chat, page and server."""
+"""Ways to use a model: terminal chat, web page, API server."""

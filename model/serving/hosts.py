@@ -1,7 +1,7 @@
-"""Owns which names a server answers to, so that no foreign page can reach it through a browser.
+"""Owns which host names a server answers to: the defence against DNS rebinding.
 
-A page may give its own name the address of this machine once it is open (DNS rebinding): the
-browser then takes the server here for that page's own. The `Host` header still tells its name.
+In that attack, a web page that is open in the user's browser gives its own name the address of this
+machine; the browser then lets it talk to the server here. The `Host` header still holds its name.
 """
 
 import ipaddress
@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
 
 from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 ANY = "*"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -17,8 +18,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def allowed_hosts(host: str) -> list[str]:
     """The names that a server listening at `host` answers to, in lower case, IPv6 unbracketed.
 
-    One that only this machine can reach has known names. One that others can reach may have any
-    name, given by a router or a proxy: `*`, and it should ask for a password or key.
+    A server that only this machine can reach has known names. Another may have any name, given by a
+    router or a proxy: `*`; it should ask for a password or key.
     """
     host = host.lower().strip("[]")
     return sorted({*LOOPBACK, host}) if _is_loopback(host) else [ANY]
@@ -36,28 +37,36 @@ def _refuse(message: str) -> Response:
 
 
 class KnownHosts:
-    """ASGI middleware: 403 for a request whose `Host` is none of the names.
+    """ASGI middleware: refuses (403) a request whose `Host` is not among the names.
 
     Args:
-        names: of `allowed_hosts`; with `*` every name will do.
-        refuse: makes the answer of a refusal's message.
+        names: from `allowed_hosts`; `*` allows any.
+        refuse: makes the response from a message.
     """
 
-    def __init__(self, app, names: Collection[str], *, refuse: Callable[[str], Response] = _refuse):
+    def __init__(
+        self,
+        app: ASGIApp,
+        names: Collection[str],
+        *,
+        refuse: Callable[[str], Response] = _refuse,
+    ):
         self._app, self._names, self._refuse = app, frozenset(names), refuse
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket") and ANY not in self._names:
             given = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
             if _name_of(given) not in self._names:
                 if scope["type"] == "websocket":
-                    return await send({"type": "websocket.close", "code": 1008})
+                    await send({"type": "websocket.close", "code": 1008})
+                    return
                 names = ", ".join(sorted(self._names))
                 message = (
                     f"this server does not answer to the name {given[:100]!r}, only to {names}; "
                     "a proxy in front of it must send one of these as Host"
                 )
-                return await self._refuse(message)(scope, receive, send)
+                await self._refuse(message)(scope, receive, send)
+                return
         await self._app(scope, receive, send)
 
 

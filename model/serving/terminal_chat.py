@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from PIL import Image
 
+from model.generation.context import Message
 from model.generation.engine import VLMEngine, ask
 from model.generation.sampling import Sampling
 from model.machine.terminal import shown
@@ -30,19 +31,19 @@ Ctrl-C stops an answer / 停止回答"""
 
 
 class Chat:
-    """One conversation: what was said, the pictures shown, and those for the next question."""
+    """One conversation: its messages and pictures, and the pictures for the next question."""
 
     def __init__(self, engine: VLMEngine, sampling: Sampling):
         self.engine, self.sampling = engine, sampling
         self.clear()
 
     def clear(self) -> None:
-        self.messages: list[dict] = []
+        self.messages: list[Message] = []
         self.images: list[Image.Image] = []  # of all turns, in reading order
         self.new_images: list[Image.Image] = []
 
     def run(self, line: str) -> bool:
-        """Obey a command or answer a question; whether the chat goes on."""
+        """Run a command or answer a question; returns False for /quit."""
         if not line.startswith("/"):
             self.answer(line)
             return True
@@ -73,8 +74,10 @@ class Chat:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(f"{path}: {reason}") from error
         self.new_images.append(image)
-        print(f"picture {len(self.new_images)} for the next question: {path} "
-              f"({image.width}x{image.height}) / 已添加图像")  # fmt: skip
+        print(
+            f"picture {len(self.new_images)} for the next question: {path} "
+            f"({image.width}x{image.height}) / 已添加图像"
+        )
 
     def set_seed(self, text: str) -> None:
         if text.isdecimal():
@@ -107,10 +110,10 @@ class Chat:
 
 @contextlib.contextmanager
 def _stopped_by_ctrl_c() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; a second one interrupts as ever."""
+    """An event that the first Ctrl-C sets; a second one raises KeyboardInterrupt as usual."""
     cancel = threading.Event()
 
-    def stop(*_) -> None:
+    def stop(*_: object) -> None:
         cancel.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

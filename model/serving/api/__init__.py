@@ -1,1 +1,1 @@
-"""The OpenAI protocol: what a connection may do, and for how long."""
+"""A server that speaks the OpenAI chat-completions protocol."""

@@ -1,4 +1,4 @@
-"""Owns reading the body of a request to the API: its kind, its size, and how long it may take."""
+"""Owns reading an API request's body: its content type, size limit and time limit."""
 
 import anyio
 from starlette.requests import Request
@@ -10,11 +10,11 @@ BODY_TIMEOUT_S = 60
 
 
 async def read_body(request: Request, *, timeout_s: float = BODY_TIMEOUT_S) -> bytearray:
-    """The body of a JSON request. What is too large is not read on.
+    """The body of a JSON request; reading stops as soon as it is too large.
 
     Raises:
-        ApiError: 415 for another type, 413 for too many bytes, 408 for too slow a sender.
-        starlette.requests.ClientDisconnect: the client left before the end.
+        ApiError: 415 for another content type, 413 for too many bytes, 408 after `timeout_s`.
+        starlette.requests.ClientDisconnect: before the end of the body.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":

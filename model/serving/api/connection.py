@@ -1,27 +1,29 @@
-"""Owns how long a connection may keep the server waiting: for a request, a body, or a reader.
+"""Owns the time limits of a connection: for a request's head, and for the client to read.
 
-uvicorn waits for all of them for ever; only a connection that is idle after an answer is closed.
+uvicorn itself has a limit only for a connection that is idle after an answer.
 """
 
 import asyncio
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-READ_BYTES = 2**14  # at once: what many tiny chunks cost must not hold up the others
-WRITE_BYTES = 2**16  # that may lie here unread; the system would take megabytes
+READ_BYTES = 2**14  # at once: parsing many tiny chunks must not block other connections
+WRITE_BYTES = 2**16  # buffered for a slow reader; the system's default is megabytes
 IDLE_AFTER_ANSWER_S = 5
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long, in seconds, the server waits for a client.
+    """Time limits in seconds.
 
     Args:
-        head_s: for a whole head of a request, from the connection's or the last answer's time on.
-        send_s: for a reader to take what lies there.
+        head_s: for a whole request head, counted from the connection or the last answer.
+        send_s: for the client to read what is buffered for it.
     """
 
     head_s: float = 30
@@ -29,9 +31,9 @@ class Patience:
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's connection; one that keeps the server waiting too long is cut off.
+    """uvicorn's HTTP protocol; it closes a connection that exceeds a time limit.
 
-    Where there are too many, the one that has waited longest without a request gives way.
+    Beyond `max_connections`, the connection that has been longest without a request is closed.
     """
 
     patience: Patience
@@ -42,14 +44,14 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=WRITE_BYTES)
-        transport.max_size = READ_BYTES  # of asyncio's own; another loop's may ignore it
+        transport.max_size = READ_BYTES  # asyncio's attribute; another loop may ignore it
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WRITE_BYTES)
         self._watch_for_head()
         if len(self.connections) > self.max_connections:
             idle = [c for c in self.connections if c._head_timer is not None]
             oldest = min(idle, key=lambda c: c._head_timer.when())
-            self.connections.discard(oldest)  # now, not only when its end comes around
+            self.connections.discard(oldest)  # now: `connection_lost` comes later
             oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -66,7 +68,7 @@ class PatientProtocol(H11Protocol):
             self._stop_timer("_head_timer")
             if self.conn.trailing_data[0]:
                 self.cycle.keep_alive = False
-                self.flow.resume_reading()  # or nobody would see the client leave
+                self.flow.resume_reading()  # or a disconnect would go unnoticed
         else:
             self._watch_for_head()
 
@@ -98,12 +100,13 @@ class PatientProtocol(H11Protocol):
 
 
 def server_config(
-    app, *, max_connections: int, patience: Patience | None = None, **settings
+    app: ASGIApp, *, max_connections: int, patience: Patience | None = None, **settings: Any
 ) -> uvicorn.Config:
-    """uvicorn's `Config` of a server that waits no longer than it has patience.
+    """uvicorn's `Config` of a server whose connections have these time limits.
 
     Args:
-        max_connections: idle ones included. settings: of `uvicorn.Config`.
+        max_connections: idle ones included.
+        settings: further ones of `uvicorn.Config`.
     """
     fields = {"patience": patience or Patience(), "max_connections": max_connections}
     return uvicorn.Config(

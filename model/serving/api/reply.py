@@ -1,4 +1,4 @@
-"""Owns what a reply of `/v1/chat/completions` is made of: whole, in chunks, cut at stop strings.
+"""Owns the replies of `/v1/chat/completions`: whole or in chunks, ended at stop strings.
 
 Source: https://platform.openai.com/docs/api-reference/chat/object
 """
@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from anyio import to_thread
 
@@ -17,26 +18,28 @@ from model.serving.api.request import ChatRequest
 DONE = b"data: [DONE]\n\n"
 
 
-def event(data: dict) -> bytes:
+def event(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
 
 
 class StopText:
-    """Cuts a text that comes in pieces before the stop string that is complete first.
+    """Ends a text that comes in pieces in front of the first stop string that is complete.
 
-    Of two that end at the same character the longer one counts. The work grows with the text
-    alone. Source: D. Knuth, J. Morris, V. Pratt, "Fast pattern matching in strings" (1977).
+    Of two that end at the same character the longer one counts. Runs in time linear in the text,
+    by the automaton of Knuth, Morris and Pratt.
+    Source: D. Knuth, J. Morris, V. Pratt, "Fast pattern matching in strings" (1977).
     """
 
     def __init__(self, stops: list[str]):
         self._stops = [(stop, _borders(stop)) for stop in stops]
-        self._num_matched = [0] * len(stops)  # characters of each that the text ends with
-        self._held = ""  # may be the beginning of a stop string
+        # Of each stop string: the length of its longest prefix that the text ends with.
+        self._num_matched = [0] * len(stops)
+        self._held = ""  # may be the start of a stop string
         self.is_found = False
 
     def push(self, piece: str) -> str:
-        """What is certain to stand before any stop string."""
+        """Text that cannot belong to a stop string."""
         text = self._held + piece
         for end, character in enumerate(piece, start=len(self._held) + 1):
             complete = 0
@@ -55,13 +58,13 @@ class StopText:
         return text[:num_certain]
 
     def rest(self) -> str:
-        """What was held when the text ended without a stop string."""
+        """The text held back, once the answer has ended without a stop string."""
         held, self._held = self._held, ""
         return held
 
 
 def _borders(word: str) -> list[int]:
-    """For each length n of a beginning of the word, its longest proper beginning that ends it."""
+    """For each prefix of the word, by length: its longest proper prefix that is also its suffix."""
     borders = [0, 0]
     for character in word[1:]:
         n = borders[-1]
@@ -73,14 +76,14 @@ def _borders(word: str) -> list[int]:
 
 @dataclass
 class Completion:
-    """One request being answered, and the objects of the protocol that tell of it."""
+    """One request while it is answered, and the protocol's objects for it."""
 
     request: ChatRequest
     model_id: str
     stream: Stream
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
-    _is_cut: bool = field(default=False, init=False)  # at a stop string
+    _is_cut: bool = field(default=False, init=False)  # by a stop string
 
     async def pieces(self) -> AsyncIterator[str]:
         """Text as it comes, up to a stop string; the tokens are computed in a thread."""
@@ -101,22 +104,26 @@ class Completion:
 
     @property
     def finish_reason(self) -> str:
-        """A stop string is the reason also where it ends with the last token allowed."""
+        """`stop` also where a stop string is completed by the last token allowed."""
         is_too_long = self.answer.finish_reason == "length" and not self._is_cut
         return "length" if is_too_long else "stop"
 
     @property
-    def usage(self) -> dict:
+    def usage(self) -> dict[str, int]:
         prompt, new = self.answer.num_prompt_tokens, self.answer.num_new_tokens
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
-    def whole(self, text: str) -> dict:
+    def whole(self, text: str) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None,
-                  "finish_reason": self.finish_reason}  # fmt: skip
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": None,
+            "finish_reason": self.finish_reason,
+        }
         return self._object("chat.completion", [choice]) | {"usage": self.usage}
 
-    def chunk(self, delta: dict, *, finish_reason: str | None = None) -> bytes:
+    def chunk(self, delta: dict[str, Any], *, finish_reason: str | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         empty = {"usage": None} if self.request.with_usage else {}
         return event(self._object("chat.completion.chunk", [choice]) | empty)
@@ -124,6 +131,6 @@ class Completion:
     def usage_chunk(self) -> bytes:
         return event(self._object("chat.completion.chunk", []) | {"usage": self.usage})
 
-    def _object(self, kind: str, choices: list) -> dict:
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model_id}
         return head | {"choices": choices, "system_fingerprint": None}

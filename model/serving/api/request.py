@@ -1,4 +1,4 @@
-"""Owns what a request to `/v1/chat/completions` may hold: its JSON to messages, images, sampling.
+"""Owns reading a request to `/v1/chat/completions`: from JSON to messages, images, sampling.
 
 Source: https://platform.openai.com/docs/api-reference/chat/create
 """
@@ -7,7 +7,9 @@ import base64
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+from model.generation.context import Message
 from model.generation.engine import VLMEngine, ask
 from model.generation.sampling import Sampling
 from model.pictures import picture_size
@@ -18,15 +20,15 @@ MAX_IMAGE_PIXELS = 50_000_000
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
 MAX_MESSAGES = 1000
 MAX_PARTS = 100  # of one message
-MAX_VALUES = 500_000  # in the JSON: millions of empty arrays take gigabytes, and all others' time
+MAX_VALUES = 500_000  # in the JSON: millions of empty arrays would take gigabytes
 MAX_DIGITS = 400  # of an integer
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 USED = {
     "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed",
     "stop", "stream", "stream_options", "n", "top_k", "repetition_penalty",
 }  # fmt: skip
-# What changes nothing here, and what would change the answer but is not offered, with the value
-# that asks for nothing. Anything else is refused, as the protocol has it.
+# Accepted and ignored: HARMLESS fields. Those of NOT_OFFERED would change the answer: only their
+# neutral values, listed here, are accepted. The protocol refuses all other names.
 HARMLESS = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
     "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "prediction",
@@ -41,7 +43,7 @@ NOT_OFFERED = {
 
 
 class ApiError(Exception):
-    """An answer that the protocol has for what went wrong."""
+    """An error as the protocol reports it: a status and a JSON body."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
@@ -50,7 +52,7 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
     @property
-    def body(self) -> dict:
+    def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
@@ -65,9 +67,9 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A request that was found good; the pictures are still encoded."""
+    """A valid request; its pictures are not decoded yet."""
 
-    messages: list[dict]
+    messages: list[Message]
     images: list[bytes]
     sampling: Sampling
     stops: list[str]
@@ -83,12 +85,12 @@ def parse_request(
     defaults: Sampling,
     check: Callable[[], None] = lambda: None,
 ) -> ChatRequest:
-    """Check a request's body and take it apart: what is cheap to refuse first, pictures last.
+    """Check and parse a request's body: the cheap checks first, pictures last.
 
     Args:
-        check: called between messages and pictures; what it raises ends the work.
+        check: called before each message and picture; whatever it raises stops the work.
     Raises:
-        ApiError: 400 for what is wrong with it, 404 for another model.
+        ApiError: 400 for an invalid request, 404 for another model.
     """
     fields = _parse_json(body)
     _check_names(fields)
@@ -116,7 +118,7 @@ def _bad(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, param=param)
 
 
-def _parse_json(body: bytes | bytearray) -> dict:
+def _parse_json(body: bytes | bytearray) -> dict[str, Any]:
     if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
         raise _bad(f"the body holds more than {MAX_VALUES:,} values")
     try:
@@ -140,8 +142,8 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _object(pairs: list[tuple]) -> dict:
-    fields: dict = {}
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
             raise ValueError(f"the name {name[:50]!r} stands twice in one object")
@@ -149,7 +151,7 @@ def _object(pairs: list[tuple]) -> dict:
     return fields
 
 
-def _check_names(fields: dict) -> None:
+def _check_names(fields: dict[str, Any]) -> None:
     for name, value in fields.items():
         if name in NOT_OFFERED:
             if value is not None and value not in NOT_OFFERED[name]:
@@ -158,7 +160,7 @@ def _check_names(fields: dict) -> None:
             raise _bad(f"unrecognized request argument: {name[:100]}", name[:100])
 
 
-def _take(fields: dict, name: str, kind: type, *, required: bool = False):
+def _take(fields: dict[str, Any], name: str, kind: type, *, required: bool = False) -> Any:
     """A field of the right type, or None where it is absent or null."""
     value = fields.get(name)
     if value is None:
@@ -167,8 +169,14 @@ def _take(fields: dict, name: str, kind: type, *, required: bool = False):
         return None
     is_right = isinstance(value, (int, float) if kind is float else kind)
     if not is_right or (isinstance(value, bool) and kind is not bool):
-        wanted = {str: "a string", list: "an array", dict: "an object", bool: "true or false",
-                  int: "an integer", float: "a number"}[kind]  # fmt: skip
+        wanted = {
+            str: "a string",
+            list: "an array",
+            dict: "an object",
+            bool: "true or false",
+            int: "an integer",
+            float: "a number",
+        }[kind]
         raise _bad(f"{name} must be {wanted}", name)
     try:
         return float(value) if kind is float else value
@@ -176,7 +184,7 @@ def _take(fields: dict, name: str, kind: type, *, required: bool = False):
         raise _bad(f"{name} is too large", name) from None
 
 
-def _parse_sampling(fields: dict, defaults: Sampling, *, max_tokens: int) -> Sampling:
+def _parse_sampling(fields: dict[str, Any], defaults: Sampling, *, max_tokens: int) -> Sampling:
     if _take(fields, "n", int) not in (None, 1):
         raise _bad("n must be 1: this server gives one choice a request", "n")
     name = "max_tokens" if fields.get("max_completion_tokens") is None else "max_completion_tokens"
@@ -206,7 +214,7 @@ def _parse_sampling(fields: dict, defaults: Sampling, *, max_tokens: int) -> Sam
         raise _bad(message, message.split()[0]) from None
 
 
-def _parse_stops(fields: dict) -> list[str]:
+def _parse_stops(fields: dict[str, Any]) -> list[str]:
     stops = fields.get("stop")
     stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
     is_right = isinstance(stops, list) and len(stops) <= MAX_STOPS
@@ -220,16 +228,16 @@ def _parse_stops(fields: dict) -> list[str]:
 
 
 def parse_messages(
-    entries: list, engine: VLMEngine, *, check: Callable[[], None] = lambda: None
-) -> tuple[list[dict], list[bytes]]:
-    """The protocol's messages as ours.
+    entries: list[Any], engine: VLMEngine, *, check: Callable[[], None] = lambda: None
+) -> tuple[list[Message], list[bytes]]:
+    """The protocol's messages in the form that `VLMEngine` takes.
 
-    Pictures and texts of a question stand a line each, in their order, as in the training data;
-    where the text has its own `<image>` tags, the pictures go there.
+    Each picture and text of a question becomes a line, in their order, as in the training data. A
+    text with its own `<image>` tags says itself where the pictures go.
     """
     if len(entries) > MAX_MESSAGES:
         raise _bad(f"{len(entries):,} messages; at most {MAX_MESSAGES:,} are taken", "messages")
-    messages: list[dict] = []
+    messages: list[Message] = []
     images: list[bytes] = []
     for i, entry in enumerate(entries):
         check()
@@ -253,7 +261,7 @@ def parse_messages(
     if not messages or messages[-1]["role"] != "user":
         raise _bad("the last of messages must be from the user", "messages")
     try:
-        engine.check_length(messages)
+        engine.context.check_length(messages)
     except ValueError as error:
         raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
     return messages, images
@@ -272,9 +280,9 @@ def _question(texts: list[str | None], where: str) -> str:
 
 
 def _parse_content(
-    content, where: str, role: str
-) -> tuple[list[str | None], list[tuple[str, object]]]:
-    """Texts with None where a picture stands, and for each picture where it stands and its url."""
+    content: Any, where: str, role: str
+) -> tuple[list[str | None], list[tuple[str, Any]]]:
+    """The parts' texts, None for a picture; and each picture's place in the JSON and its url."""
     if isinstance(content, str):
         return [content], []
     if not isinstance(content, list) or not content:
@@ -282,7 +290,7 @@ def _parse_content(
     if len(content) > MAX_PARTS:
         raise _bad(f"{where} has {len(content):,} parts; at most {MAX_PARTS} are taken", where)
     texts: list[str | None] = []
-    urls: list[tuple[str, object]] = []
+    urls: list[tuple[str, Any]] = []
     for i, part in enumerate(content):
         here = f"{where}[{i}]"
         kind = part.get("type") if isinstance(part, dict) else None
@@ -297,8 +305,8 @@ def _parse_content(
     return texts, urls
 
 
-def _parse_image(image_url, where: str) -> bytes:
-    """The bytes of a data URL, found to begin like a picture of an allowed size."""
+def _parse_image(image_url: Any, where: str) -> bytes:
+    """The bytes of a data URL, whose header is a picture's of an allowed size."""
     url = image_url.get("url") if isinstance(image_url, dict) else None
     if not isinstance(url, str):
         raise _bad(f"{where}.image_url must be an object with a url", where)
@@ -311,7 +319,7 @@ def _parse_image(image_url, where: str) -> bytes:
         )
     try:
         encoded = base64.b64decode(data, validate=True)
-    except ValueError:  # not only binascii.Error: there are characters beyond ASCII
+    except ValueError:  # also raised for characters beyond ASCII
         raise _bad(f"{where}.image_url.url is not valid base64", where) from None
     try:
         picture_size(encoded, max_pixels=MAX_IMAGE_PIXELS)  # nothing is decoded yet

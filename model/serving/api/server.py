@@ -3,8 +3,8 @@
     POST /v1/chat/completions   text and pictures (data URLs), whole or streamed
     GET  /v1/models
 
-A few requests run at once, the others wait their turn; a client that goes away frees its place,
-and so does one that keeps the server waiting.
+A few requests run at once, the others wait in a queue. A client that disconnects, or keeps the
+server waiting too long, frees its place.
 """
 
 import hmac
@@ -23,18 +23,19 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.generation.engine import Stream, VLMEngine
 from model.generation.sampling import Sampling
 from model.machine.device import OutOfMemory
 from model.serving.api.body import BODY_TIMEOUT_S, read_body
 from model.serving.api.connection import server_config
+from model.serving.api.places import Client, Gone, Places
 from model.serving.api.reply import DONE, Completion, event
 from model.serving.api.request import ApiError, ChatRequest, parse_request
-from model.serving.api.turns import Gone, Presence, Turns
 from model.serving.hosts import ANY, KnownHosts, allowed_hosts
 
-IDLE_CONNECTIONS = 128  # beside those of the requests that are taken
+IDLE_CONNECTIONS = 128  # in addition to one for each place
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def error_response(error: ApiError) -> Response:
     headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    body = json.dumps(error.body)  # in ASCII: it may quote half a character
+    body = json.dumps(error.body)  # in ASCII: it may quote a lone surrogate
     return Response(body, error.status, headers=headers, media_type="application/json")
 
 
@@ -71,22 +72,24 @@ class ChatCompletions:
         body_timeout_s: float,
     ):
         self._engine, self._model_id, self._defaults = engine, model_id, defaults
-        self._turns = Turns(concurrency=concurrency, queue=queue)
+        self._places = Places(concurrency=concurrency, queue=queue)
         self._parsing = anyio.CapacityLimiter(concurrency)
         self._body_timeout_s = body_timeout_s
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self._turns.place():
+            with self._places.place():
                 body = await read_body(Request(scope, receive), timeout_s=self._body_timeout_s)
-                await self._reply_while_present(body, scope, receive, send)
+                await self._reply_while_connected(body, scope, receive, send)
         except ApiError as error:
             await error_response(error)(scope, receive, send)
         except ClientDisconnect:
             pass
 
-    async def _reply_while_present(self, body: bytearray, scope, receive, send) -> None:
-        client = Presence()
+    async def _reply_while_connected(
+        self, body: bytearray, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        client = Client()
         async with anyio.create_task_group() as group:
 
             async def stop_when_the_client_leaves() -> None:
@@ -102,29 +105,31 @@ class ChatCompletions:
                 client.is_gone.set()
             group.cancel_scope.cancel()
 
-    async def _reply(self, body: bytearray, client: Presence, scope, receive, send) -> None:
+    async def _reply(
+        self, body: bytearray, client: Client, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         has_begun = False
 
-        async def tell(message) -> None:
+        async def send_reply(message: Message) -> None:
             nonlocal has_begun
             has_begun = True
             await send(message)
 
         try:
             request = await to_thread.run_sync(self._parse, body, client, limiter=self._parsing)
-            body.clear()  # megabytes that would wait along for the turn
-            async with self._turns.take():
-                await self._answer(request, client, scope, receive, tell)
+            body.clear()  # megabytes that are not needed while it waits
+            async with self._places.slot():
+                await self._answer(request, client, scope, receive, send_reply)
         except Gone:
             pass
         except Exception as error:
-            told = _as_api_error(error)
+            failure = _as_api_error(error)
             if not has_begun:
-                await error_response(told)(scope, receive, send)
-            else:  # the status is out: the protocol tells it as one more event
-                await send({"type": "http.response.body", "body": event(told.body)})
+                await error_response(failure)(scope, receive, send)
+            else:  # the status is sent: the protocol reports an error as one more event
+                await send({"type": "http.response.body", "body": event(failure.body)})
 
-    def _parse(self, body: bytearray, client: Presence) -> ChatRequest:
+    def _parse(self, body: bytearray, client: Client) -> ChatRequest:
         return parse_request(
             body,
             self._engine,
@@ -133,8 +138,8 @@ class ChatCompletions:
             check=client.check,
         )
 
-    def _begin(self, request: ChatRequest, client: Presence) -> Stream:
-        """Decode the pictures, one by one as long as the client is there, and begin the answer."""
+    def _begin(self, request: ChatRequest, client: Client) -> Stream:
+        """Decode the pictures, one by one while the client is connected, and start the answer."""
         pictures = []
         for image in request.images:
             client.check()
@@ -146,12 +151,14 @@ class ChatCompletions:
             cancel=client.is_gone,
         )
 
-    async def _answer(self, request: ChatRequest, client: Presence, scope, receive, send) -> None:
+    async def _answer(
+        self, request: ChatRequest, client: Client, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         try:
             stream = await to_thread.run_sync(self._begin, request, client)
         except OutOfMemory:
             raise
-        except (ValueError, OSError) as error:  # what the user can mend; later ones are ours
+        except (ValueError, OSError) as error:  # the request's fault; later errors are the server's
             raise ApiError(400, str(error)) from error
         with stream:
             completion = Completion(request, self._model_id, stream)
@@ -161,12 +168,14 @@ class ChatCompletions:
                 text = "".join([piece async for piece in completion.pieces()])
                 await JSONResponse(completion.whole(text))(scope, receive, send)
 
-    async def _send_events(self, completion: Completion, send) -> None:
+    async def _send_events(self, completion: Completion, send: Send) -> None:
         async def body(data: bytes, *, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"),
-                   (b"cache-control", b"no-cache")]  # fmt: skip
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+        ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await body(completion.chunk({"role": "assistant", "content": ""}))
         async for piece in completion.pieces():
@@ -180,17 +189,44 @@ class ChatCompletions:
 class RequireKey:
     """Middleware: every request must carry the key, if there is one."""
 
-    def __init__(self, app, api_key: str | None):
+    def __init__(self, app: ASGIApp, api_key: str | None):
         self._app = app
         self._expected = f"Bearer {api_key}".encode() if api_key else None
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._expected is not None:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 error = ApiError(401, "incorrect API key provided", code="invalid_api_key")
                 return await error_response(error)(scope, receive, send)
         await self._app(scope, receive, send)
+
+
+def _model_routes(model_id: str, *, created_s: int) -> list[Route]:
+    """`/v1/models`: the list of the one model, and the model by its name."""
+    model = {
+        "id": model_id,
+        "object": "model",
+        "created": created_s,
+        "owned_by": "minimind-v",
+    }
+
+    async def models(_request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def one_model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name == model_id:
+            return JSONResponse(model)
+        return error_response(ApiError(404, f"no model {name[:100]!r}", code="model_not_found"))
+
+    return [Route("/v1/models", models), Route("/v1/models/{name:path}", one_model)]
+
+
+async def _http_error(_request: Request, error: HTTPException) -> Response:
+    response = error_response(ApiError(error.status_code, str(error.detail)))
+    response.headers.update(error.headers or {})
+    return response
 
 
 def create_app(
@@ -206,30 +242,13 @@ def create_app(
     """The server's application.
 
     Args:
-        defaults: the sampling of a request that says nothing of it.
+        defaults: sampling settings that a request does not name.
         concurrency: answers at once. queue: requests that may wait beside them.
-        api_key: what `Authorization: Bearer` must name; None asks for none.
-        hosts: the names it answers to, of `allowed_hosts`.
-        body_timeout_s: for the whole body of a request.
+        api_key: required as `Authorization: Bearer`; None requires none.
+        hosts: names of this server, from `allowed_hosts`; others are refused.
+        body_timeout_s: for the whole body of a request to arrive.
     """
     model_id = engine.path.stem if engine.path.is_file() else engine.path.resolve().name
-    model = {"id": model_id, "object": "model", "created": int(engine.path.stat().st_mtime),
-             "owned_by": "minimind-v"}  # fmt: skip
-
-    async def models(_request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [model]})
-
-    async def one_model(request: Request) -> Response:
-        name = request.path_params["name"]
-        if name == model_id:
-            return JSONResponse(model)
-        return error_response(ApiError(404, f"no model {name[:100]!r}", code="model_not_found"))
-
-    async def http_error(_request: Request, error: HTTPException) -> Response:
-        response = error_response(ApiError(error.status_code, str(error.detail)))
-        response.headers.update(error.headers or {})
-        return response
-
     chat = ChatCompletions(
         engine,
         model_id=model_id,
@@ -241,14 +260,13 @@ def create_app(
     return Starlette(
         routes=[
             Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/v1/models", models),
-            Route("/v1/models/{name:path}", one_model),
+            *_model_routes(model_id, created_s=int(engine.path.stat().st_mtime)),
         ],
         middleware=[
             Middleware(KnownHosts, hosts, refuse=lambda m: error_response(ApiError(403, m))),
             Middleware(RequireKey, api_key=api_key),
         ],
-        exception_handlers={HTTPException: http_error},
+        exception_handlers={HTTPException: _http_error},
     )
 
 

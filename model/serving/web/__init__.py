@@ -1,1 +1,1 @@
-"""The web page: what its server takes, keeps and refuses."""
+"""The web page: its parts, its server, its visitors' conversations and uploads."""

@@ -1,4 +1,4 @@
-"""Owns a visitor's conversation: what may be asked, and how model, page and a saved file see it."""
+"""Owns a visitor's conversation: its limits, and its forms for model, page and saved file."""
 
 import base64
 import html
@@ -6,7 +6,9 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from model.generation.context import Message
 from model.generation.engine import VLMEngine, ask
 from model.pictures import open_image
 from model.serving.web.protection.privacy import without_paths
@@ -19,8 +21,8 @@ SHARED_SIDE, SHARED_QUALITY = 768, 85  # of pictures in a shared page
 
 
 @dataclass
-class Turn:
-    """A question with its pictures, and the answer; `note` says how the answer came about."""
+class ChatTurn:
+    """A question with its pictures, and the answer; `note` is the line of figures below it."""
 
     question: str
     images: list[str] = field(default_factory=list)
@@ -29,12 +31,12 @@ class Turn:
 
 
 def check_image(path: str | Path) -> None:
-    """Refuse a file that is no picture, or one too large to decode.
+    """Refuse a file that is not a picture, or is too large to decode.
 
-    The size is read from the file's head, before anything is unpacked.
+    The size is read from the file's header, before any pixel is decoded.
 
     Raises:
-        ValueError: saying what is wrong with it.
+        ValueError: the reason.
     """
     path = Path(path)
     name = path.name[:80]
@@ -46,11 +48,11 @@ def check_image(path: str | Path) -> None:
         raise ValueError(f"{name}: {without_paths(error)}") from error
 
 
-def new_turn(question: str, images: list[str], *, default_question: str) -> Turn:
-    """A checked question. Its pictures were checked when they were uploaded: none is opened here.
+def new_turn(question: str, images: list[str], *, default_question: str) -> ChatTurn:
+    """A turn with a valid question. Its pictures were checked at upload and are not opened here.
 
     Raises:
-        ValueError: nothing was asked, too much was, or a picture is no longer there.
+        ValueError: there is no question, it is too long, or a picture has been deleted.
     """
     if len(question) > MAX_QUESTION_CHARACTERS:
         raise ValueError(f"more than {MAX_QUESTION_CHARACTERS} characters")
@@ -62,12 +64,12 @@ def new_turn(question: str, images: list[str], *, default_question: str) -> Turn
             raise ValueError(f"{Path(image).name[:80]} is no longer here; add it again")
     if not question and not images:
         raise ValueError("there is no question")
-    return Turn(question or default_question, list(images))
+    return ChatTurn(question or default_question, list(images))
 
 
-def prompt_of(engine: VLMEngine, turns: list[Turn]) -> tuple[list[dict], list[str]]:
-    """What the model is given for the last turn: all messages and all pictures so far."""
-    messages: list[dict] = []
+def prompt_of(engine: VLMEngine, turns: list[ChatTurn]) -> tuple[list[Message], list[str]]:
+    """The prompt for the last turn: all messages and all pictures so far."""
+    messages: list[Message] = []
     for i, turn in enumerate(turns):
         messages += ask(turn.question, num_images=len(turn.images))
         if i < len(turns) - 1:
@@ -75,8 +77,8 @@ def prompt_of(engine: VLMEngine, turns: list[Turn]) -> tuple[list[dict], list[st
     return messages, [image for turn in turns for image in turn.images]
 
 
-def chat_messages(turns: list[Turn]) -> list[dict]:
-    """The turns as the page's chat shows them; it takes text for HTML, whatever it is told."""
+def chat_messages(turns: list[ChatTurn]) -> list[dict[str, Any]]:
+    """The turns for Gradio's chat, escaped: it renders text as HTML even with Markdown off."""
     messages = []
     for turn in turns:
         shown = [{"path": image, "alt_text": Path(image).name} for image in turn.images]
@@ -106,7 +108,7 @@ small {{ color: #6b7280; }}
 
 
 def data_url(path: str) -> str:
-    """A picture, scaled down, as a JPEG within the page itself."""
+    """A picture, scaled down, as the data URL of a JPEG."""
     picture = open_image(path)
     picture.thumbnail((SHARED_SIDE, SHARED_SIDE))
     file = io.BytesIO()
@@ -115,15 +117,15 @@ def data_url(path: str) -> str:
 
 
 def figure(path: str, *, otherwise: str) -> str:
-    """A picture as HTML; visitors' files are deleted after some hours."""
+    """A picture as HTML; `otherwise` where its file has been deleted."""
     try:
         return f'<img src="{data_url(path)}" alt="">'
     except (ValueError, OSError):
         return html.escape(otherwise)
 
 
-def to_html(turns: list[Turn], *, language: str, text: Callable[[str, str], str]) -> str:
-    """The conversation as one page that needs nothing else; every word in it is escaped."""
+def to_html(turns: list[ChatTurn], *, language: str, text: Callable[[str, str], str]) -> str:
+    """The conversation as one self-contained HTML page, all text escaped."""
     parts = []
     for turn in turns:
         images = "".join(figure(i, otherwise=text("gone", language)) for i in turn.images)

@@ -1,7 +1,8 @@
-"""Owns what stands between the page's visitors and Gradio: each request passes here.
+"""Owns the middleware between the page's visitors and Gradio: every request passes through it.
 
-What the page never asks for is refused, what it asks for is checked first, and whatever still
-breaks in Gradio by what a visitor sent ends here, as the request's fault and in the server's log.
+1. A request that the page never makes is refused.
+2. The others are checked before Gradio sees them.
+3. If Gradio still fails on one, the visitor gets status 400 and the server's log the traceback.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from urllib.parse import parse_qs
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.serving.web.protection.care import Care
 from model.serving.web.protection.login import Throttle
@@ -29,45 +31,45 @@ from model.serving.web.protection.requests import (
 from model.serving.web.uploads import Uploads
 
 log = logging.getLogger(__name__)
-MAX_BODY_BYTES = 1 << 20  # of a question: pictures are uploaded before, on their own
+MAX_BODY_BYTES = 1 << 20  # of a question; its pictures have requests of their own
 MAX_LOGIN_BYTES = 16 << 10
 BODY_S = 30  # for a whole body of that size
-SEND_S = 60  # for a reader to take a piece; one that does not read is cut off
+SEND_S = 60  # for the client to read a piece; after that the connection is closed
 TOKEN = re.compile(r"[A-Za-z0-9_-]{22}")
-ALL_IS_SENT = b'data: {"msg": "done"}\n\n'
+UPLOAD_DONE = b'data: {"msg": "done"}\n\n'
 
 
 class Guard:
     """ASGI middleware around all of Gradio's application.
 
     Args:
-        folder: where all files lie that a visitor can name.
+        folder: holds all files that a visitor may name.
     """
 
-    def __init__(self, app, *, care: Care, uploads: Uploads, folder: Path):
+    def __init__(self, app: ASGIApp, *, care: Care, uploads: Uploads, folder: Path):
         self._app, self._care, self._uploads, self._folder = app, care, uploads, folder
         self._throttle = Throttle()
-        # Servers at other ports of this machine share its cookies.
+        # A random name: servers on other ports of this machine share its cookies.
         self._cookie = f"visitor-{secrets.token_hex(4)}"
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        answer = _Answer(send)
+        reply = _Reply(send)
         try:
-            await self._serve(Request(scope, receive), answer)
+            await self._serve(Request(scope, receive), reply)
         except Refused as refusal:
-            await _say(answer, refusal.status, str(refusal))
+            await _say(reply, refusal.status, str(refusal))
         except (ClientDisconnect, _NoReader):
             pass
         except Exception as error:
             is_ours = isinstance(error, OSError | MemoryError)
             log.exception("%s %.200s broke", scope["method"], scope["path"])
-            await _say(answer, 500 if is_ours else 400, "this could not be answered")
-        if answer.is_withheld:
-            await _say(answer, 400, "this could not be answered")
+            await _say(reply, 500 if is_ours else 400, "this could not be answered")
+        if reply.is_withheld:
+            await _say(reply, 400, "this could not be answered")
 
-    async def _serve(self, request: Request, answer: "_Answer") -> None:
+    async def _serve(self, request: Request, reply: "_Reply") -> None:
         scope = request.scope
         route, match = find_route(scope["method"], scope["path"])
         if not route.is_public and not _has_entered(request):
@@ -77,17 +79,17 @@ class Guard:
             stack.enter_context(self._care.visitors.here(visitor))
             if route.name == "upload":
                 response = await self._uploads.take(request, visitor)
-                return await response(scope, request.receive, answer.send)
-            if route.name == "progress":  # the page wants to hear of it, if only the end
-                response = Response(ALL_IS_SENT, media_type="text/event-stream")
-                return await response(scope, request.receive, answer.send)
+                return await response(scope, request.receive, reply.send)
+            if route.name == "progress":  # the page waits for the event of its end
+                response = Response(UPLOAD_DONE, media_type="text/event-stream")
+                return await response(scope, request.receive, reply.send)
             if route.name == "login":
-                return await self._log_in(request, answer)
+                return await self._log_in(request, reply)
             receive = request.receive
             if route.name == "page" and self._cookie not in request.cookies:
-                answer.cookie = f"{self._cookie}={secrets.token_urlsafe(16)}"
+                reply.cookie = f"{self._cookie}={secrets.token_urlsafe(16)}"
             if route.name in ("page", "config"):
-                scope["query_string"] = b""  # there are names of files among what it could hold
+                scope["query_string"] = b""  # parameters may name files
             elif route.name == "file":
                 check_file(match["path"], self._folder)
             elif route.name == "heartbeat":
@@ -99,14 +101,14 @@ class Guard:
                 session = check_join(read_json(body), scope["app"].get_blocks(), self._folder)
                 stack.enter_context(self._care.sessions.here(session))
                 receive = _replay(body, receive)
-            await self._app(scope, receive, answer.send)
+            await self._app(scope, receive, reply.send)
 
     def _visitor_of(self, request: Request) -> str:
-        """Who asks: by our cookie, or without one by the address."""
+        """The visitor's key: our cookie, or without one the address."""
         token = request.cookies.get(self._cookie, "")
         return f"cookie {token}" if TOKEN.fullmatch(token) else f"address {_client(request)}"
 
-    def _session_asked(self, scope) -> str:
+    def _session_asked(self, scope: Scope) -> str:
         given = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])
         if not re.fullmatch(SESSION, given[0]) or not self._care.knows(given[0]):
             raise Refused(404, "nothing was asked in this session")
@@ -118,7 +120,7 @@ class Guard:
             raise Refused(415, "the content type is not application/json")
         return await _read(request.receive, MAX_BODY_BYTES)
 
-    async def _log_in(self, request: Request, answer: "_Answer") -> None:
+    async def _log_in(self, request: Request, reply: "_Reply") -> None:
         client, throttle = _client(request), self._throttle
         body = await _read(request.receive, MAX_LOGIN_BYTES)
         wait_s = throttle.wait_s(client)
@@ -127,25 +129,25 @@ class Guard:
         throttle.note_attempt(client)
         if not await throttle.pass_one_by_one():
             raise Refused(429, "too many wrong passwords; try again in a minute")
-        await self._app(request.scope, _replay(body, request.receive), answer.send)
-        if answer.status is not None and answer.status < 400:
+        await self._app(request.scope, _replay(body, request.receive), reply.send)
+        if reply.status is not None and reply.status < 400:
             throttle.forgive(client)
 
 
 class _NoReader(Exception):
-    """Whoever asked does not read the answer."""
+    """The client does not read the reply."""
 
 
-class _Answer:
-    """What is sent: a failure of the application is withheld, and so is one that nobody reads."""
+class _Reply:
+    """The reply as it is sent; a status 500 of the application is withheld, to be replaced."""
 
-    def __init__(self, send):
+    def __init__(self, send: Send):
         self._send = send
         self.status: int | None = None
         self.is_withheld = self.is_done = False
         self.cookie: str | None = None
 
-    async def send(self, message) -> None:
+    async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             if message["status"] == 500:
                 self.is_withheld = True
@@ -154,7 +156,7 @@ class _Answer:
             if self.cookie:
                 value = f"{self.cookie}; Path=/; HttpOnly; SameSite=Lax".encode()
                 headers = [*message["headers"], (b"set-cookie", value)]
-                message = message | {"headers": headers}
+                message = {**message, "headers": headers}
         elif self.is_withheld:
             return
         elif message["type"] == "http.response.body":
@@ -165,7 +167,7 @@ class _Answer:
             raise _NoReader from None
 
     async def finish(self, response: Response) -> None:
-        """Say something in place of what was not said; an answer half sent is ended."""
+        """Send this response if none has begun; otherwise end the one that has."""
         self.is_withheld = False
         if self.status is None:
             self.status, self.is_done = response.status_code, True
@@ -175,8 +177,8 @@ class _Answer:
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _say(answer: _Answer, status: int, message: str) -> None:
-    await answer.finish(PlainTextResponse(message, status_code=status))
+async def _say(reply: _Reply, status: int, message: str) -> None:
+    await reply.finish(PlainTextResponse(message, status_code=status))
 
 
 def _client(request: Request) -> str:
@@ -184,19 +186,20 @@ def _client(request: Request) -> str:
 
 
 def _has_entered(request: Request) -> bool:
-    """Whether a visitor has logged in, where that is asked for: as Gradio's `login_check`."""
+    """Whether a visitor is logged in, or need not be, as Gradio's `login_check` decides."""
     app = request.scope["app"]
     names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
     return app.auth is None or any(request.cookies.get(n) in app.tokens for n in names)
 
 
-async def _read(receive, max_bytes: int) -> bytes:
+async def _read(receive: Receive, max_bytes: int) -> bytes:
     """A whole body.
 
     Raises:
-        Refused: 413 as soon as it is too long, 408 if it does not come.
+        Refused: 413 as soon as it is too long, 408 after `BODY_S`.
     """
-    pieces, num_bytes = [], 0
+    pieces: list[bytes] = []
+    num_bytes = 0
     try:
         async with asyncio.timeout(BODY_S):
             while True:
@@ -213,11 +216,11 @@ async def _read(receive, max_bytes: int) -> bytes:
         raise Refused(408, "the body did not come") from None
 
 
-def _replay(body: bytes, receive):
+def _replay(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives the body again, then goes on with the connection."""
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again():
+    async def again() -> Message:
         return messages.pop() if messages else await receive()
 
     return again

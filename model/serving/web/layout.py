@@ -1,6 +1,7 @@
-"""Owns the parts of the web page and where they stand."""
+"""Owns the parts of the web page and their layout."""
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -8,7 +9,7 @@ from model.generation.sampling import Sampling
 from model.serving.web.conversation import MAX_QUESTION_CHARACTERS
 from model.serving.web.text import LANGUAGES, text
 
-LIMITS = {  # slider: from, to (a default of the flags outside them widens it), step
+LIMITS = {  # of each slider: from, to (a flag's default outside widens it), step
     "temperature": (0, 2, 0.05),
     "top_p": (0.05, 1, 0.05),
     "top_k": (0, 200, 1),
@@ -18,10 +19,10 @@ LIMITS = {  # slider: from, to (a default of the flags outside them widens it), 
 
 
 class Layout:
-    """Makes the parts within open Gradio blocks.
+    """Makes the parts, within open Gradio blocks.
 
     Args:
-        choices: of the weight picker: (what is shown, name).
+        choices: of the weight: (what is shown, name).
         num_layers: of the first weight's model.
     """
 
@@ -39,9 +40,12 @@ class Layout:
         with gr.Row(elem_id="head"):
             self.head = self._named(gr.HTML(), value="head")
             self.language = gr.Radio(
-                list(LANGUAGES), value="English", show_label=False, container=False,
+                list(LANGUAGES),
+                value="English",
+                show_label=False,
+                container=False,
                 elem_id="language",
-            )  # fmt: skip
+            )
         with gr.Row():
             with gr.Column(scale=7):
                 self._add_chat()
@@ -51,19 +55,19 @@ class Layout:
                 self._add_look(num_layers)
                 self._add_sampling(defaults)
 
-    def _named(self, part, **texts: str):
-        """Let properties of a part follow the language."""
+    def _named(self, part: Any, **texts: str) -> Any:
+        """Make properties of a part follow the language: property -> key of its text."""
         self._texts[part] = texts
         for name, key in texts.items():
             setattr(part, name, text(key, "en"))
         return part
 
-    def named_parts(self) -> list:
+    def named_parts(self) -> list[Any]:
         """All parts whose texts follow the language."""
         return list(self._texts)
 
-    def texts(self, language: str) -> dict:
-        """The texts' updates in "en" or "zh", by part."""
+    def texts(self, language: str) -> dict[Any, Any]:
+        """Part -> update of its texts to "en" or "zh"."""
         return {
             part: gr.update(**{name: text(key, language) for name, key in texts.items()})
             for part, texts in self._texts.items()
@@ -71,20 +75,31 @@ class Layout:
 
     def _add_chat(self) -> None:
         self.chat = gr.Chatbot(
-            height=520, elem_id="chat", buttons=["copy", "copy_all"], render_markdown=False,
-            allow_tags=False, latex_delimiters=[], feedback_options=None,
-            allow_file_downloads=False, group_consecutive_messages=False,
-        )  # fmt: skip
+            height=520,
+            elem_id="chat",
+            buttons=["copy", "copy_all"],
+            render_markdown=False,
+            allow_tags=False,
+            latex_delimiters=[],
+            feedback_options=None,
+            allow_file_downloads=False,
+            group_consecutive_messages=False,
+        )
         self._named(self.chat, label="conversation", placeholder="empty")
         self.box = gr.MultimodalTextbox(
-            sources=["upload"], file_types=["image"], file_count="multiple", show_label=False,
-            max_lines=8, max_plain_text_length=MAX_QUESTION_CHARACTERS, elem_id="box",
-        )  # fmt: skip
+            sources=["upload"],
+            file_types=["image"],
+            file_count="multiple",
+            show_label=False,
+            max_lines=8,
+            max_plain_text_length=MAX_QUESTION_CHARACTERS,
+            elem_id="box",
+        )
         self._named(self.box, placeholder="question")
         self.status = gr.Markdown(elem_id="status")
 
     def _add_buttons(self) -> None:
-        small = {"size": "sm", "min_width": 120}
+        small: dict[str, Any] = {"size": "sm", "min_width": 120}
         with gr.Row():
             self.stop = gr.Button(variant="stop", interactive=False, **small, elem_id="stop")
             self.again = gr.Button(interactive=False, **small, elem_id="again")
@@ -96,16 +111,24 @@ class Layout:
         self._named(self.clear, value="clear")
         self._named(self.share, value="share")
 
-    def _add_sources(self, weight: str, choices: list, examples: list[Path]) -> None:
-        """What to talk to, and what about."""
+    def _add_sources(
+        self, weight: str, choices: list[tuple[str, str]], examples: list[Path]
+    ) -> None:
+        """The weight, example pictures and camera."""
         self.weight = self._named(
             gr.Dropdown(choices, value=weight, elem_id="weight"), label="weight"
         )
         self._named(gr.Markdown(), value="examples")
         self.gallery = gr.Gallery(
-            [str(path) for path in examples], columns=4, rows=2, height="auto", show_label=False,
-            allow_preview=False, buttons=[], elem_id="examples",
-        )  # fmt: skip
+            [str(path) for path in examples],
+            columns=4,
+            rows=2,
+            height="auto",
+            show_label=False,
+            allow_preview=False,
+            buttons=[],
+            elem_id="examples",
+        )
         with self._named(gr.Accordion(open=False, elem_id="camera"), label="camera"):
             self.camera = gr.Image(
                 sources=["webcam"], type="filepath", image_mode=None, show_label=False
@@ -118,9 +141,12 @@ class Layout:
             self.look_layer = gr.Slider(0, num_layers, 0, step=1)
             self.look_go = gr.Button(elem_id="look_go")
             self.look_picture = gr.Image(
-                show_label=False, interactive=False, format="png", buttons=["download"],
+                show_label=False,
+                interactive=False,
+                format="png",
+                buttons=["download"],
                 elem_id="look_picture",
-            )  # fmt: skip
+            )
             self.look_share = gr.Markdown()
         self._named(self.look_image, label="look_image")
         self._named(self.look_layer, label="look_layer")
@@ -137,6 +163,6 @@ class Layout:
 
 
 def _slider(key: str, default: float) -> gr.Slider:
-    """One that holds its default: Gradio refuses every question while a slider is out of range."""
+    """A slider whose range holds its default: out of range, Gradio would refuse every question."""
     low, high, step = LIMITS[key]
     return gr.Slider(min(low, default), max(high, default), default, step=step, elem_id=key)

@@ -1,7 +1,7 @@
-"""Owns the web page: its parts, and what happens when a visitor touches them.
+"""Owns the web page's event handlers.
 
-What belongs to a visitor, the conversation and the weight, is state of that visitor's session; the
-loaded models are shared. Answers wait in one queue.
+A visitor's conversation and weight are state of the visitor's session; the loaded models are
+shared. Answers wait in one queue.
 """
 
 import html
@@ -12,22 +12,25 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 from model.generation.sampling import MAX_SEED, Sampling
 from model.serving.web import conversation as web_chat
 from model.serving.web.attention_picture import draw_look
-from model.serving.web.conversation import Turn, chat_messages, new_turn, prompt_of
+from model.serving.web.conversation import ChatTurn, chat_messages, new_turn, prompt_of
 from model.serving.web.layout import LIMITS, Layout
 from model.serving.web.protection.privacy import without_paths
-from model.serving.web.text import LANGUAGES, language_of, text
+from model.serving.web.text import LANGUAGES, page_language, text
 from model.serving.web.weights import Weights
 
 log = logging.getLogger(__name__)
 NUM_DRAWN_SEEDS = 2**31 - 1  # short enough to be copied by hand
 SHOW_EVERY_S = 0.05  # a streamed answer is sent to the browser this often
-PRIVATE = {"api_visibility": "private"}
+Updates = dict[Any, Any]  # part of the page -> its new value or properties
+Box = dict[str, Any]  # of the question: "text" and "files"
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 DOWNLOAD = """(page) => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([page], {type: "text/html"}));
@@ -35,25 +38,25 @@ DOWNLOAD = """(page) => {
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }"""
-AT_ONCE = {"concurrency_limit": None, "show_progress": "hidden", **PRIVATE}
+AT_ONCE: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", **PRIVATE}
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What a visitor wants an answer from: `settings` are the seed (empty: any) and the sliders."""
+    """Options of an answer; `settings` are the seed's text (empty: a new one) and the sliders."""
 
     session: str
     weight: str
     language: str
-    settings: tuple
+    settings: tuple[Any, ...]
 
     @classmethod
-    def of(cls, request: gr.Request, weight: str, language: str, *settings) -> "Wish":
-        """From what the page's parts hold."""
+    def of(cls, request: gr.Request, weight: str, language: str, *settings: Any) -> "Wish":
+        """From the values of the page's parts."""
         return cls(request.session_hash, weight, LANGUAGES[language], settings)
 
     def sampling(self) -> Sampling:
-        """Raises `ValueError` for what is out of its range."""
+        """Raises `ValueError` for a value out of its range."""
         wanted, *values = self.settings
         wanted = wanted.strip()
         if wanted and not (wanted.isdecimal() and int(wanted) <= MAX_SEED):
@@ -68,9 +71,9 @@ class Page:
     """The page as Gradio blocks (`blocks`).
 
     Args:
-        weights: what can be talked to.
-        examples: pictures to try, where the page may serve them from.
-        concurrency: answers generated at once; others wait in the queue.
+        weights: those that a visitor may choose from.
+        examples: pictures to try, in a folder that the page may serve.
+        concurrency: answers generated at once; further questions wait in the queue.
     """
 
     def __init__(
@@ -101,11 +104,15 @@ class Page:
         return self.weights.get(weight).model.config.num_hidden_layers
 
     def _wire(self, concurrency: int) -> None:
-        """Which handler each touch calls: answers and looks take turns, the rest is at once."""
+        """Connect events to handlers; answers and attention maps are queued, others run at once."""
         at = self.parts
         asked = [at.turns, at.current, at.language, at.seed, *at.sliders]
         rest = [at.turns, at.chat, at.box, at.status, at.stop, at.again, at.share]
-        queued = {"concurrency_id": "answers", "concurrency_limit": concurrency, **PRIVATE}
+        queued: dict[str, Any] = {
+            "concurrency_id": "answers",
+            "concurrency_limit": concurrency,
+            **PRIVATE,
+        }
         answer = {"show_progress": "minimal", "show_progress_on": at.chat, **queued}
         at.box.submit(self._ask, [at.box, *asked], rest, **answer)
         at.again.click(self._regenerate, asked, rest, **answer)
@@ -137,13 +144,13 @@ class Page:
         self.blocks.load(self._arrive, None, arrived, **AT_ONCE)
         self.blocks.unload(self._stop)  # a visitor who leaves does not keep others waiting
 
-    def _speak(self, language: str) -> dict:
-        """All texts in the language of the switch."""
+    def _speak(self, language: str) -> Updates:
+        """All texts in the chosen language."""
         return self.parts.texts(LANGUAGES[language])
 
-    def _arrive(self, request: gr.Request) -> dict:
-        """A visitor's page: today's weights, the browser's language, what is amiss."""
-        code = language_of(request.headers.get("accept-language"))
+    def _arrive(self, request: gr.Request) -> Updates:
+        """Set up a visitor's page: current weights, the browser's language, a warning if blind."""
+        code = page_language(request.headers.get("accept-language"))
         language = next(name for name, own in LANGUAGES.items() if own == code)
         texts = self.parts.texts(code)
         texts[self.parts.weight] |= {"choices": self._choices()}
@@ -155,27 +162,31 @@ class Page:
         if cancel is not None:
             cancel.set()
 
-    def _ask(self, request: gr.Request, box: dict, turns: list[Turn], *choices) -> Iterator[dict]:
-        """Answer what stands in the box."""
+    def _ask(
+        self, request: gr.Request, box: Box, turns: list[ChatTurn], *choices: Any
+    ) -> Iterator[Updates]:
+        """Answer the question in the box."""
         wish = Wish.of(request, *choices)
-        describe = text("describe", wish.language)
+        default_question = text("describe", wish.language)
         try:
-            turn = new_turn(box["text"], box["files"], default_question=describe)
+            turn = new_turn(box["text"], box["files"], default_question=default_question)
         except ValueError as error:
             yield self._warn("refused", wish.language, error=error)
             return
         yield from self._answer([*turns, turn], wish, before=turns, box=box)
 
-    def _regenerate(self, request: gr.Request, turns: list[Turn], *choices) -> Iterator[dict]:
+    def _regenerate(
+        self, request: gr.Request, turns: list[ChatTurn], *choices: Any
+    ) -> Iterator[Updates]:
         """Answer the last question once more."""
         if turns:
-            fresh = [*turns[:-1], Turn(turns[-1].question, turns[-1].images)]
+            fresh = [*turns[:-1], ChatTurn(turns[-1].question, turns[-1].images)]
             yield from self._answer(fresh, Wish.of(request, *choices), before=turns)
 
     def _answer(
-        self, turns: list[Turn], wish: Wish, *, before: list[Turn], box: dict | None = None
-    ) -> Iterator[dict]:
-        """Stream the answer to the last of the turns; if it fails, all is as it was before."""
+        self, turns: list[ChatTurn], wish: Wish, *, before: list[ChatTurn], box: Box | None = None
+    ) -> Iterator[Updates]:
+        """Stream the answer to the last turn; if that fails, restore turns (`before`) and box."""
         at, language = self.parts, wish.language
         if wish.session in self._cancels:
             yield self._warn("busy", language)
@@ -185,16 +196,20 @@ class Page:
             yield self._running(turns) | ({at.box: None} if box else {})
             yield from self._generate(turns, wish, cancel)
             yield self._done(turns)
-        except Exception as error:  # whatever it is, the visitor hears of it and the slot is free
+        except Exception as error:  # any error is shown to the visitor and frees the slot
             if not isinstance(error, ValueError | OSError):
                 log.exception("an answer failed")
-                error = text("bug", language)
-            self._warn("failed", language, error=error)
+                shown: Exception | str = text("bug", language)
+            else:
+                shown = error
+            self._warn("failed", language, error=shown)
             yield self._done(before) | ({at.box: box} if box else {})
         finally:
             del self._cancels[wish.session]
 
-    def _generate(self, turns: list[Turn], wish: Wish, cancel: threading.Event) -> Iterator[dict]:
+    def _generate(
+        self, turns: list[ChatTurn], wish: Wish, cancel: threading.Event
+    ) -> Iterator[Updates]:
         """Fill in the last turn's answer, piece by piece."""
         sampling, turn = wish.sampling(), turns[-1]
         engine = self.weights.get(wish.weight)
@@ -205,23 +220,30 @@ class Page:
                 if time.perf_counter() - shown_s >= SHOW_EVERY_S:
                     shown_s = time.perf_counter()
                     yield {self.parts.chat: chat_messages(turns)}
-        said, language = pieces.answer, wish.language
-        count, reason = said.num_dropped_turns, said.finish_reason
+        answer, language = pieces.answer, wish.language
+        count, reason = answer.num_dropped_turns, answer.finish_reason
         turn.note = text(
-            "status", language, tokens=said.num_new_tokens, seed=sampling.seed, weight=wish.weight,
+            "status",
+            language,
+            tokens=answer.num_new_tokens,
+            seed=sampling.seed,
+            weight=wish.weight,
             seconds=time.perf_counter() - started_s,
             ending="" if reason == "stop" else text(f"ending_{reason}", language),
             dropped=text("dropped", language, count=count) if count else "",
-        )  # fmt: skip
+        )
 
-    def _running(self, turns: list[Turn]) -> dict:
+    def _running(self, turns: list[ChatTurn]) -> Updates:
         at = self.parts
-        return {at.chat: chat_messages(turns), at.status: "…",
-                at.stop: gr.update(interactive=True),
-                at.again: gr.update(interactive=False)}  # fmt: skip
+        return {
+            at.chat: chat_messages(turns),
+            at.status: "…",
+            at.stop: gr.update(interactive=True),
+            at.again: gr.update(interactive=False),
+        }
 
-    def _done(self, turns: list[Turn]) -> dict:
-        """The page at rest."""
+    def _done(self, turns: list[ChatTurn]) -> Updates:
+        """The page between answers."""
         at = self.parts
         return {
             at.turns: turns,
@@ -232,27 +254,27 @@ class Page:
             at.share: gr.update(interactive=bool(turns)),
         }
 
-    def _share(self, turns: list[Turn], language: str) -> str:
-        """The conversation as a page, handed to the browser alone: no file of it is kept here."""
+    def _share(self, turns: list[ChatTurn], language: str) -> str:
+        """The conversation as HTML text; the browser makes a file of it, the server none."""
         return web_chat.to_html(turns, language=LANGUAGES[language], text=text)
 
-    def _clear(self, language: str, request: gr.Request) -> dict:
+    def _clear(self, language: str, request: gr.Request) -> Updates:
         if request.session_hash in self._cancels:
             return self._warn("busy", LANGUAGES[language])
         at = self.parts
         gone = dict.fromkeys((at.box, at.look_picture, at.look_share))
         return self._done([]) | gone
 
-    def _add_example(self, box: dict, event: gr.SelectData) -> dict:
+    def _add_example(self, box: Box, event: gr.SelectData) -> Box:
         if event.index not in range(len(self.examples)):
             return box
         return box | {"files": [*box["files"], str(self.examples[event.index])]}
 
-    def _add_photo(self, photo: str | None, box: dict) -> tuple:
+    def _add_photo(self, photo: str | None, box: Box) -> tuple[None, Box]:
         return None, (box | {"files": [*box["files"], photo]} if photo else box)
 
-    def _switch(self, wanted: str, current: str, language: str) -> dict:
-        """Load another weight; if that fails, the one before stays."""
+    def _switch(self, wanted: str, current: str, language: str) -> Updates:
+        """Load another weight; if that fails, keep the current one."""
         at, code = self.parts, LANGUAGES[language]
         try:
             engine = self.weights.get(wanted)
@@ -262,11 +284,16 @@ class Page:
             return {at.weight: current}
         layers = engine.model.config.num_hidden_layers
         key = "loaded" if engine.can_see else "blind"
-        return {at.current: wanted, at.look_layer: gr.update(maximum=layers, value=0),
-                at.status: text(key, code, weight=wanted)}  # fmt: skip
+        return {
+            at.current: wanted,
+            at.look_layer: gr.update(maximum=layers, value=0),
+            at.status: text(key, code, weight=wanted),
+        }
 
-    def _look(self, turns: list[Turn], weight: str, language: str, image: int, layer: int) -> dict:
-        """The picture of what the last answer looked at."""
+    def _look(
+        self, turns: list[ChatTurn], weight: str, language: str, image: int, layer: int
+    ) -> Updates:
+        """Draw the attention map of the last answer over a picture."""
         at, code = self.parts, LANGUAGES[language]
         if not turns or not turns[-1].answer or not any(turn.images for turn in turns):
             return self._warn("nothing_to_look_at", code)
@@ -283,8 +310,8 @@ class Page:
         share = text("look_share", code, share=maps[shown].sum().item())
         return {at.look_picture: draw_look(picture, maps[shown]), at.look_share: share}
 
-    def _warn(self, key: str, language: str, **values) -> dict:
-        """Show the visitor a message, which Gradio takes for HTML, and leave the page as it is."""
+    def _warn(self, key: str, language: str, **values: Any) -> Updates:
+        """Show a message, escaped since Gradio renders it as HTML; the page stays as it is."""
         values = {k: without_paths(v) if k == "error" else v for k, v in values.items()}
         gr.Warning(html.escape(text(key, language, **values)))
         return {self.parts.status: gr.skip()}

@@ -1,11 +1,13 @@
-"""Owns serving the page: its address, its password, its folder, and what Gradio is not to do."""
+"""Owns starting the page's server: address, password, visitors' folder, Gradio's options."""
 
 import hmac
 import os
 import shutil
 import tempfile
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from model.generation.sampling import Sampling
 from model.serving.connections import close_when_idle
@@ -20,7 +22,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MAX_EXAMPLES = 8
 EXAMPLES, UPLOADS = "examples", "uploads"  # within the folder that visitors' files lie in
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
-NOT_WANTED = {  # each would reach out of this machine, or show more than the page
+NOT_WANTED: dict[str, Any] = {  # each would contact other machines, or show more than the page
     "share": False, "ssr_mode": False, "pwa": False, "mcp_server": False, "run_history": False,
     "enable_monitoring": False, "footer_links": [], "show_error": False,
 }  # fmt: skip
@@ -43,37 +45,55 @@ def serve_page(
         OSError: the address is taken.
     """
     with tempfile.TemporaryDirectory(prefix="minimind-v-") as name:
-        # Files of visitors lie in a folder that is ours, resolved as Gradio resolves what is asked.
+        # Visitors' files lie in a folder of ours, resolved as Gradio resolves requested paths.
         folder = Path(name).resolve()
         os.environ["GRADIO_TEMP_DIR"] = str(folder)
         care.set_before_import()
-        import gradio as gr
-
-        from model.serving.web.page import Page
+        from model.serving.web.page import Page  # imports Gradio
 
         page = Page(
-            weights, defaults, concurrency=concurrency,
+            weights,
+            defaults,
+            concurrency=concurrency,
             examples=copy_examples(examples, folder / EXAMPLES),
-        )  # fmt: skip
-        theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONTS,
-                               font_mono=("monospace",))  # fmt: skip
-        page.blocks.queue(max_size=max(1, queue))  # what runs at once passes the queue too
+        )
+        # Events that run at once pass through the queue too.
+        page.blocks.queue(max_size=max(1, queue))
         care.calm(page.blocks)
-        page.blocks.launch(
-            server_name=host, server_port=port or None, max_file_size=MAX_UPLOAD_BYTES, css=CSS,
-            theme=theme, app_kwargs={"lifespan": guarded(folder, names=allowed_hosts(host))},
-            auth=None if password is None else lambda _, given: is_same(given, password),
-            auth_message=ANY_NAME, quiet=True, prevent_thread_lock=True,
-            state_session_capacity=care.MAX_SESSIONS, **NOT_WANTED,
-        )  # fmt: skip
+        _launch(page.blocks, folder, host=host, port=port, password=password)
         close_when_idle(page.blocks.server.config)
         print(f"talk to it at {page.blocks.local_url} (Ctrl-C ends it)", flush=True)
         page.blocks.block_thread()
     return 0
 
 
-def guarded(folder: Path, *, names: list[str]):
-    """The lifespan of Gradio's application: it begins by putting our guards around all of it."""
+def _launch(blocks: Any, folder: Path, *, host: str, port: int, password: str | None) -> None:
+    """Start Gradio's server in a thread; `blocks` are a `gr.Blocks` with its queue."""
+    import gradio as gr
+
+    theme = gr.themes.Soft(
+        primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=("monospace",)
+    )
+    blocks.launch(
+        server_name=host,
+        server_port=port or None,
+        max_file_size=MAX_UPLOAD_BYTES,
+        css=CSS,
+        theme=theme,
+        app_kwargs={"lifespan": guarded(folder, names=allowed_hosts(host))},
+        auth=None if password is None else lambda _, given: is_same(given, password),
+        auth_message=ANY_NAME,
+        quiet=True,
+        prevent_thread_lock=True,
+        state_session_capacity=care.MAX_SESSIONS,
+        **NOT_WANTED,
+    )
+
+
+def guarded(
+    folder: Path, *, names: list[str]
+) -> Callable[[Any], AbstractAsyncContextManager[None]]:
+    """The lifespan of Gradio's application; at startup it adds our middleware around it."""
     from model.serving.web.guard import Guard
     from model.serving.web.uploads import Uploads
 
@@ -81,7 +101,7 @@ def guarded(folder: Path, *, names: list[str]):
     keeper = care.Care(folder, quota, uploads=folder / UPLOADS, kept=folder / EXAMPLES)
 
     @asynccontextmanager
-    async def lifespan(app):
+    async def lifespan(app: Any) -> AsyncIterator[None]:
         guard = Guard(app.middleware_stack, care=keeper, uploads=Uploads(quota), folder=folder)
         app.middleware_stack = KnownHosts(guard, names)
         async with keeper.lifespan(app):
@@ -91,14 +111,14 @@ def guarded(folder: Path, *, names: list[str]):
 
 
 def is_same(given: str, password: str) -> bool:
-    """Compare in a time that tells nothing."""
+    """Compare in a time that does not depend on where they differ."""
     return hmac.compare_digest(
         *(text.encode("utf-8", "surrogatepass") for text in (given, password))
     )
 
 
 def copy_examples(source: Path, folder: Path) -> list[Path]:
-    """The first pictures of a folder, where the page may serve them from."""
+    """The first pictures of a folder, copied where the page may serve them from."""
     paths = sorted(p for p in source.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     folder.mkdir()
     return [Path(shutil.copy(path, folder)) for path in paths[:MAX_EXAMPLES]]

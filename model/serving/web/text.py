@@ -1,4 +1,6 @@
-"""Owns the words of the web page, in English and Chinese, and its looks."""
+"""Owns the words of the web page, in English and Chinese, and its CSS."""
+
+from typing import Any
 
 LANGUAGES = {"English": "en", "中文": "zh"}
 TEXTS = {
@@ -75,16 +77,16 @@ TEXTS = {
         " · the {count} oldest turns no longer fit",
         " · 最早的 {count} 轮对话已放不下",
     ),
-}  # fmt: skip
+}
 ANY_NAME = "Any name will do; the password is the server's. 用户名随意，密码请问服务器主人。"
 
 
-def text(key: str, language: str, **values) -> str:
+def text(key: str, language: str, **values: Any) -> str:
     """One text in "en" or "zh", its values filled in."""
     return TEXTS[key][list(LANGUAGES.values()).index(language)].format(**values)
 
 
-def language_of(accept_language: str | None) -> str:
+def page_language(accept_language: str | None) -> str:
     """The language that a browser's Accept-Language header puts first."""
     return "zh" if (accept_language or "").strip().lower().startswith("zh") else "en"
 

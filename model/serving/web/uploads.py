@@ -1,7 +1,7 @@
-"""Owns taking uploaded pictures: within the quota, checked, and in a form that browsers show.
+"""Owns uploads: pictures within the quota, checked, converted to a format that browsers show.
 
-It stands in place of Gradio's own upload, which reads all there is before it looks, leaves half a
-file behind when its sender goes, and keeps what is no picture.
+It replaces Gradio's own upload, which reads a whole body before it checks anything, leaves a
+partial file when the client disconnects, and keeps files that are not pictures.
 """
 
 import asyncio
@@ -17,21 +17,22 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import Message, Receive
 
+from model.pictures import open_image
 from model.serving.web.conversation import MAX_UPLOAD_BYTES, check_image
 from model.serving.web.protection.quota import LEAST_BYTES, OverQuota, Quota
-from model.serving.web.text import language_of, text
-from model.vlm_processor import open_image
+from model.serving.web.text import page_language, text
 
 MAX_FILES = 20  # chosen at once; a question takes fewer
 MAX_FORM_BYTES = MAX_FILES * MAX_UPLOAD_BYTES
 NUM_DECODED = 2  # pictures decoded at once: one of the largest takes 150 MB
-SILENCE_S = 30  # without a byte: the sender is dead
+SILENCE_S = 30  # without a byte: the client counts as gone
 SHOWN = {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP"}  # formats that every browser shows
 
 
 class _Silent(OSError):
-    """The sender has not sent anything for long."""
+    """The client has sent nothing for `SILENCE_S`."""
 
 
 class Uploads:
@@ -44,9 +45,9 @@ class Uploads:
     async def take(self, request: Request, visitor: str) -> Response:
         """The paths of the stored files as a JSON list, or a refusal that the page shows.
 
-        Until everything is stored nothing is: whoever goes midway leaves no file and no bytes.
+        All files are stored or none: after a failure or disconnect, files and quota are as before.
         """
-        language = language_of(request.headers.get("accept-language"))
+        language = page_language(request.headers.get("accept-language"))
         charged = _Charged(self._quota, visitor, request.client.host if request.client else "")
         stored: list[Path] = []
         try:
@@ -71,7 +72,7 @@ class Uploads:
             return JSONResponse([str(path) for path in stored])
         except OverQuota as error:
             return _refusal(413, error, language)
-        except HTTPException as error:  # what Starlette says of a form that is none
+        except HTTPException as error:  # Starlette's, for a malformed form
             return _refusal(error.status_code, error.detail, language)
         except ValueError as error:
             return _refusal(400, error, language)
@@ -86,7 +87,7 @@ class Uploads:
 
 
 class _Charged:
-    """Bytes counted on a visitor for one request; given back unless they are settled."""
+    """Bytes of one request, charged to a visitor; to be given back unless settled."""
 
     def __init__(self, quota: Quota, visitor: str, address: str):
         self._quota, self._visitor, self._address = quota, visitor, address
@@ -103,10 +104,10 @@ class _Charged:
         if self._visitor in self._quota:
             self._quota.charge(self._visitor, self._address, -self._num_bytes)
 
-    def counting(self, receive):
-        """A `receive` that charges each piece before it is handed on."""
+    def counting(self, receive: Receive) -> Receive:
+        """A `receive` that charges each piece before passing it on."""
 
-        async def counted():
+        async def counted() -> Message:
             try:
                 message = await asyncio.wait_for(receive(), SILENCE_S)
             except TimeoutError:
@@ -118,10 +119,10 @@ class _Charged:
 
 
 def _store(file: BinaryIO, name: str, folder: Path) -> Path:
-    """Write one picture, turned into PNG where browsers would not show it.
+    """Write one picture, converted to PNG where browsers would not show it.
 
     Raises:
-        ValueError: what is wrong with it.
+        ValueError: it is not a picture that the page takes.
     """
     name = strip_invalid_filename_characters(Path(name.replace("\\", "/")).name).strip(". ")
     path = folder / (name or "picture")
@@ -145,6 +146,6 @@ def _delete(stored: list[Path]) -> None:
 
 
 def _refusal(status: int, error: Exception | str, language: str) -> Response:
-    """A text that the page shows; Gradio takes it for HTML."""
+    """A message for the page, escaped since Gradio renders it as HTML."""
     message = html.escape(text("not_taken", language, error=error))
     return PlainTextResponse(message, status_code=status)

@@ -1,4 +1,4 @@
-"""Owns the weights that the page offers: the described ones of a folder, loaded on demand."""
+"""Owns the weights that the page offers: those of a folder with metadata, loaded on demand."""
 
 import argparse
 import logging
@@ -6,19 +6,20 @@ import threading
 from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from model.generation.engine import VLMEngine
 from model.weights.build_model import check_native
 from model.weights.metadata import read_metadata, tower_sha256
 
 log = logging.getLogger(__name__)
-MAX_LOADED = 3  # models held at once; the one unused for longest goes
+MAX_LOADED = 3  # models in memory; beyond that the least recently used is dropped
 
 
 class Weights:
-    """The weights of `--save_dir`, by file name; the one of the flags is there from the start.
+    """The weights of `--save_dir`, by file name; the flags' one is loaded at the start.
 
-    Safe to share between threads. A visitor picks by name: no path comes from outside.
+    Safe to share between threads. A visitor chooses by name, never by path.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -29,12 +30,13 @@ class Weights:
         self.default = first.path.stem
         self._loaded = OrderedDict({self.default: first})
         self._tower = (first.model.vision_dir, tower_sha256(first.model.vision_encoder))
-        self._checked: dict[Path, tuple[tuple, str | None]] = {}  # of which files -> what is shown
+        # Path -> (times and sizes of its files, what the page shows).
+        self._checked: dict[Path, tuple[tuple[Any, ...], str | None]] = {}
 
     def names(self) -> dict[str, str]:
-        """File stem -> what the page says about it, for each weight with its `.json` that loads.
+        """File stem -> what the page shows, for each weight whose metadata says that it would load.
 
-        One that would not is left out, with a line in the log when it is first seen so.
+        Others are left out, with a line in the log when that is first found.
         """
         found = {self.default: self.default}
         for beside in sorted(self._args.save_dir.glob("*.json")):
@@ -42,7 +44,7 @@ class Weights:
             try:
                 files = tuple((s.st_mtime_ns, s.st_size) for s in (path.stat(), beside.stat()))
             except OSError:
-                continue  # no weight is beside it, or it has just gone
+                continue  # no weight beside it, or just deleted
             if self._checked.get(path, (None,))[0] != files:
                 self._checked[path] = (files, self._about(path))
             about = self._checked[path][1]
@@ -51,7 +53,7 @@ class Weights:
         return found
 
     def _about(self, path: Path) -> str | None:
-        """What the page says about a weight; None for one that would not load."""
+        """What the page shows for a weight; None for one that would not load."""
         try:
             metadata = read_metadata(path)
             tower, expected = check_native(self._args, path), metadata.get("vision_tower_sha256")
@@ -74,7 +76,7 @@ class Weights:
             ValueError, FileNotFoundError: there is no such weight, or it does not load.
         """
         with self._loading if name not in self._loaded else nullcontext():
-            # Two visitors who pick the same weight load it once; others go on meanwhile.
+            # Two visitors who choose the same weight load it once; other weights stay usable.
             engine = self._loaded.get(name) or self._load(name)
             with self._lock:
                 self._loaded[name] = engine

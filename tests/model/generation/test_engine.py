@@ -15,7 +15,7 @@ from support.tiny_vlm import (
     picture,
 )
 
-from model.generation.decoding import Row, TextPieces
+from model.generation.decoding import AnswerState, TextPieces
 from model.generation.engine import VLMEngine, ask
 from model.generation.sampling import Sampling
 from model.vlm_processor import load_tokenizer
@@ -129,9 +129,9 @@ def test_first_tokens_are_drawn_from_the_right_distribution(dense, fields):
     if "top_p" in fields:  # the fewest tokens that hold this share
         expected[order[1:][expected[order].cumsum(0)[:-1] >= 0.6]] = 0
     expected /= expected.sum()
-    rows = [Row(batch["input_ids"][0], Sampling(1, seed=s, **settings), max_new_tokens=1)
+    rows = [AnswerState(batch["input_ids"][0], Sampling(1, seed=s, **settings), max_new_tokens=1)
             for s in range(num_draws)]  # fmt: skip
-    drawn = torch.tensor([row.take(logits, eos_token_id=2) for row in rows])
+    drawn = torch.tensor([row.add_token(logits, eos_token_id=2) for row in rows])
     share = torch.bincount(drawn, minlength=len(expected)) / num_draws
     assert (share[expected == 0] == 0).all()
     error = (expected * (1 - expected) / num_draws).sqrt()
@@ -298,9 +298,9 @@ def test_fit_drops_the_oldest_text_turns_and_no_image(assets):
     }
     for excess, kept in expected.items():
         engine = VLMEngine(make_loaded(assets, max_position_embeddings=size + 8 - excess))
-        messages, kept_images, num_dropped = engine.fit(full, images, Sampling(8))
+        messages, num_dropped = engine.context.fit(full, max_new_tokens=8)
         assert messages == dialogue(*kept, last="图像里有什么？", system=full[0]["content"]), excess
-        assert kept_images == images and num_dropped == len(turns) - len(kept)
+        assert num_dropped == len(turns) - len(kept)
         (answer,) = engine.generate([(full, images)], Sampling(8, temperature=0))
         (same,) = engine.generate([(messages, images)], Sampling(8, temperature=0))
         assert answer.num_dropped_turns == num_dropped and answer.text == same.text
@@ -334,7 +334,7 @@ def test_answer_gets_the_room_there_is_and_never_less_than_a_token(assets):
         full.generate([sample], GREEDY)
     with pytest.raises(ValueError, match="without its earlier text turns"):
         messages = dialogue(("What?", "A circle."), last="circle " * size)
-        full.fit(messages, [], GREEDY)
+        full.context.fit(messages, max_new_tokens=GREEDY.max_new_tokens)
 
 
 def test_text_pieces_never_hold_half_a_character(assets):

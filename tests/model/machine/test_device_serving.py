@@ -17,7 +17,7 @@ from model.generation.sampling import Sampling
 from model.machine.device import OutOfMemory
 from model.model_vlm import MiniMindVLM
 from model.serving.terminal_chat import Chat
-from model.serving.web.conversation import Turn
+from model.serving.web.conversation import ChatTurn
 from model.serving.web.layout import LIMITS
 from model.serving.web.page import Page, Wish
 from trainer.ranks.group import Ranks
@@ -87,10 +87,10 @@ def test_page_tells_the_visitor_and_answers_the_next(engine, tmp_path, monkeypat
     }
     wish = Wish("visitor", MODEL, "en", ("5", *(values[name] for name in LIMITS)))
     engine.has_room = False
-    *_, last = page._answer([Turn("What is red?")], wish, before=[])
+    *_, last = page._answer([ChatTurn("What is red?")], wish, before=[])
     assert last[page.parts.turns] == [] and SIZES in told[0] and not page._cancels
     engine.has_room = True
-    *_, last = page._answer([Turn("What is red?")], wish, before=[])
+    *_, last = page._answer([ChatTurn("What is red?")], wish, before=[])
     assert last[page.parts.turns][0].answer and len(told) == 1
 
 

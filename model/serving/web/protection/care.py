@@ -1,7 +1,7 @@
-"""Owns what Gradio keeps and does by itself, held to what the page needs.
+"""Owns limiting what Gradio keeps and does in the background.
 
-Gradio 6 looks into its queue a thousand times a second, makes a table of all questions so far
-after each one, and remembers every page that was ever opened.
+Gradio 6 polls its queue a thousand times a second, rebuilds a table of all questions after each
+one, and never forgets a page that was opened.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 
@@ -19,15 +20,15 @@ from model.serving.web.protection.presence import Presence
 from model.serving.web.protection.quota import Quota
 
 log = logging.getLogger(__name__)
-KEEP_S = 3600  # files and conversation of a visitor who has gone
+KEEP_S = 3600  # for files and conversation of a visitor who has left
 SWEEP_EVERY_S = 60
 MAX_SESSIONS = 1000  # pages whose state is kept at once, 70 kB each without its conversation
-LOOK_EVERY_S = 0.05  # into the queue: a question waits half of that
+POLL_EVERY_S = 0.05  # between polls of the queue: on average a question waits half of that
 PROGRESS_EVERY_S = 3600.0  # progress bars, of which the page has none
 
 
 def set_before_import() -> None:
-    """What Gradio reads from the environment when it is imported."""
+    """Set what Gradio reads from the environment when it is imported."""
     os.environ |= {
         "GRADIO_ANALYTICS_ENABLED": "False",
         "GRADIO_ANALYTICS_MAX_EVENTS": "1",  # the tables of the monitoring page, which is off
@@ -35,24 +36,26 @@ def set_before_import() -> None:
     }
 
 
-def calm(blocks) -> None:
-    """Let a queue that has been made look around less often."""
-    blocks._queue.sleep_when_free = LOOK_EVERY_S
+def calm(blocks: Any) -> None:
+    """Make Gradio's queue, once it exists, poll less often."""
+    blocks._queue.sleep_when_free = POLL_EVERY_S
     blocks._queue.progress_update_sleep_when_free = PROGRESS_EVERY_S
 
 
 class Care:
-    """Who is at the page, and the cleaning up after those who have gone.
+    """Tracks visitors and pages, and deletes what those that have left leave behind.
 
     Args:
-        folder: of all files that visitors see. What lies in `kept` stays, what lies in `uploads`
-            goes with its visitor, and the rest, which Gradio writes, when it is old.
+        folder: holds all files that visitors see. Gradio writes into it; its files are deleted when
+            they are old.
+        uploads: a folder in it; a visitor's files there are deleted when the visitor has left.
+        kept: a folder in it that is never deleted from.
     """
 
     def __init__(self, folder: Path, quota: Quota, *, uploads: Path, kept: Path):
         self._folder, self._quota = folder, quota
         self._not_swept = {uploads, kept}
-        self._app = None
+        self._app: Any = None
         self.visitors = Presence(lambda name: name in quota)
         self.sessions = Presence(self._has_session)
 
@@ -60,13 +63,13 @@ class Care:
         return self._app is not None and session in self._app.state_holder
 
     def knows(self, session: str) -> bool:
-        """Whether something was asked in that session whose answer can be read."""
+        """Whether the session has asked something whose answer can be read."""
         queue = self._app.get_blocks()._queue
         return session in queue.pending_messages_per_session
 
     @asynccontextmanager
-    async def lifespan(self, app) -> AsyncIterator[None]:
-        """Sweeps while the server runs."""
+    async def lifespan(self, app: Any) -> AsyncIterator[None]:
+        """Sweep at intervals while the server runs."""
         self._app = app
         task = asyncio.create_task(self._sweep_for_ever())
         try:
@@ -79,11 +82,11 @@ class Care:
             await asyncio.sleep(SWEEP_EVERY_S)
             try:
                 await self.sweep()
-            except Exception:  # the next round may do better; a page without one fills the disk
+            except Exception:  # the next round may succeed; without any the disk would fill
                 log.exception("sweeping after visitors failed")
 
     async def sweep(self) -> None:
-        """Delete the files of visitors, and the state of pages, that have been gone for long."""
+        """Delete files of visitors, and state of pages, not seen for `KEEP_S`."""
         for visitor in self.visitors.pop_gone(KEEP_S):
             self._quota.forget(visitor)
         for session in self.sessions.pop_gone(KEEP_S):
@@ -96,10 +99,13 @@ class Care:
         blocks = self._app.get_blocks()
         holder, queue = self._app.state_holder, blocks._queue
         for kept in (
-            holder.session_data, holder.time_last_used, queue.pending_messages_per_session,
-            queue.pending_event_ids_session, blocks.pending_streams,
+            holder.session_data,
+            holder.time_last_used,
+            queue.pending_messages_per_session,
+            queue.pending_event_ids_session,
+            blocks.pending_streams,
             blocks.pending_diff_streams,
-        ):  # fmt: skip
+        ):
             kept.pop(session, None)
 
     def _delete_old(self) -> None:

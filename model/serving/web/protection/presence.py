@@ -1,4 +1,4 @@
-"""Owns who is there: visitors and their pages, by the requests they hold open and the last one."""
+"""Owns knowing which visitors and pages are still there, by their open and latest requests."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass
 class _Stay:
-    """Requests that are open now, and when one was last seen to begin or end."""
+    """Open requests of one name, and when one last began or ended."""
 
     num_open: int = 0
     last_s: float = 0.0
@@ -18,18 +18,20 @@ class Presence:
     """Counts requests by name. For one thread: the server's event loop.
 
     Args:
-        is_worth: whether a name without an open request is remembered; strangers who ask once
-            under ever new names must not fill the memory.
-        clock: seconds that never run backwards.
+        is_worth: whether a name is remembered once it has no open request; clients that take a
+            new name for each request must not fill the memory.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, is_worth: Callable[[str], bool], *, clock=time.monotonic):
+    def __init__(
+        self, is_worth: Callable[[str], bool], *, clock: Callable[[], float] = time.monotonic
+    ):
         self._is_worth, self._clock = is_worth, clock
         self._stays: dict[str, _Stay] = {}
 
     @contextmanager
     def here(self, name: str) -> Iterator[None]:
-        """While a request of theirs is handled; a page holds one open as long as it is shown."""
+        """Count a request while it is handled; a page holds one open as long as it is shown."""
         stay = self._stays.setdefault(name, _Stay())
         stay.num_open += 1
         stay.last_s = self._clock()
@@ -42,7 +44,7 @@ class Presence:
                 self._stays.pop(name, None)
 
     def pop_gone(self, after_s: float) -> list[str]:
-        """Those without any request for longer than that; they are forgotten here."""
+        """Names without any request for longer than that; they are removed from here."""
         now_s = self._clock()
         gone = [
             name

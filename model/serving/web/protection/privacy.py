@@ -1,4 +1,4 @@
-"""Owns what of an error a visitor may read: never where on the server a file lies."""
+"""Owns removing the server's paths from error messages that a visitor sees."""
 
 import re
 from pathlib import Path
@@ -10,10 +10,10 @@ BARE = re.compile(r"(?<![\w.<>/\\:])(?:/|[A-Za-z]:[/\\])(?:[^\s/\\:,;'\"<>]+[/\\
 
 
 def without_paths(error: Exception | str) -> str:
-    """An error's words, of each absolute path only the last part."""
+    """An error's message with each absolute path cut to its last part."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     words = str(error)
-    for folder in (ROOT, Path.home()):  # their names may hold spaces, at which no path is found
+    for folder in (ROOT, Path.home()):  # may hold spaces, which the patterns do not match
         words = words.replace(f"{folder}/", "").replace(f"{folder}\\", "")
     return BARE.sub("", QUOTED.sub(r"\1\2\1", words))

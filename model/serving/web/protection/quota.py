@@ -1,7 +1,7 @@
-"""Owns how much visitors may upload, and whose the uploaded files are.
+"""Owns the upload quota, and which files are whose.
 
-Three limits: of one visitor, of all visitors at one address (a browser can call itself a new
-visitor at any time, an address cannot), and of all together, which is what the disk must have.
+Three limits: for one visitor; for all visitors at one address, since a browser can become a new
+visitor by deleting its cookie; and for all together, which the disk must have free.
 """
 
 import secrets
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MB = 2**20
-VISITOR_BYTES = 200 * MB  # ten pictures of the largest size, or a hundred photos of a telephone
+VISITOR_BYTES = 200 * MB  # ten pictures of the largest size, or a hundred photos from a telephone
 ADDRESS_BYTES = 1000 * MB  # a class behind one router
-ALL_BYTES = 2000 * MB  # what a small machine's disk can lend
+ALL_BYTES = 2000 * MB  # fits on a small machine's disk
 LEAST_BYTES = 4096  # a file takes a block of the disk, however small it is
 
 
@@ -50,10 +50,10 @@ class Quota:
         return visitor in self._owners
 
     def charge(self, visitor: str, address: str, num_bytes: int) -> None:
-        """Count bytes (or count them back, where negative) before they are taken.
+        """Count bytes before they are accepted; a negative number gives them back.
 
         Raises:
-            OverQuota: they are too many; nothing is counted.
+            OverQuota: a limit would be exceeded; nothing is counted.
         """
         mine, here, everyone = self._limits
         owner = self._owners.get(visitor)
@@ -76,7 +76,7 @@ class Quota:
         return folder
 
     def forget(self, visitor: str) -> None:
-        """Delete all files of a visitor, who may begin anew."""
+        """Delete all files of a visitor, and count them no longer."""
         owner = self._owners.pop(visitor, None)
         if owner is not None:
             shutil.rmtree(owner.folder, ignore_errors=True)

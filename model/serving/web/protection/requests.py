@@ -1,8 +1,7 @@
-"""Owns which requests the page's server takes, and what their bodies may hold.
+"""Owns which requests the page's server accepts, and what their bodies may hold.
 
-Gradio offers some seventy routes: those that the page in a browser does not ask for are refused,
-and what a body says is checked before Gradio sees it, which answers much of what is malformed by
-"internal server error".
+Gradio has some seventy routes; those that the page in a browser does not use are refused. Bodies
+are checked before Gradio sees them: it answers many malformed ones with "internal server error".
 """
 
 import json
@@ -10,6 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 API = "/gradio_api"
 MAX_PATH = 1024  # characters: no file of the page has a longer one
@@ -20,7 +20,7 @@ ADDRESS = re.compile(r"\s*\w+:(//|\\\\)")
 
 
 class Refused(Exception):
-    """A request that is not answered, with the status that says so."""
+    """A request is refused, with this HTTP status."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -29,11 +29,11 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Route:
-    """What may be asked for: `is_public` without a password."""
+    """A route that the page uses; `is_public`: without a password."""
 
     name: str
     methods: frozenset[str]
-    pattern: re.Pattern
+    pattern: re.Pattern[str]
     is_public: bool = False
 
 
@@ -42,12 +42,12 @@ def _route(name: str, methods: str, pattern: str, *, is_public: bool = False) ->
 
 
 ROUTES = (
-    _route("page", "GET HEAD", "/", is_public=True),  # or the login, where one is asked for
+    _route("page", "GET HEAD", "/", is_public=True),  # or the login form
     _route("asset", "GET HEAD", r"/(assets|static)/(?!.*\.\.)[\w./-]+", is_public=True),
     _route("theme", "GET HEAD", r"/theme\.css", is_public=True),
     _route("icon", "GET HEAD", r"/favicon\.ico", is_public=True),
     _route("login", "POST", "/login", is_public=True),
-    _route("started", "GET", f"{API}/startup-events", is_public=True),  # asked for at launch
+    _route("started", "GET", f"{API}/startup-events", is_public=True),  # by Gradio, at launch
     _route("config", "GET", "/config"),
     _route("heartbeat", "GET", f"{API}/heartbeat/(?P<session>{SESSION})"),
     _route("join", "POST", f"{API}/queue/join"),
@@ -58,11 +58,11 @@ ROUTES = (
 )
 
 
-def find_route(method: str, path: str) -> tuple[Route, re.Match]:
+def find_route(method: str, path: str) -> tuple[Route, re.Match[str]]:
     """The route of a request.
 
     Raises:
-        Refused: 404 for what the page never asks for, 405 for another method.
+        Refused: 404 for a route that the page does not use, 405 for another method.
     """
     for route in ROUTES:
         match = route.pattern.fullmatch(path)
@@ -74,7 +74,7 @@ def find_route(method: str, path: str) -> tuple[Route, re.Match]:
 
 
 def check_file(path: str, folder: Path) -> None:
-    """Refuse (403) a path that is not within the folder of what visitors may see."""
+    """Refuse (403) a path outside the folder of files that visitors may see."""
     if (
         len(path) > MAX_PATH
         or not path.isprintable()
@@ -84,8 +84,8 @@ def check_file(path: str, folder: Path) -> None:
         raise Refused(403, "no such file")
 
 
-def read_json(body: bytes):
-    """A body as JSON without what only Python takes for a number, and without NUL characters.
+def read_json(body: bytes) -> Any:
+    """A body as strict JSON: no NaN or infinity, no huge numbers, no NUL or lone surrogate.
 
     Raises:
         Refused: 400.
@@ -102,7 +102,7 @@ def read_json(body: bytes):
     return data
 
 
-def _no_constant(name: str):
+def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON")
 
 
@@ -119,7 +119,7 @@ def _small_int(digits: str) -> int:
     return int(digits)
 
 
-def _check_values(data, *, depth: int) -> None:
+def _check_values(data: Any, *, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
     if isinstance(data, str):
@@ -136,15 +136,15 @@ def _check_values(data, *, depth: int) -> None:
             _check_values(value, depth=depth + 1)
 
 
-def check_join(data, blocks, folder: Path) -> str:
-    """What a touch of the page may send to the queue; returns the page's session.
+def check_join(data: Any, blocks: Any, folder: Path) -> str:
+    """Check the request by which the page queues an event; returns the page's session.
 
     Args:
-        data: of `read_json`.
-        blocks: Gradio's, whose functions and parts are known.
-        folder: where all files lie that a visitor can name.
+        data: from `read_json`.
+        blocks: the page's `gr.Blocks`, with its functions and parts.
+        folder: holds all files that a visitor may name.
     Raises:
-        Refused: 403 for a file elsewhere, else 422.
+        Refused: 403 for a file outside the folder, otherwise 422.
     """
     if not isinstance(data, dict):
         raise Refused(422, "not an object")
@@ -172,9 +172,9 @@ def check_join(data, blocks, folder: Path) -> str:
     return session
 
 
-def _fits(kind: str, value) -> bool:
-    """Whether a value is of the kind that a part of the page sends."""
-    if kind == "State":  # kept by the server; what comes is not looked at
+def _fits(kind: str, value: Any) -> bool:
+    """Whether a part of the page, by its class name, sends such a value."""
+    if kind == "State":  # kept by the server, which ignores what is sent
         return value is None
     if kind == "MultimodalTextbox":
         return (
@@ -192,12 +192,12 @@ def _fits(kind: str, value) -> bool:
     return isinstance(value, str)  # Radio, Dropdown, Textbox
 
 
-def _is_file(value) -> bool:
+def _is_file(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("path"), str) and bool(value["path"])
 
 
-def _check_files(data, folder: Path) -> None:
-    """Gradio would fetch an address in a file's place, or make much of a path elsewhere."""
+def _check_files(data: Any, folder: Path) -> None:
+    """Refuse URLs, which Gradio would fetch, and paths outside the folder, at any depth."""
     if isinstance(data, dict):
         if isinstance(data.get("path"), str):
             if ADDRESS.match(data["path"]):

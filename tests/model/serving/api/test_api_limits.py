@@ -112,7 +112,9 @@ def test_long_text_is_refused_before_it_is_tokenized(address, engine, tokenized,
     last = [] if role == "user" else [{"role": "user", "content": "And?"}]
     body = question("What?") | {"messages": [long, *last]}
     error = refusal(address, body)
-    assert "9,000,0" in error["message"] and f"{engine.max_characters:,}" in error["message"]
+    assert (
+        "9,000,0" in error["message"] and f"{engine.context.max_characters:,}" in error["message"]
+    )
     assert error["code"] == "context_length_exceeded" and tokenized == []
 
 
@@ -120,12 +122,12 @@ def test_no_text_that_fits_is_refused_by_its_characters(engine):
     """The longest token, as often as the context has room for it."""
     tokenizer = engine.processor.tokenizer
     longest = max((tokenizer.decode([i]) for i in range(3, len(tokenizer))), key=len)
-    assert len(longest) * engine.max_tokens <= engine.max_characters
+    assert len(longest) * engine.max_tokens <= engine.context.max_characters
 
 
 def test_old_turns_that_cannot_fit_are_dropped_without_tokenizing(engine, tokenized):
     texts = ["circle " * 200_000, "An answer.", "What?"]
-    kept, _, num_dropped = engine.fit(messages_of(texts), [], Sampling(8))
+    kept, num_dropped = engine.context.fit(messages_of(texts), max_new_tokens=8)
     assert num_dropped == 1 and kept == messages_of(["What?"])
     assert sum(tokenized) < 5_000
 
@@ -133,14 +135,14 @@ def test_old_turns_that_cannot_fit_are_dropped_without_tokenizing(engine, tokeni
 def test_a_thousand_messages_are_fitted_in_linear_work(engine, tokenized):
     rng = random.Random(0)
     texts = ["circle " * rng.randint(1, 150) for _ in range(999)]
-    kept, _, num_dropped = engine.fit(messages_of(texts), [], Sampling(8))
+    kept, num_dropped = engine.context.fit(messages_of(texts), max_new_tokens=8)
     assert 0 < num_dropped < 499 and len(kept) == 999 - 2 * num_dropped
     assert sum(tokenized) < 4 * sum(map(len, texts))
 
 
 def test_fit_drops_as_few_turns_as_a_walk_through_all_counts(engine, monkeypatch):
     rng = random.Random(1)
-    monkeypatch.setattr(engine.model.config, "max_position_embeddings", 200)
+    monkeypatch.setattr(engine.context, "max_tokens", 200)
     processor = engine.processor
     for _ in range(40):
         texts = ["circle 图 " * rng.randint(0, 12) for _ in range(2 * rng.randint(0, 8) + 1)]
@@ -158,7 +160,7 @@ def test_fit_drops_as_few_turns_as_a_walk_through_all_counts(engine, monkeypatch
             return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
         expected = next((n for n in range(turns) if size(n) + 8 <= 200), turns)
-        kept, _, num_dropped = engine.fit(messages, [], Sampling(8))
+        kept, num_dropped = engine.context.fit(messages, max_new_tokens=8)
         assert num_dropped == expected and kept == without(expected)
 
 

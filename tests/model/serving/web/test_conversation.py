@@ -18,10 +18,10 @@ from model.generation.engine import VLMEngine, ask
 from model.options import add_model_arguments
 from model.serving.web import conversation as web_chat
 from model.serving.web.attention_picture import SIDE, draw_look
-from model.serving.web.conversation import Turn, check_image, new_turn, prompt_of, to_html
+from model.serving.web.conversation import ChatTurn, check_image, new_turn, prompt_of, to_html
 from model.serving.web.protection import login
 from model.serving.web.protection.privacy import without_paths
-from model.serving.web.text import TEXTS, language_of, text
+from model.serving.web.text import TEXTS, page_language, text
 from model.serving.web.weights import MAX_LOADED, Weights
 from model.vlm_processor import open_image
 
@@ -40,9 +40,9 @@ def pictures(tmp_path) -> list[str]:
 
 def test_prompt_holds_every_turn_and_picture(engine, pictures):
     turns = [
-        Turn("What is in the picture?", pictures[:1], "A <image> circle.<|im_end|>"),
-        Turn("Red?", [], "Yes."),
-        Turn("<image> or not?", pictures[1:]),
+        ChatTurn("What is in the picture?", pictures[:1], "A <image> circle.<|im_end|>"),
+        ChatTurn("Red?", [], "Yes."),
+        ChatTurn("<image> or not?", pictures[1:]),
     ]
     messages, images = prompt_of(engine, turns)
     assert [m["role"] for m in messages] == ["user", "assistant"] * 2 + ["user"]
@@ -112,8 +112,8 @@ def test_guesses_from_everywhere_pass_one_by_one(monkeypatch):
 
 
 def test_question_is_checked(tmp_path, pictures):
-    assert new_turn(" Hi \n", [], default_question="?") == Turn("Hi", [])
-    assert new_turn("", pictures, default_question="What?") == Turn("What?", pictures)
+    assert new_turn(" Hi \n", [], default_question="?") == ChatTurn("Hi", [])
+    assert new_turn("", pictures, default_question="What?") == ChatTurn("What?", pictures)
     for question, images, message in (
         ("  ", [], "no question"),
         ("a" * 20_001, [], "20000 characters"),
@@ -151,7 +151,7 @@ def test_image_is_checked_before_it_is_decoded(tmp_path, monkeypatch):
 
 def test_saved_page_is_one_file_of_escaped_words(pictures):
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)> & {braces}"
-    turns = [Turn(evil, pictures, evil, note=evil), Turn("你好", [], "好")]
+    turns = [ChatTurn(evil, pictures, evil, note=evil), ChatTurn("你好", [], "好")]
     page = to_html(turns, language="zh", text=text)
     assert page.count("&lt;script&gt;") == 3 and "<script" not in page and "你好" in page
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
@@ -171,7 +171,7 @@ def test_every_text_is_there_in_both_languages():
         )
         assert english == chinese, key
     assert text("loaded", "zh", weight="x{y}") == "当前权重：x{y}"
-    assert [language_of(h) for h in ("zh-CN,en;q=0.5", "en-US", None)] == ["zh", "en", "en"]
+    assert [page_language(h) for h in ("zh-CN,en;q=0.5", "en-US", None)] == ["zh", "en", "en"]
 
 
 def test_look_glows_where_the_attention_is():

@@ -1,4 +1,4 @@
-"""Owns who has the server's time: places in the queue, turns, and who has left."""
+"""Owns the server's queue: places in it, slots to run, and clients that disconnect."""
 
 import asyncio
 import contextlib
@@ -9,11 +9,18 @@ import anyio
 
 from model.serving.api.request import ApiError
 
-MAX_WAIT_S = 600  # for one's turn
+MAX_WAIT_S = 600  # for a free slot
 
 
-class Turns:
-    """Lets a few run at once and a limited number wait, those included that still send."""
+class Places:
+    """Bounds the requests that the server holds.
+
+    A request holds a place from before its body is read, and a slot while its answer is generated.
+
+    Args:
+        concurrency: slots.
+        queue: requests that may wait beside those with a slot.
+    """
 
     def __init__(self, *, concurrency: int, queue: int):
         self._free = asyncio.Semaphore(concurrency)
@@ -35,8 +42,8 @@ class Turns:
             self._num_places += 1
 
     @contextlib.asynccontextmanager
-    async def take(self) -> AsyncIterator[None]:
-        """Wait for a turn and hold it.
+    async def slot(self) -> AsyncIterator[None]:
+        """Wait for a free slot and hold it.
 
         Raises:
             ApiError: 503 if the wait is too long.
@@ -53,15 +60,16 @@ class Turns:
 
 
 class Gone(Exception):
-    """The client has left: what a thread does for it is in vain."""
+    """The client has disconnected; its request is abandoned."""
 
 
-class Presence:
-    """Whether the client is still there, for threads, which nobody can stop from outside."""
+class Client:
+    """Whether the client is still connected. Threads ask: they cannot be stopped from outside."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.is_gone = threading.Event()
 
     def check(self) -> None:
+        """Raises `Gone` if the client has disconnected."""
         if self.is_gone.is_set():
             raise Gone
