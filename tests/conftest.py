@@ -1,4 +1,5 @@
-"""Fixtures: a tiny tokenizer, tower and data set that the tests make themselves.
+"""Offers the fixtures that all tests share: a tiny tokenizer, tower and data set, made by the tests
+themselves.
 
 `shared` is the folder of real photos and golden tensors beside the repository; where it is
 absent, the tests that ask for it skip and say so.

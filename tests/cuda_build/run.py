@@ -1,4 +1,5 @@
-"""Set up a CUDA build of PyTorch in a virtual environment of its own, and run what needs one.
+"""Offers the command that sets up a CUDA build of PyTorch in its own virtual environment and runs
+the tests that need one.
 
     python tests/cuda_build/run.py
 

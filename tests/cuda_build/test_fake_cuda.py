@@ -1,4 +1,6 @@
-"""Forward, update and decoding with fake tensors on `cuda`, by a CUDA build of PyTorch without GPU.
+"""If this fails, training or answering on a CUDA build of PyTorch puts a tensor on the wrong device
+or makes the host wait in every step. Forward, update and decoding run with fake tensors on `cuda`;
+no GPU is needed.
 
 A fake tensor has a shape, a type and a device but no numbers, and what PyTorch says of each
 operation is what its CUDA build says: a tensor on the wrong device raises, and so does whatever

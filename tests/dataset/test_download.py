@@ -1,4 +1,6 @@
-"""`dataset/download.py` against a local server that behaves like the hubs."""
+"""If this fails, `dataset/download.py` overwrites a user's file, fetches the wrong one, or puts it
+where training does not look.
+"""
 
 import io
 import json

@@ -1,4 +1,6 @@
-"""The prompt picture of a record: which tokens are text, image and supervised."""
+"""If this fails, the picture of a record's prompt shows other tokens, or marks others as image or
+supervised, than training uses.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Packed text, and the language-model stage on it."""
+"""If this fails, text for the language model is lost, repeated or misread when it is packed into
+blocks, or the language-model stage does not lead on to pretraining.
+"""
 
 import json
 

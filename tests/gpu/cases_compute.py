@@ -1,4 +1,4 @@
-"""Owns the cases about single results on a GPU: attention, grouped products, answers, memory."""
+"""Offers the cases about single results on a GPU: attention, grouped products, answers, memory."""
 
 from functools import partial
 

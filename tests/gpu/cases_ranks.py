@@ -1,4 +1,4 @@
-"""Owns the cases about several processes on one GPU: two over gloo, one over nccl."""
+"""Offers the cases about several processes on one GPU: two over gloo, one over nccl."""
 
 import os
 import shutil

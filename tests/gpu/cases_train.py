@@ -1,4 +1,6 @@
-"""Owns the cases about training on a GPU: no waiting, every stage and size, equal bits, pace."""
+"""Offers the cases about training on a GPU: no waiting for the device, every stage and size, equal
+bits, speed.
+"""
 
 import itertools
 import shutil

@@ -1,4 +1,5 @@
-"""Try on a GPU all that needs one, and write what came of it to one text file.
+"""Offers the command that tries on a GPU all that needs one, and writes the results to one text
+file.
 
     make test-gpu
     python tests/gpu/run.py --report out/gpu_report.txt

@@ -1,4 +1,4 @@
-"""Owns what the cases for a GPU share: the device, sizes, data made on the spot, short runs."""
+"""Offers what the cases for a GPU share: the device, sizes, generated data, short runs."""
 
 import contextlib
 import gc

@@ -1,4 +1,4 @@
-"""Where images stand in token ids, and where their features go."""
+"""If this fails, image features replace the wrong tokens, or reach the wrong sample."""
 
 import random
 

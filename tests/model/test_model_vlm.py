@@ -1,4 +1,6 @@
-"""The vision-language model: sizes, images of ragged batches, gradients, files."""
+"""If this fails, the vision-language model gives a sample other results in a batch than alone,
+trains the wrong parts, or does not load what it saved.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Malformed requests to the API, drawn from a seed: valid ones with a part made wrong."""
+"""Offers malformed requests to the API, generated from a seed: valid requests with one part made
+wrong.
+"""
 
 import base64
 import contextlib

@@ -1,5 +1,6 @@
-"""Servers for the tests of `web_demo.py --api`: a real process, or one in a thread whose engine a
-test can break; and what the official client sends."""
+"""Offers servers for the tests of `web_demo.py --api`: a real process, or one in a thread whose
+engine a test can break; and what the official client sends.
+"""
 
 import base64
 import contextlib

@@ -1,4 +1,4 @@
-"""Multiple-choice files about the pictures of the painted model."""
+"""Offers multiple-choice files about the pictures of the painted model."""
 
 import base64
 import csv

@@ -1,4 +1,5 @@
-"""Owns a local HTTP server that answers as Hugging Face, ModelScope and GitHub do; its fixtures.
+"""Offers a local HTTP server that answers as Hugging Face, ModelScope and GitHub do, and its
+fixtures.
 
 It keeps what was asked, and misbehaves on demand. It listens on 127.0.0.1 alone, and a test that
 uses it can reach no other address.

@@ -1,4 +1,4 @@
-"""A tiny model that has learnt to see: it names and describes the colour of plain pictures."""
+"""Offers a tiny model trained to see: it names and describes the colour of plain pictures."""
 
 import json
 from pathlib import Path

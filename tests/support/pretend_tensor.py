@@ -1,4 +1,4 @@
-"""Owns tensors that carry a pretend CUDA device: CPU numbers, but the rules of a GPU.
+"""Offers tensors that carry a pretend CUDA device: CPU numbers, but the rules of a GPU.
 
 Mixing devices raises as on a GPU, and every copy between host and device is noted with the line
 of this repository that asked for it. Source of the rules: PyTorch's CUDA semantics notes, and

@@ -1,5 +1,6 @@
-"""Ranks as real processes for tests: forked from one that has imported everything, so that a
-launch takes a second. Kills, files and connections are real."""
+"""Offers ranks as real processes, forked from one that has imported everything, so that a launch
+takes a second. Kills, files and connections are real.
+"""
 
 import json
 import multiprocessing

@@ -1,5 +1,6 @@
-"""A visitor of the page without a browser: what Gradio's page sends, over plain HTTP, and what it
-never would send. One connection for each request, none of them kept."""
+"""Offers a visitor of the page without a browser: what Gradio's page sends over plain HTTP, and
+what it never would send. Each request has a connection of its own.
+"""
 
 import contextlib
 import http.client

@@ -1,4 +1,4 @@
-"""Malformed requests to the page, by a seeded generator: bodies, paths, headers and uploads."""
+"""Offers malformed requests to the page, generated from a seed: bodies, paths, headers and uploads."""
 
 import copy
 import json

@@ -1,4 +1,5 @@
-"""The web page as a process of its own, with tiny weights; it writes down what the model is given.
+"""Offers the web page as a process of its own, with tiny weights; it records the input of the
+model.
 
     python tests/support/web_site.py RECORD [flags of web_demo.py]
 

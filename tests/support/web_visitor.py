@@ -1,4 +1,4 @@
-"""Visitors of the web page: the running page, a real Chromium, and plain HTTP."""
+"""Offers visitors of the web page: the running page, a real Chromium, and plain HTTP."""
 
 import base64
 import json

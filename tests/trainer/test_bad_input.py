@@ -1,4 +1,6 @@
-"""Everything a user can get wrong with a training script ends in one clear line."""
+"""If this fails, a mistake with a training script ends in a traceback, or passes unnoticed, instead
+of one clear line.
+"""
 
 import json
 

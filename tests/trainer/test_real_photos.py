@@ -1,4 +1,6 @@
-"""The main job on real photos with English and Chinese captions: pretrain, sft, describe."""
+"""If this fails, the main use does not work: pretrain, SFT and describe on real photos with English
+and Chinese captions.
+"""
 
 import json
 import math

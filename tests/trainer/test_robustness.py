@@ -1,4 +1,6 @@
-"""Runs that go wrong: what is kept, what is said, and what goes on."""
+"""If this fails, a run that goes wrong (bad data, NaN, a stop at a bad moment) loses weights or
+samples, or stops where it could go on.
+"""
 
 import json
 import signal

@@ -1,4 +1,6 @@
-"""The tiny tower's training: its scenes, its pixels, and the folder it writes."""
+"""If this fails, the tiny vision tower is trained on wrong or held-out scenes, or saved in a folder
+that the model cannot load.
+"""
 
 import math
 import os

@@ -1,4 +1,6 @@
-"""The tokenizer script, and the tokenizer it made that is shipped in model/."""
+"""If this fails, the tokenizer in model/ does not keep text exactly, has other special ids than
+weights expect, or cannot be made again.
+"""
 
 import json
 import random

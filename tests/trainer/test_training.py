@@ -1,4 +1,6 @@
-"""Both stages through their `main`, in this process: what is trained, written and reported."""
+"""If this fails, pretrain or SFT trains the wrong parameters, makes other updates than its flags
+say, or writes or reports wrong results.
+"""
 
 import json
 import math

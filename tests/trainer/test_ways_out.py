@@ -1,5 +1,7 @@
-"""Every way out of a run but SIGKILL saves, names the cause and comes soon; ranks are real
-processes, and what happens to them and to their data workers is real too."""
+"""If this fails, a run that is stopped by anything but SIGKILL loses its progress, hangs, or does
+not name the cause. Ranks are real processes, and what happens to them and to their data workers is
+real too.
+"""
 
 import json
 import multiprocessing

@@ -1,4 +1,6 @@
-"""Multiple choice: both layouts, answered by likelihood, with chance beside."""
+"""If this fails, MMBench or MMStar accuracy is wrong: a file is misread, options are paired with
+the wrong question or picture, or unusable rows are not counted.
+"""
 
 import base64
 import csv

@@ -1,4 +1,6 @@
-"""Records of every layout, data set, collation."""
+"""If this fails, one of the supported data layouts gives the model other text, pictures or
+supervised tokens than its records hold, or a batch is put together wrongly.
+"""
 
 import json
 import pickle

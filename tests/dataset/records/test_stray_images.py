@@ -1,4 +1,6 @@
-"""Records whose pictures stand where nothing reads them are refused; harmless fields stay."""
+"""If this fails, records whose pictures stand in fields that are not read train silently as text
+alone, or harmless records are refused.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""The sample world: records, questions with one right answer, and what is held out."""
+"""If this fails, the sample world has wrong or ambiguous answers, or held-out scenes occur in its
+training data, so that the demo's scores mean nothing.
+"""
 
 import hashlib
 import json

@@ -1,4 +1,6 @@
-"""Describing a folder: samples of several pictures, batches, JSON and the gallery."""
+"""If this fails, describing a folder leaves pictures out, mixes up their answers, or writes a
+gallery or JSON that does not show what the model said.
+"""
 
 import html.parser
 import json

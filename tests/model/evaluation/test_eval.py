@@ -1,4 +1,6 @@
-"""`eval_vlm.py` as a user runs it."""
+"""If this fails, a command line of `eval_vlm.py` that users copy from the README does not run, or a
+mistake in it ends in a traceback.
+"""
 
 import argparse
 import socket

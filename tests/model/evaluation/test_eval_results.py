@@ -1,4 +1,6 @@
-"""Where the results of `eval_vlm.py` go: links, pipes, odd names, readers that leave."""
+"""If this fails, results of `eval_vlm.py` are lost or overwrite the data: with links, pipes, odd
+file names, Ctrl-C, or a reader that leaves.
+"""
 
 import io
 import json

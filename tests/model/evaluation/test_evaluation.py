@@ -1,4 +1,6 @@
-"""Scores of a data set: figures that follow from what a model sees, with their intervals."""
+"""If this fails, a score, its confidence interval or the comparison of two weights is wrong, or
+depends on batches and ranks.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,6 @@
-"""Scores: exact match, losses, and what is left without the right images."""
+"""If this fails, the losses and exact matches that evaluation prints are not the model's, or do not
+show whether it looks at its images.
+"""
 
 import json
 

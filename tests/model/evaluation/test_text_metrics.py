@@ -1,4 +1,6 @@
-"""Texts beside references: figures worked out by hand, and sacrebleu's own."""
+"""If this fails, CIDEr-D, BLEU, chrF or VQA accuracy differ from their published definitions and
+cannot be compared with other papers.
+"""
 
 import math
 

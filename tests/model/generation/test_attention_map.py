@@ -1,4 +1,6 @@
-"""Where an answer looks."""
+"""If this fails, the picture of where an answer looks highlights patches that the model did not
+attend to.
+"""
 
 import copy
 

@@ -1,4 +1,6 @@
-"""The engine that evaluation, chat, page and server share."""
+"""If this fails, evaluation, chat, web page and server give wrong answers, answers that depend on
+who asks at the same time, or none after an error.
+"""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,6 @@
-"""What a device is and can do, told by a strict stand-in for `torch.cuda`: no GPU is needed."""
+"""If this fails, a command picks the wrong GPU or number format, or fails on one with a traceback.
+A strict stand-in for `torch.cuda` answers, so no GPU is needed.
+"""
 
 import argparse
 import os

@@ -1,4 +1,5 @@
-"""Every command that takes `--device`, for every way to name a GPU: how it chooses and prepares it.
+"""If this fails, a command that takes `--device` does not run on the GPU that the user named, or
+two ranks share one.
 
 On a pretend GPU as strict as a real one, whose tensors are real enough to run the commands whole.
 """

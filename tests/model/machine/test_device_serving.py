@@ -1,4 +1,6 @@
-"""Running out of memory while answering: the request hears of it, the rest goes on."""
+"""If this fails, one answer that runs out of memory takes down the server, the page, the chat or
+the evaluation with it.
+"""
 
 import json
 from types import SimpleNamespace

@@ -1,5 +1,7 @@
-"""What training does otherwise on a GPU, each way checked on a CPU: by forcing the branch, or by
-looking at what is called."""
+"""If this fails, training on a GPU differs from training on a CPU in more than rounding, or is
+slowed by needless waits. Each GPU branch is checked on a CPU: by forcing it, or by looking at what
+is called.
+"""
 
 import contextlib
 import json

@@ -1,4 +1,6 @@
-"""Training, resuming and answering on a pretend GPU: where tensors are, and who waits for whom."""
+"""If this fails, training, resuming or answering on a GPU mixes devices or waits for the device in
+every step, or the pretend GPU of these tests is laxer than a real one.
+"""
 
 import signal
 

@@ -1,4 +1,6 @@
-"""Which names a server answers to."""
+"""If this fails, a foreign web site can reach a user's local server by DNS rebinding, or a user's
+own address is refused.
+"""
 
 import asyncio
 

@@ -1,4 +1,6 @@
-"""The chat as a person at a terminal has it: a real process behind a pseudo-terminal."""
+"""If this fails, the chat in a terminal answers otherwise than the engine does, ends at a mistake, or
+ends at Ctrl-C instead of stopping the answer. A real process runs behind a pseudo-terminal.
+"""
 
 import fcntl
 import os

@@ -1,4 +1,6 @@
-"""Loading a model by the shared flags."""
+"""If this fails, the flags that all commands share load another model than the weight holds, or one
+that does not fit its tokenizer or tower.
+"""
 
 import argparse
 

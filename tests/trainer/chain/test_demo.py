@@ -1,4 +1,6 @@
-"""The chain on the sample world, on a handful of scenes, and the weights of the repository."""
+"""If this fails, `make demo` or `make from-zero` breaks off, repeats work, or mixes two settings;
+or the repository's own weights do not answer.
+"""
 
 import argparse
 import os

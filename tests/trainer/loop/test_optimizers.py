@@ -1,4 +1,6 @@
-"""The optimizers: what Muon moves and how, and that a step can be left out on the device."""
+"""If this fails, Muon or AdamW makes wrong updates, or a step with a gradient that is not finite
+changes the weights.
+"""
 
 import copy
 

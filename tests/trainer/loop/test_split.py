@@ -1,4 +1,6 @@
-"""One update, however it is split over ranks and micro-steps; ranks that have nothing to add."""
+"""If this fails, training gives other weights when the same batch is split over ranks or micro-
+batches.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,6 @@
-"""DeepSpeed: the same training as DDP, the same state file, and clear words where it cannot run."""
+"""If this fails, training with DeepSpeed differs from DDP, or its state cannot be resumed by the
+other.
+"""
 
 import json
 import os

@@ -1,5 +1,6 @@
-"""What must be the same: of all ranks, of a run and the state it resumes, of the only run of a
-name; and each flag once."""
+"""If this fails, ranks with different data or flags train together, a state resumes with other
+data, or two runs write the same files.
+"""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""What happens to ranks on real clusters: deaths, hangs, signals, restarts, lost machines, clocks.
+"""If this fails, a rank that dies or hangs leaves the others waiting for ever, or progress is lost:
+by deaths, hangs, signals, restarts, lost machines and clock changes, as on real clusters.
 
 `pytest tests/trainer/ranks/test_faults.py tests/trainer/saving -s` prints what was
 tried and what survived.

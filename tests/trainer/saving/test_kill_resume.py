@@ -1,4 +1,6 @@
-"""Runs killed again and again, on changing numbers of ranks: no sample is lost or used twice."""
+"""If this fails, a run that is killed and resumed, also with other numbers of ranks, trains on a
+sample twice or never.
+"""
 
 import random
 import signal

@@ -1,4 +1,4 @@
-"""A run that was killed and resumed ends with the same bits as one that was not."""
+"""If this fails, a run that was stopped and resumed ends with other weights than one that was not."""
 
 import json
 import os

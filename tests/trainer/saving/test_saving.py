@@ -1,4 +1,6 @@
-"""Saves cut off at any moment, files that are damaged, disks that fill or turn read-only."""
+"""If this fails, a save that is cut off, a damaged file or a full disk costs a user the training
+state.
+"""
 
 import json
 import os

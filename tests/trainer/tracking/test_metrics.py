@@ -1,4 +1,6 @@
-"""Where figures go: progress bar, lines, JSON."""
+"""If this fails, the metrics file of a resumed run holds steps twice, or a terminal shows no
+progress bar.
+"""
 
 import fcntl
 import json

@@ -1,4 +1,6 @@
-"""Trackers: what they record, across interruptions; and that none of them can disturb a run."""
+"""If this fails, SwanLab, Weights & Biases or TensorBoard misses figures of a run, or stops, slows
+or outlives it.
+"""
 
 import json
 import os

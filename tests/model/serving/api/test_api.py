@@ -1,4 +1,6 @@
-"""`web_demo.py --api` as its clients have it: the official one, and broken ones."""
+"""If this fails, the official OpenAI client cannot talk to `web_demo.py --api`, gets a wrong
+answer, or a mistake in a request is not reported.
+"""
 
 import asyncio
 import base64

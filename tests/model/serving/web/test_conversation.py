@@ -1,4 +1,6 @@
-"""What the page is made of, without a browser: questions, prompts, saved pages, weights, limits."""
+"""If this fails, the web page gives the model another question or history than the visitor sees, or
+saves a page that is wrong. No browser is needed.
+"""
 
 import argparse
 import asyncio

@@ -1,5 +1,7 @@
-"""The page's server under attack, over plain HTTP: what it refuses, what it bounds, what it forgets
-and what it never says. One server, whose waits are seconds and whose quota is small."""
+"""If this fails, a hostile visitor can read files of the page's server, fill its disk or memory, or
+see what other visitors sent. One server over plain HTTP, whose waits are seconds and whose quota is
+small.
+"""
 
 import contextlib
 import io

@@ -1,5 +1,6 @@
-"""The page in a real Chromium: what visitors do, at once and one after another, and what they must
-not be able to do. Screenshots are kept; the test prints where."""
+"""If this fails, something that visitors do on the web page does not work in a real Chromium, or
+one visitor disturbs another. Screenshots are kept; the test prints where.
+"""
 
 import argparse
 import json
