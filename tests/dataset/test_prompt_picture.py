@@ -47,9 +47,18 @@ def dataset(assets, data):
 
 
 def arguments(assets, data, *more) -> list[str]:
-    own = ["--data_path", data, "--images_path", data.parent / "images", "--vision_model_path",
-           assets / "tower", "--tokenizer_path", assets / "tokenizer",
-           "--out", data.parent / "prompt.png"]  # fmt: skip
+    own = [
+        "--data_path",
+        data,
+        "--images_path",
+        data.parent / "images",
+        "--vision_model_path",
+        assets / "tower",
+        "--tokenizer_path",
+        assets / "tokenizer",
+        "--out",
+        data.parent / "prompt.png",
+    ]
     return [str(a) for a in [*own, *more]]
 
 

@@ -60,11 +60,15 @@ class Report:
 def describe_machine(device: torch.device) -> list[str]:
     """What a reader must know of the machine."""
     about = versions() | {
-        "CUDA": str(torch.version.cuda), "HIP": str(torch.version.hip),
-        "cuDNN": str(torch.backends.cudnn.version()), "OS": platform.platform(),
-    }  # fmt: skip
-    lines = [f"MiniMind-V on a GPU, {datetime.now():%Y-%m-%d %H:%M}, git {git_state()}",
-             " | ".join(f"{name} {value}" for name, value in about.items())]  # fmt: skip
+        "CUDA": str(torch.version.cuda),
+        "HIP": str(torch.version.hip),
+        "cuDNN": str(torch.backends.cudnn.version()),
+        "OS": platform.platform(),
+    }
+    lines = [
+        f"MiniMind-V on a GPU, {datetime.now():%Y-%m-%d %H:%M}, git {git_state()}",
+        " | ".join(f"{name} {value}" for name, value in about.items()),
+    ]
     if device.type != "cuda":
         return [*lines, f"device {device}: a rehearsal, not a GPU"]
     about = torch.cuda.get_device_properties(device)
@@ -151,8 +155,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if device.type != "cuda" and not args.rehearsal:
-        print(f"error: this tests a GPU and found only {device}; `--rehearsal 1` tries the cases "
-              "themselves", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: this tests a GPU and found only {device}; `--rehearsal 1` tries the cases "
+            "themselves",
+            file=sys.stderr,
+        )
         return 1
     report, limit_s = Report(args.report), 60 * args.minutes
     with tempfile.TemporaryDirectory() as folder, watchdog(report, limit_s + GRACE_S):

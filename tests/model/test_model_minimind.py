@@ -1,4 +1,4 @@
-"""If this fails, the language model computes wrong numbers: in attention, RoPE, experts or losses."""
+"""If this fails, the language model computes wrong values in attention, RoPE, experts or losses."""
 
 import pytest
 import torch

@@ -120,8 +120,10 @@ class _Handler(BaseHTTPRequestHandler):
             if name.endswith(LARGE):
                 entry["blobId"] = "f" * 40  # the pointer's, not the content's
                 entry["lfs"] = {
-                    "sha256": _hex("sha256", data), "size": len(data), "pointerSize": 134,
-                }  # fmt: skip
+                    "sha256": _hex("sha256", data),
+                    "size": len(data),
+                    "pointerSize": 134,
+                }
             siblings.append(entry)
         commit = revision if len(revision) == 40 else COMMIT
         self.send_text(200, json.dumps({"id": repo, "sha": commit, "siblings": siblings}))

@@ -73,9 +73,7 @@ def hurry() -> None:
     """Limits that a test can reach."""
     care.KEEP_S, care.SWEEP_EVERY_S, uploads.SILENCE_S = SHORT_KEEP_S, 0.3, SHORT_SILENCE_S
     web_server.Quota = functools.partial(web_server.Quota, **SHORT_QUOTA)
-    web_server.close_when_idle = functools.partial(
-        web_server.close_when_idle, head_s=SHORT_HEAD_S
-    )  # fmt: skip
+    web_server.close_when_idle = functools.partial(web_server.close_when_idle, head_s=SHORT_HEAD_S)
 
 
 if __name__ == "__main__":

@@ -87,8 +87,12 @@ def test_records_read_as_the_published_formats(world, split):
 def test_same_seed_gives_the_same_bytes_in_another_process(tmp_path):
     command = [sys.executable, "-m", "dataset.synthetic", "--num_images", "12", "--num_text", "9"]
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        subprocess.run([*command, "--out", tmp_path / name, "--seed", str(seed)], cwd=ROOT,
-                       check=True, capture_output=True)  # fmt: skip
+        subprocess.run(
+            [*command, "--out", tmp_path / name, "--seed", str(seed)],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+        )
     first, again, other = (tree_bytes(tmp_path / name) for name in "abc")
     assert len(first) == 12 + 4
     assert first == again
@@ -102,8 +106,10 @@ def test_a_larger_set_begins_with_the_smaller_one(tmp_path):
     images = {name for name in small if name.endswith(".png")}
     assert len(images) == 8
     assert all(small[name] == large[name] for name in images)
-    assert read_jsonl(tmp_path / "small/train.jsonl") == (
-        read_jsonl(tmp_path / "large/train.jsonl")[:8])  # fmt: skip
+    assert (
+        read_jsonl(tmp_path / "small/train.jsonl")
+        == (read_jsonl(tmp_path / "large/train.jsonl")[:8])
+    )
 
 
 def test_no_scene_is_in_both_splits():
@@ -239,8 +245,9 @@ def solve_pair(scene, question: str, language: str) -> bool | None:
 def test_chance_is_what_the_best_blind_guess_scores(tmp_path):
     """The commonest training answer to the same words is right about as often as chance."""
     synthetic.write_dataset(tmp_path, num_images=3000, split="train", seed=1, image_size=32)
-    synthetic.write_dataset(tmp_path, num_images=3000, split="heldout", seed=1, image_size=32,
-                            num_pairs=1000)  # fmt: skip
+    synthetic.write_dataset(
+        tmp_path, num_images=3000, split="heldout", seed=1, image_size=32, num_pairs=1000
+    )
     seen = defaultdict(Counter)
     for record in read_jsonl(tmp_path / "train.jsonl"):
         for question, answer in turns_of(record):
@@ -269,7 +276,8 @@ def test_pictures_show_what_the_scene_says():
         ):
             items = [replace(i, **change) if i is item else i for i in scene.items]
             box = ImageChops.difference(
-                picture, draw_scene(replace(scene, items=tuple(items)))).getbbox()  # fmt: skip
+                picture, draw_scene(replace(scene, items=tuple(items)))
+            ).getbbox()
             assert box is not None, change
             assert box[0] >= quadrant[0] and box[1] >= quadrant[1]
             assert box[2] <= quadrant[2] and box[3] <= quadrant[3]
@@ -283,8 +291,12 @@ def test_the_centre_of_a_plain_shape_has_its_colour():
         for item in scene.items:
             if item.texture == "plain":
                 pixel = picture.getpixel((int(item.x * 128), int(item.y * 128)))
-                nearest = min(COLOURS, key=lambda c, p=pixel: sum(
-                    (a - b) ** 2 for a, b in zip(COLOURS[c], p, strict=True)))  # fmt: skip
+                nearest = min(
+                    COLOURS,
+                    key=lambda c, p=pixel: sum(
+                        (a - b) ** 2 for a, b in zip(COLOURS[c], p, strict=True)
+                    ),
+                )
                 assert nearest == item.colour
 
 
@@ -336,8 +348,12 @@ def test_command_line_prints_types_and_chance(tmp_path, capsys):
 
 
 def test_blind_retold_and_captioned_records(tmp_path):
-    argv = ["--out", str(tmp_path), "--num_images", "20", "--num_pairs", "0", "--num_blind", "30",
-            "--num_text", "20", "--num_retold", "40", "--caption_share", "1"]  # fmt: skip
+    argv = [
+        "--out",
+        str(tmp_path),
+        *"--num_images 20 --num_pairs 0 --num_blind 30 --num_text 20 --num_retold 40".split(),
+        *"--caption_share 1".split(),
+    ]
     assert command.main(argv) == 0
     records = read_jsonl(tmp_path / "train.jsonl")
     shown = [r for r in records if "image" in r]
@@ -360,11 +376,18 @@ def test_blind_retold_and_captioned_records(tmp_path):
 def test_character_share_holds_for_what_is_told_and_asked_without_pictures(
     tmp_path, share, is_told
 ):
-    argv = ["--out", str(tmp_path), "--num_images", "1", "--num_pairs", "0", "--num_blind", "60",
-            "--num_text", "60", "--split", "heldout", "--character_share", share]  # fmt: skip
+    argv = [
+        "--out",
+        str(tmp_path),
+        *"--num_images 1 --num_pairs 0 --num_blind 60 --num_text 60 --split heldout".split(),
+        "--character_share",
+        share,
+    ]
     assert command.main(argv) == 0
-    for records in (read_jsonl(tmp_path / "heldout.jsonl")[1:],
-                    read_jsonl(tmp_path / "heldout_text.jsonl")):  # fmt: skip
+    for records in (
+        read_jsonl(tmp_path / "heldout.jsonl")[1:],
+        read_jsonl(tmp_path / "heldout_text.jsonl"),
+    ):
         assert len(records) == 60
         assert any("character" in record["types"] for record in records) == is_told
 
@@ -377,8 +400,10 @@ def test_lists_name_what_belongs_together(tmp_path):
         told = record["conversations"][-1]["content"]
         language = "en" if told.isascii() else "zh"
         pieces = told.split(", " if language == "en" else "，")
-        belong = [{word(n, language) for n in (item.colour, item.shape, item.place)}
-                  for item in scene.items]  # fmt: skip
+        belong = [
+            {word(n, language) for n in (item.colour, item.shape, item.place)}
+            for item in scene.items
+        ]
         assert len(pieces) == 10
         for piece in pieces:
             assert any(all(w in piece for w in words) for words in belong), piece

@@ -119,9 +119,18 @@ def test_evaluation_out_of_memory_ends_in_one_line(engine, assets, tmp_path, mon
         raise torch.OutOfMemoryError(CUDA_ERROR)
 
     data, images = make_records(tmp_path, num_records=4)
-    flags = ["--save_dir", engine.path.parent, "--vision_model_path", assets / "tower",
-             "--tokenizer_path", assets / "tokenizer", "--device", "cpu",
-             "--weight", engine.path]  # fmt: skip
+    flags = [
+        "--save_dir",
+        engine.path.parent,
+        "--vision_model_path",
+        assets / "tower",
+        "--tokenizer_path",
+        assets / "tokenizer",
+        "--device",
+        "cpu",
+        "--weight",
+        engine.path,
+    ]
     tasks = (["--image_dir", images], ["--data_path", data, "--images_path", images])
     monkeypatch.setattr(MiniMindVLM, "encode_images", forward)
     for task in tasks:

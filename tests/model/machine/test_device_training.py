@@ -133,8 +133,13 @@ def test_expert_without_a_row_gets_a_zero_gradient(route, monkeypatch):
 
 def test_experts_of_odd_widths_train_in_bfloat16():
     """Grouped products refuse rows that are no multiple of 16 bytes."""
-    config = MiniMindConfig(hidden_size=20, num_attention_heads=5, num_key_value_heads=5,
-                            num_hidden_layers=1, use_moe=True)  # fmt: skip
+    config = MiniMindConfig(
+        hidden_size=20,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        num_hidden_layers=1,
+        use_moe=True,
+    )
     model = MiniMindForCausalLM(config).train()
     ids = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -196,8 +201,11 @@ def test_tower_kept_in_low_precision_computes_the_same_bits(dtype, assets):
         lighten_tower(model, dtype)
         after = model.get_image_embeddings(pixels, model.vision_encoder)
     assert torch.equal(before, after)
-    dtypes = {type(m).__name__: p.dtype for m in model.vision_encoder.modules()
-              for p in m.parameters(recurse=False)}  # fmt: skip
+    dtypes = {
+        type(m).__name__: p.dtype
+        for m in model.vision_encoder.modules()
+        for p in m.parameters(recurse=False)
+    }
     assert dtypes["Linear"] == dtypes["Conv2d"] == getattr(torch, dtype)
     assert dtypes["LayerNorm"] == dtypes["Embedding"] == torch.float32
     assert next(model.vision_proj.parameters()).dtype == torch.float32

@@ -31,9 +31,12 @@ FEW = ["--num_pretrain", "16", "--num_train", "32", "--num_heldout", "24"]
 def chains_in(tmp_path, monkeypatch):
     """Both chains work in a temporary folder."""
     folder = tmp_path / "zero"
-    monkeypatch.setattr(demo, "FROM_ZERO", demo.FROM_ZERO | {
-        "folder": folder, "tower": folder / demo.TOWER, "llm": folder / f"{demo.LLM}.pth"
-    })  # fmt: skip
+    monkeypatch.setattr(
+        demo,
+        "FROM_ZERO",
+        demo.FROM_ZERO
+        | {"folder": folder, "tower": folder / demo.TOWER, "llm": folder / f"{demo.LLM}.pth"},
+    )
     monkeypatch.setattr(demo, "VISION_DIR", tmp_path / "vision_model")
     monkeypatch.setattr(demo, "OUT_DIR", tmp_path / "out")
     (tmp_path / "out").mkdir()
@@ -132,19 +135,43 @@ def test_weights_of_the_repository_stay_small():
 def test_language_model_of_the_repository_knows_scenes_told_in_words(tmp_path):
     """To the loss that BENCHMARKS.md states, within its tolerance."""
     one, texts = tmp_path / "one.jsonl", tmp_path / "heldout_text.jsonl"
-    one.write_text('{"conversations": [{"role": "user", "content": "?"}, '
-                   '{"role": "assistant", "content": "!"}]}\n')  # fmt: skip
+    one.write_text(
+        '{"conversations": [{"role": "user", "content": "?"}, '
+        '{"role": "assistant", "content": "!"}]}\n'
+    )
     for script in (
-        ["-m", "dataset.synthetic", "--out", tmp_path, "--split", "heldout", "--seed", "11",
-         "--num_images", "1", "--num_pairs", "0", "--caption_share", "0.1", "--character_share",
-         "0.6", "--num_text", "400"],
-        ["trainer/train_llm.py", "--from_weight", ROOT / "out" / f"{demo.LLM}.pth", "--dtype",
-         "float32", "--learning_rate", "1e-12", "--epochs", "1", "--loss_on", "answers",
-         "--data_path", one, "--val_data_path", texts, "--num_workers", "0", "--save_weight",
-         "same", "--save_dir", tmp_path, "--checkpoint_dir", tmp_path],
-    ):  # fmt: skip
-        run = subprocess.run([sys.executable, *map(str, script)], cwd=ROOT, capture_output=True,
-                             text=True, timeout=TIMEOUT_S, env=script_environment())  # fmt: skip
+        [
+            "-m",
+            "dataset.synthetic",
+            "--out",
+            tmp_path,
+            *"--split heldout --seed 11 --num_images 1 --num_pairs 0".split(),
+            *"--caption_share 0.1 --character_share 0.6 --num_text 400".split(),
+        ],
+        [
+            "trainer/train_llm.py",
+            "--from_weight",
+            ROOT / "out" / f"{demo.LLM}.pth",
+            *"--dtype float32 --learning_rate 1e-12 --epochs 1 --loss_on answers".split(),
+            "--data_path",
+            one,
+            "--val_data_path",
+            texts,
+            *"--num_workers 0 --save_weight same".split(),
+            "--save_dir",
+            tmp_path,
+            "--checkpoint_dir",
+            tmp_path,
+        ],
+    ):
+        run = subprocess.run(
+            [sys.executable, *map(str, script)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            env=script_environment(),
+        )
         assert run.returncode == 0, run.stderr
     assert float(run.stdout.partition("val_loss:")[2].split()[0]) == pytest.approx(0.248, abs=0.02)
 
@@ -183,15 +210,21 @@ def test_a_script_that_fails_is_an_error(capfd):
 
 def start(argv: list[str]) -> subprocess.Popen:
     """A script, run by a program in a process group of its own, as a terminal has it."""
-    code = (f"import signal, sys; sys.path.insert(0, {str(ROOT)!r}); "
-            "signal.signal(signal.SIGINT, signal.default_int_handler); "
-            "from trainer.demo import run_script\n"
-            "try: run_script(*sys.argv[1:])\n"
-            "except KeyboardInterrupt: sys.exit(130)")  # fmt: skip
+    code = (
+        f"import signal, sys; sys.path.insert(0, {str(ROOT)!r}); "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from trainer.demo import run_script\n"
+        "try: run_script(*sys.argv[1:])\n"
+        "except KeyboardInterrupt: sys.exit(130)"
+    )
     return subprocess.Popen(
-        [sys.executable, "-c", code, SCRIPT, *argv], stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.STDOUT, env=script_environment(), start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code, SCRIPT, *argv],
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.STDOUT,
+        env=script_environment(),
+        start_new_session=True,
+    )
 
 
 @pytest.mark.slow

@@ -15,9 +15,13 @@ from trainer.train_args import OPTIMIZERS
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return nn.ModuleDict({
-        "embed_tokens": nn.Embedding(9, 6), "proj": nn.Linear(6, 12), "norm": nn.LayerNorm(6),
-    })  # fmt: skip
+    return nn.ModuleDict(
+        {
+            "embed_tokens": nn.Embedding(9, 6),
+            "proj": nn.Linear(6, 12),
+            "norm": nn.LayerNorm(6),
+        }
+    )
 
 
 def give_gradients(model: nn.Module) -> None:

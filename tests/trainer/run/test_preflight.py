@@ -1,4 +1,4 @@
-"""If this fails, a full disk, a wrong tokenizer or bad records show only after hours of training."""
+"""If this fails, a full disk, a wrong tokenizer or bad records show only after hours."""
 
 import pytest
 import torch

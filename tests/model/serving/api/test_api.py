@@ -69,8 +69,10 @@ def client(address) -> openai.OpenAI:
 def test_plain_request(client, engine):
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).owned_by == "minimind-v"
-    messages = [{"role": "system", "content": "You are a helpful assistant"},
-                {"role": "user", "content": "图像里有什么？"}]  # fmt: skip
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant"},
+        {"role": "user", "content": "图像里有什么？"},
+    ]
     reply = client.chat.completions.create(model=MODEL, messages=messages, **SETTINGS)
     (answer,) = engine.generate([(messages, [])], SAMPLING)
     (choice,) = reply.choices
@@ -133,8 +135,10 @@ def test_stop_strings_cut_the_answer(client, engine):
 
 def test_stop_string_of_the_last_token_allowed_is_the_reason(engine):
     messages = ask("What?", num_images=0)
-    texts = [engine.generate([(messages, [])], replace(SAMPLING, max_new_tokens=n))[0].text
-             for n in range(17)[1:]]  # fmt: skip
+    texts = [
+        engine.generate([(messages, [])], replace(SAMPLING, max_new_tokens=n))[0].text
+        for n in range(17)[1:]
+    ]
     # The last token is the one that makes the text hold the stop string.
     limit = next(n for n in range(2, 17) if texts[n - 1][-1:] not in texts[n - 2])
     text, stop = texts[limit - 1], texts[limit - 1][-1]
@@ -156,17 +160,25 @@ def test_known_arguments_may_be_null_or_ask_for_nothing(engine):
         for fields in (dict.fromkeys([*names, "stream"]), empty, {"reasoning_effort": "low"}):
             body = question("What?") | fields | {"max_tokens": 2}
             assert post(address, json.dumps(body).encode())[0] == 200, fields
-        for name, value in (("function_call", {"name": "f"}), ("audio", {"voice": "a"}),
-                            ("web_search_options", {})):  # fmt: skip
+        for name, value in (
+            ("function_call", {"name": "f"}),
+            ("audio", {"voice": "a"}),
+            ("web_search_options", {}),
+        ):
             status, reply = post(address, json.dumps(question("What?") | {name: value}).encode())
             assert status == 400 and reply["error"]["param"] == name
 
 
 def test_stop_text_is_found_across_pieces():
     for text, stops in {
-        "one two three": ["two"], "aaab": ["aab"], "中文完": ["文完"], "no stop": ["stopped"],
-        "xyxyz": ["xyz", "yx"], "end": ["d"], "abc": [],
-    }.items():  # fmt: skip
+        "one two three": ["two"],
+        "aaab": ["aab"],
+        "中文完": ["文完"],
+        "no stop": ["stopped"],
+        "xyxyz": ["xyz", "yx"],
+        "end": ["d"],
+        "abc": [],
+    }.items():
         expected = text[: min([text.find(s) for s in stops if s in text], default=len(text))]
         for size in range(1, len(text) + 1):
             stop, said = StopText(stops), ""
@@ -185,8 +197,10 @@ def test_one_seed_gives_one_text_everywhere(assets, engine, client, tmp_path):
     text = engine.generate([(ask(prompt, num_images=1), [picture(6)])], sampling)[0].text
     reply = client.chat.completions.create(**question(picture(6), prompt, **SETTINGS | {"seed": 7}))
     assert reply.choices[0].message.content == text
-    flags = [*model_flags(assets, engine.path.parent), "--seed", 7, "--temperature", 0.9,
-             "--top_p", 0.9, "--max_new_tokens", 16]  # fmt: skip
+    flags = [
+        *model_flags(assets, engine.path.parent),
+        *"--seed 7 --temperature 0.9 --top_p 0.9 --max_new_tokens 16".split(),
+    ]
     described = run_script("eval_vlm.py", *flags, "--image_dir", tmp_path, "--prompt", prompt)
     assert text.strip() in described.stdout
     asked = f"/image {tmp_path}/a.png\n{prompt}\n"
@@ -245,8 +259,9 @@ ENTRY = {"role": "user", "content": "What?"}
 )  # fmt: skip
 def test_mistakes_are_told(client, change, status, message):
     with pytest.raises(openai.APIStatusError) as caught:
-        client.chat.completions.create(**{"model": MODEL, "messages": [ENTRY]} | {
-            "extra_body": change})  # fmt: skip
+        client.chat.completions.create(
+            **{"model": MODEL, "messages": [ENTRY]} | {"extra_body": change}
+        )
     assert caught.value.status_code == status and message in caught.value.body["message"]
 
 
@@ -300,8 +315,9 @@ def test_64_requests_at_once_are_all_answered(address, engine):
         return [reply.choices[0].message.content for reply in replies]
 
     sample = (ask("What?", num_images=1), [picture(6)])
-    expected = [engine.generate([sample], Sampling(16, 0.9, 0.9, seed=i))[0].text
-                for i in range(64)]  # fmt: skip
+    expected = [
+        engine.generate([sample], Sampling(16, 0.9, 0.9, seed=i))[0].text for i in range(64)
+    ]
     assert asyncio.run(ask_all()) == expected and len(set(expected)) > 32
 
 

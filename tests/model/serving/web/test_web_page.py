@@ -288,8 +288,13 @@ def test_who_finds_the_queue_full_is_told(browser, tmp_path):
             visitor.send("And me?")
         # One of them waits, whichever came first.
         deadline_s = time.monotonic() + PATIENCE_S
-        while sum(visitor.page.locator(".toast-body", has_text="busy").count() > 0
-                  for visitor in others) < 2:  # fmt: skip
+        while (
+            sum(
+                visitor.page.locator(".toast-body", has_text="busy").count() > 0
+                for visitor in others
+            )
+            < 2
+        ):
             assert time.monotonic() < deadline_s, "nobody is told that the queue is full"
             others[0].page.wait_for_timeout(100)
 
@@ -310,8 +315,14 @@ def test_a_visitor_who_leaves_frees_the_slot(browser, site):
 
 def test_sliders_begin_with_whatever_the_flags_say(browser, tmp_path):
     make_weights(tmp_path)
-    flags = {"max_new_tokens": 4096, "temperature": 3, "top_k": 500, "repetition_penalty": 0.9,
-             "top_p": 0.01, "seed": 2**62}  # fmt: skip
+    flags = {
+        "max_new_tokens": 4096,
+        "temperature": 3,
+        "top_k": 500,
+        "repetition_penalty": 0.9,
+        "top_p": 0.01,
+        "seed": 2**62,
+    }
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     with serving(tmp_path, *words) as site, visiting(browser, site) as me:
         me.send("What is a circle?")
@@ -328,8 +339,10 @@ def test_page_of_a_weight_that_cannot_see_says_so_from_the_start(browser, tmp_pa
     with serving(tmp_path, "--weight", "llm") as site:
         log = (tmp_path / "log.txt").read_text()
         assert "llm_32.pth has no projection, so this model cannot see" in log
-        for locale, words in (("en-US", "llm_32 has no projection: it cannot see"),
-                              ("zh-CN", "llm_32 没有投影层")):  # fmt: skip
+        for locale, words in (
+            ("en-US", "llm_32 has no projection: it cannot see"),
+            ("zh-CN", "llm_32 没有投影层"),
+        ):
             with visiting(browser, site, locale=locale) as me:
                 me.page.locator("#status", has_text=words).wait_for()
     with serving(tmp_path) as site, visiting(browser, site) as me:
@@ -352,9 +365,15 @@ def test_the_server_itself_refuses_a_large_upload(site):
 
 def test_no_file_of_the_server_is_served_or_taken(site, folder):
     client = Client(site, password=PASSWORD)
-    for path in ("/etc/passwd", str(folder / "record.jsonl"), str(ROOT / "README.md"),
-                 str(folder / "sft_vlm_32.pth"), "../../../../etc/passwd", "http://127.0.0.1/x",
-                 "http://example.com/x.png"):  # fmt: skip
+    for path in (
+        "/etc/passwd",
+        str(folder / "record.jsonl"),
+        str(ROOT / "README.md"),
+        str(folder / "sft_vlm_32.pth"),
+        "../../../../etc/passwd",
+        "http://127.0.0.1/x",
+        "http://example.com/x.png",
+    ):
         assert client.status(f"/gradio_api/file={urllib.parse.quote(path)}") == 403
         assert client.status(f"/file={urllib.parse.quote(path)}") in (403, 404)
     config = json.loads(client.get("/config"))
@@ -362,8 +381,18 @@ def test_no_file_of_the_server_is_served_or_taken(site, folder):
     num_before = len(site.events("question"))
     for path in ("/etc/passwd", str(folder / "red.png"), "http://example.com/x.png"):
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        data = [{"text": "What is it?", "files": [file]}, None, None, "English", "",
-                0.6, 0.8, 0, 1, 5]  # fmt: skip
+        data = [
+            {"text": "What is it?", "files": [file]},
+            None,
+            None,
+            "English",
+            "",
+            0.6,
+            0.8,
+            0,
+            1,
+            5,
+        ]
         event = {"data": data, "fn_index": submit["id"], "session_hash": "stranger"}
         for kind in ("application/json", "Application/JSON", "application/x+json"):
             assert client.status("/gradio_api/queue/join", json.dumps(event).encode(), kind) in (
