@@ -23,7 +23,8 @@ from datetime import datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 import torch
 from gpu import cases_compute, cases_ranks, cases_train
@@ -31,7 +32,7 @@ from gpu.room import Case, Room, Skip
 
 from model.machine.device import choose_device, prepare_device
 from model.options import parse_bool
-from trainer.run.report import git_state, versions
+from trainer.tracking.environment import git_state, versions
 
 MINUTES = 8.0
 GRACE_S = 30  # for the case that runs when time is up

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # started by path, it finds neither by itself
+sys.path.insert(0, str(TESTS))  # started by path, it finds neither folder by itself
+sys.path.insert(0, str(TESTS.parent))
 
 from support.tiny_vlm import never_end
 
