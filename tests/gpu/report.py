@@ -22,15 +22,15 @@ import traceback
 from datetime import datetime
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `gpu` and `support`
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from gpu import cases_compute, cases_ranks, cases_train
 from gpu.room import Case, Room, Skip
 
 from model.machine.device import choose_device, prepare_device
+from model.machine.paths import OUT_DIR
 from model.options import parse_bool
 from trainer.tracking.environment import git_state, versions
 
@@ -139,7 +139,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", help="default: the best / 默认自动选择")
-    add("--report", type=Path, default=ROOT / "out" / "gpu_report.txt", help="file / 报告文件")
+    add("--report", type=Path, default=OUT_DIR / "gpu_report.txt", help="file / 报告文件")
     add("--minutes", type=float, default=MINUTES, help="no case starts later / 时间上限")
     add("--only", default="", help="REGEX of the names of cases / 只跑名称匹配的")
     add("--rehearsal", type=parse_bool, default=False, help="tiny, for a CPU / 演练")

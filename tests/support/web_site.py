@@ -16,9 +16,8 @@ import threading
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))  # started by path, it finds neither folder by itself
-sys.path.insert(0, str(TESTS.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `support`
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from support.tiny_vlm import never_end
 

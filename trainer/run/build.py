@@ -63,8 +63,14 @@ class Start:
 
 def read_start(args: TrainArgs) -> Start:
     """Read the weight to start from and compare it with the flags."""
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "use_moe", "keep_cls",
-             "image_special_token")  # fmt: skip
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "use_moe",
+        "keep_cls",
+        "image_special_token",
+    )
     flags = {name: getattr(args, name) for name in names}
     if args.from_weight == "none":
         return Start({k: v for k, v in flags.items() if v is not None}, {})

@@ -20,12 +20,16 @@ def print_header(
     device = str(ranks.device)
     if ranks.device.type == "cuda":
         device += f" ({torch.cuda.get_device_name(ranks.device)})"
-    Logger(f"MiniMind-V {stage.name} | git {git_state()} | "
-           + " ".join(f"{k} {v}" for k, v in versions().items()))  # fmt: skip
+    Logger(
+        f"MiniMind-V {stage.name} | git {git_state()} | "
+        + " ".join(f"{k} {v}" for k, v in versions().items())
+    )
     Logger(f"device {device}, {torch.get_num_threads()} CPU threads, {ranks.world_size} rank(s)")
     if ranks.device.type == "cuda" and args.dtype == "float32" and not args.tf32:
-        Logger("float32 products in full, without TF32; --tf32 1 is several times as fast, with 10 "
-               "bits of mantissa")  # fmt: skip
+        Logger(
+            "float32 products in full, without TF32; --tf32 1 is several times as fast, with 10 "
+            "bits of mantissa"
+        )
     Logger("arguments: " + " ".join(f"--{k} {v}" for k, v in args.as_text().items()))
     report_parameters(model)
     Logger(f"writes {paths.weight}, {paths.state}, {paths.metrics}")
@@ -50,13 +54,17 @@ def report_end(run: Run, paths: RunPaths, is_complete: bool) -> int:
     if progress.bad_samples:
         warn(f"{progress.bad_samples} sample(s) were left out, see the lines above")
     if progress.truncated_samples:
-        warn(f"{progress.truncated_samples} sample(s) were cut at {run.args.max_seq_len} tokens; "
-             "raise --max_seq_len to keep them whole")  # fmt: skip
+        warn(
+            f"{progress.truncated_samples} sample(s) were cut at {run.args.max_seq_len} tokens; "
+            "raise --max_seq_len to keep them whole"
+        )
     if progress.skipped_steps:
         warn(f"{progress.skipped_steps} step(s) were left out: loss or gradient not finite")
     if is_complete and progress.step and progress.skipped_steps == progress.step:
-        warn("no step was applied: the weight is as it was; lower --learning_rate or use --dtype "
-             "bfloat16 or float32")  # fmt: skip
+        warn(
+            "no step was applied: the weight is as it was; lower --learning_rate or use --dtype "
+            "bfloat16 or float32"
+        )
         return 1
     if not is_complete:
         is_saved = progress.samples > run.started_samples

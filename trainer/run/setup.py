@@ -94,8 +94,10 @@ def say_why(error: BaseException, *, lost: str | None) -> int | None:
         say_error(lost)
     elif isinstance(error, dist.DistError):
         first_line, *_ = str(error).split("\n")
-        say_error(f"the ranks lost touch with one another ({first_line}); see the other ranks' "
-                  "messages, and go on with --from_resume 1")  # fmt: skip
+        say_error(
+            f"the ranks lost touch with one another ({first_line}); see the other ranks' "
+            "messages, and go on with --from_resume 1"
+        )
     elif isinstance(error, (ValueError, OSError)) and not os.environ.get("MINIMIND_TRACEBACK"):
         say_error(error)
     else:
@@ -160,8 +162,11 @@ def facts_to_share(args: TrainArgs, parts: Parts, identity: dict) -> dict:
         for name, dataset in (("data", parts.dataset), ("validation data", parts.val_dataset))
         if dataset is not None
     }
-    flags = {f"--{f.name}": getattr(args, f.name) for f in fields(args)
-             if f.type is not Path and f.name not in FLAGS_OF_A_RANK}  # fmt: skip
+    flags = {
+        f"--{f.name}": getattr(args, f.name)
+        for f in fields(args)
+        if f.type is not Path and f.name not in FLAGS_OF_A_RANK
+    }
     return {k: str(v) for k, v in (identity | data | flags).items()}
 
 

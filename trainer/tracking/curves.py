@@ -71,8 +71,15 @@ def draw_curve(
         return False
     is_long = len(values) > FEW_POINTS
     is_noisy = is_long and field != "lr"
-    axes.plot(steps, values, color=color, linewidth=1.2, marker=None if is_long else ".",
-              alpha=0.3 if is_noisy else 1.0, label=None if is_noisy else label)  # fmt: skip
+    axes.plot(
+        steps,
+        values,
+        color=color,
+        linewidth=1.2,
+        marker=None if is_long else ".",
+        alpha=0.3 if is_noisy else 1.0,
+        label=None if is_noisy else label,
+    )
     if is_noisy:
         means = running_mean(values, max(2, round(SMOOTH_SHARE * len(values))))
         axes.plot(steps, means, color=color, linewidth=1.6, label=label)
@@ -91,8 +98,15 @@ def draw_runs(runs: dict[str, list[dict]]):
         ]
         axes.set_title(title, fontsize=10)
         if not any(drawn):
-            axes.text(0.5, 0.5, "none in this run" if len(runs) == 1 else "none in these runs",
-                      ha="center", va="center", color="0.5", transform=axes.transAxes)  # fmt: skip
+            axes.text(
+                0.5,
+                0.5,
+                "none in this run" if len(runs) == 1 else "none in these runs",
+                ha="center",
+                va="center",
+                color="0.5",
+                transform=axes.transAxes,
+            )
             axes.set(xticks=[], yticks=[])
             continue
         positive = any(v > 0 for figures in runs.values() for v in points(figures, field)[1])
@@ -104,8 +118,9 @@ def draw_runs(runs: dict[str, list[dict]]):
     for axes in figure.axes:
         lines, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, lines, strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2,
-                  frameon=False)  # fmt: skip
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False
+    )
     return figure
 
 

@@ -24,7 +24,7 @@ def git_state() -> str:
     def git(*command: str) -> str:
         return subprocess.run(
             ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()  # fmt: skip
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")

@@ -68,8 +68,13 @@ class Window:
         """
         peak = float("nan") if self.grad_peak is None else self.grad_peak
         values = (
-            self.loss_sum, self.aux_sum, self.grad_norm, peak, self.supervised, self.sequences
-        )  # fmt: skip
+            self.loss_sum,
+            self.aux_sum,
+            self.grad_norm,
+            peak,
+            self.supervised,
+            self.sequences,
+        )
         stacked = torch.stack([torch.as_tensor(v).detach().float().cpu() for v in values])
         loss_sum, aux_sum, grad_norm, peak, supervised, sequences = stacked.tolist()
         self.has_gradient = peak != 0
@@ -155,8 +160,14 @@ class Console:
     def __init__(self, *, total_samples: int, done_samples: int):
         self._bar = None
         if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-            self._bar = tqdm(total=total_samples, initial=done_samples, unit="sample",
-                             dynamic_ncols=True, file=sys.stdout, leave=False)  # fmt: skip
+            self._bar = tqdm(
+                total=total_samples,
+                initial=done_samples,
+                unit="sample",
+                dynamic_ncols=True,
+                file=sys.stdout,
+                leave=False,
+            )
 
     def advance(self, samples: int) -> None:
         if self._bar is not None:

@@ -36,8 +36,14 @@ class SwanLab:
             name, options = f"{name} (from step {step})", {}
             config = config | {"resumed_from": about["id"]}
         settings = swanlab.Settings(interactive=False)
-        swanlab.init(project=about["project"], name=name, config=config, mode=mode,
-                     settings=settings, **options)  # fmt: skip
+        swanlab.init(
+            project=about["project"],
+            name=name,
+            config=config,
+            mode=mode,
+            settings=settings,
+            **options,
+        )
         self._swanlab = swanlab
 
     def write(self, figures: dict) -> None:
@@ -56,9 +62,14 @@ class WeightsAndBiases:
 
         mode = "offline" if about["mode"] == "local" else about["mode"]
         self._run = wandb.init(
-            project=about["project"], name=about["name"], config=about["config"], mode=mode,
-            id=about["id"], resume="allow", settings=wandb.Settings(console="off"),
-        )  # fmt: skip
+            project=about["project"],
+            name=about["name"],
+            config=about["config"],
+            mode=mode,
+            id=about["id"],
+            resume="allow",
+            settings=wandb.Settings(console="off"),
+        )
 
     def write(self, figures: dict) -> None:
         self._run.log(figures, step=int(figures["step"]))
@@ -141,8 +152,12 @@ def main() -> int:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         failed = "did not start" if tracker is None else "failed"
         way = f"; {WAYS[about['tracker']]}" if tracker is None else ""
-        print(f"warning: {title} {failed} and is left out from here on: {reason}{way} (the metrics "
-              "file beside the weight goes on)", file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"warning: {title} {failed} and is left out from here on: {reason}{way} (the metrics "
+            "file beside the weight goes on)",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(SAID)  # not through exit handlers, which may wait for the network
     return 0
 
