@@ -72,7 +72,9 @@ def answered_examples(chain: Chain) -> list[tuple[Path, str]]:
         question, right = (m["content"] for m in record["conversations"][:2])
         messages = [{"role": "user", "content": question}]
         answer = engine.generate([(messages, [image])], Sampling(16, 0))[0].text
-        answer = answer.encode("ascii", "replace").decode()  # an untrained model may answer in any script
+        answer = answer.encode(
+            "ascii", "replace"
+        ).decode()  # an untrained model may answer in any script
         title = f"{question.removeprefix('<image>').strip()}\n{answer} (right: {right})"
         examples.append((image, title))
     return examples

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -49,7 +50,7 @@ def run_script(*words: Word) -> None:
         raise subprocess.CalledProcessError(status, command)
 
 
-def flags(values: dict[str, Word]) -> list[Word]:
+def flags(values: Mapping[str, Word]) -> list[Word]:
     """`--name value` for each entry, in order."""
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
@@ -78,7 +79,7 @@ def make_data(chain: Chain) -> None:
 def train_tower(chain: Chain) -> None:
     """Train the vision tower on pictures, captions and words."""
     if not (chain.tower / "preprocessor_config.json").is_file():  # written last
-        options = {
+        options: dict[str, Word] = {
             "save_dir": chain.tower,
             "steps": chain.tower_steps,
             "tokenizer_path": MODEL_DIR,

@@ -1,4 +1,4 @@
-"""Owns what a run says of itself: versions, git state, device, parameters, arguments, its end."""
+"""Owns what a run prints of itself: versions, device, parameters, arguments, how it ended."""
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ INTERRUPTED = 128  # plus the signal's number is the exit status of a run that w
 def print_header(
     stage: Stage, args: TrainArgs, ranks: Ranks, model: nn.Module, paths: RunPaths
 ) -> None:
-    """What a reader of the log needs in order to repeat the run."""
+    """Print what a reader of the log needs to repeat the run."""
     device = str(ranks.device)
     if ranks.device.type == "cuda":
         device += f" ({torch.cuda.get_device_name(ranks.device)})"
@@ -36,7 +36,7 @@ def print_header(
 
 
 def report_parameters(model: nn.Module) -> None:
-    """How many parameters each part has, and how many of them train."""
+    """Print how many parameters each part has, and how many of them train."""
     groups: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
@@ -49,7 +49,7 @@ def report_parameters(model: nn.Module) -> None:
 
 
 def report_end(run: Run, paths: RunPaths, is_complete: bool) -> int:
-    """Say how the run ended; returns the exit status."""
+    """Print how the run ended; returns the exit status."""
     progress = run.progress
     if progress.bad_samples:
         warn(f"{progress.bad_samples} sample(s) were left out, see the lines above")

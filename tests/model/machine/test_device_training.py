@@ -29,7 +29,7 @@ from trainer.ranks import meeting as rank_meeting
 from trainer.ranks.group import Ranks
 from trainer.ranks.signals import StopSignal
 from trainer.run.build import Loaders, lighten_tower
-from trainer.run.setup import say_why, wrap_for_ranks
+from trainer.run.setup import print_reason, wrap_for_ranks
 from trainer.train_args import TrainArgs
 from trainer.train_clip_tiny import PROCESSOR, preprocess
 
@@ -292,7 +292,7 @@ def test_nccl_is_given_its_device_and_fails_in_one_line(monkeypatch):
 
 def test_nccl_failure_in_a_step_is_one_line(capsys):
     error = dist.DistBackendError("NCCL communicator was aborted on rank 1.\nException raised")
-    assert say_why(error, lost=None) == 1
+    assert print_reason(error, lost=None) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "NCCL communicator was aborted on rank 1" in line and "--from_resume 1" in line
 
