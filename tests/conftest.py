@@ -1,4 +1,5 @@
-"""Fixtures: a tiny tokenizer, tower and data set that the tests make themselves.
+"""Offers the fixtures that all tests share: a tiny tokenizer, tower and data set, made by the tests
+themselves.
 
 `shared` is the folder of real photos and golden tensors beside the repository; where it is
 absent, the tests that ask for it skip and say so.
@@ -163,13 +164,18 @@ def run_script(
     """Run a script of the repository as a user does; returns the finished process."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     process = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s,
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
         env=script_environment() | (env or {}),
         **({"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}),
-    )  # fmt: skip
+    )
     if check and process.returncode != 0:
-        raise AssertionError(f"{script} ended with {process.returncode}:\n{process.stdout}\n"
-                             f"{process.stderr}")  # fmt: skip
+        raise AssertionError(
+            f"{script} ended with {process.returncode}:\n{process.stdout}\n{process.stderr}"
+        )
     return process
 
 
@@ -194,9 +200,11 @@ def train_flags(assets: Path, out: Path, data: Path, images: Path | None, **flag
         **TINY_MODEL,
     } | flags
     return [
-        text for name, value in flags.items() if value is not None
+        text
+        for name, value in flags.items()
+        if value is not None
         for text in (f"--{name}", str(value))
-    ]  # fmt: skip
+    ]
 
 
 @contextmanager

@@ -1,4 +1,6 @@
-"""The layout that architecture and contributors rely on."""
+"""If this fails, a file stands where a reader would not look for it, or a folder imports one that
+it must not know.
+"""
 
 import ast
 import subprocess

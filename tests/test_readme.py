@@ -1,4 +1,4 @@
-"""Every command that the READMEs show is one that the scripts take."""
+"""If this fails, a command or link that a README shows does not work."""
 
 import argparse
 import re

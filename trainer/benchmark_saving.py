@@ -1,4 +1,4 @@
-"""What saving costs in training time: waiting for the write, or writing behind training's back.
+"""Measures the training time that a save costs, when training waits for it and in the background.
 
     python trainer/benchmark_saving.py
     python trainer/benchmark_saving.py --sizes 512x8 --num_steps 20 --folder /mnt/checkpoints
@@ -83,7 +83,7 @@ def benchmark(size: str, args: argparse.Namespace, folder: Path) -> None:
     device = prepare_device(choose_device(args.device))
     state = make_state(size, folder, device)
     input_ids = torch.randint(3, 6000, (args.batch_size, args.num_tokens), device=device)
-    for mode in MODES:  # buffers and kernels are warm from here on
+    for mode in MODES:  # warm-up of buffers and kernels
         time_round(state, input_ids, mode, 2)
     taken: dict[str, list[float]] = {mode: [] for mode in MODES}
     for _ in range(args.num_rounds):

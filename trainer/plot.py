@@ -1,4 +1,4 @@
-"""Owns the curves of training runs: metrics files -> one PNG, several runs overlaid.
+"""Draws the curves of training runs: metrics files -> one PNG, several runs overlaid.
 
     python -m trainer.plot
     python -m trainer.plot out/a_512_metrics.jsonl out/b_512_metrics.jsonl --out compare.png

@@ -1,4 +1,5 @@
-"""Set up a CUDA build of PyTorch in a virtual environment of its own, and run what needs one.
+"""Offers the command that sets up a CUDA build of PyTorch in its own virtual environment and runs
+the tests that need one.
 
     python tests/cuda_build/run.py
 
@@ -46,8 +47,11 @@ def set_up() -> str:
     done = VENV / ".done"
     if done.is_file():
         return python
-    print(f"a CUDA build of PyTorch comes into {VENV.name}: about {DOWNLOAD_GB} GB to download, "
-          f"{DISK_GB} GB on the disk; rm -r {VENV.name} removes it", flush=True)  # fmt: skip
+    print(
+        f"a CUDA build of PyTorch comes into {VENV.name}: about {DOWNLOAD_GB} GB to download, "
+        f"{DISK_GB} GB on the disk; rm -r {VENV.name} removes it",
+        flush=True,
+    )
     subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
     subprocess.run([python, "-m", "pip", "install", "-q", *requirements()], check=True)
     done.touch()
@@ -64,8 +68,10 @@ def build_of(python: str) -> str:
     said = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
     version, cuda = said.stdout.split()
     if cuda == "None":
-        raise ValueError(f"pip gave {version}, which is no CUDA build; on Windows and ARM add "
-                         "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu130")  # fmt: skip
+        raise ValueError(
+            f"pip gave {version}, which is no CUDA build; on Windows and ARM add "
+            "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu130"
+        )
     return f"{version} (CUDA {cuda})"
 
 
@@ -78,10 +84,14 @@ def main() -> int:
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-m", "cuda_build",
-               str(ROOT / "tests" / "cuda_build")]  # fmt: skip
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"CUDA_BUILD_MUST_RUN": "1"}
-                          ).returncode  # fmt: skip
+    command = [
+        python,
+        *"-m pytest -p no:cacheprovider -q -m cuda_build".split(),
+        str(ROOT / "tests" / "cuda_build"),
+    ]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"CUDA_BUILD_MUST_RUN": "1"}
+    ).returncode
 
 
 if __name__ == "__main__":

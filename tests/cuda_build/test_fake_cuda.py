@@ -1,4 +1,6 @@
-"""Forward, update and decoding with fake tensors on `cuda`, by a CUDA build of PyTorch without GPU.
+"""If this fails, training or answering on a CUDA build of PyTorch puts a tensor on the wrong device
+or makes the host wait in every step. Forward, update and decoding run with fake tensors on `cuda`;
+no GPU is needed.
 
 A fake tensor has a shape, a type and a device but no numbers, and what PyTorch says of each
 operation is what its CUDA build says: a tensor on the wrong device raises, and so does whatever
@@ -110,8 +112,9 @@ def test_update_stays_on_the_device(use_moe, dtype, optimizer, mode, assets):
                 parameter.grad = torch.ones_like(parameter)
             norm, is_bad = engine.step(torch.zeros(2, device=CUDA), is_empty=False)
     assert norm.device == is_bad.device == CUDA
-    assert all(t.device == CUDA for s in engine.optimizer.state.values() for t in s.values()
-               if t.dim())  # fmt: skip
+    assert all(
+        t.device == CUDA for s in engine.optimizer.state.values() for t in s.values() if t.dim()
+    )
 
 
 @ATTENTION
@@ -127,8 +130,13 @@ def test_prompt_and_next_token_stay_on_the_device(use_moe, dtype, attention, mod
         assert output.logits.device == CUDA and output.logits.dtype == getattr(torch, dtype)
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
         embeds = model.model.embed_tokens(torch.zeros(3, 1, dtype=torch.long, device=CUDA))
-        output = model(inputs_embeds=embeds, attention_mask=mask, use_cache=True,
-                       past_key_values=output.past_key_values, logits_to_keep=1)  # fmt: skip
+        output = model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            use_cache=True,
+            past_key_values=output.past_key_values,
+            logits_to_keep=1,
+        )
     assert output.logits.shape == (3, 1, model.config.vocab_size) and output.logits.device == CUDA
 
 

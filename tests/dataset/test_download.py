@@ -1,4 +1,6 @@
-"""`dataset/download.py` against a local server that behaves like the hubs."""
+"""If this fails, `dataset/download.py` overwrites a user's file, fetches the wrong one, or puts it
+where training does not look.
+"""
 
 import io
 import json
@@ -153,9 +155,11 @@ def published(hub, assets, monkeypatch, tmp_path_factory):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         hub.files[TOKENIZER][name] = (tokenizer / name).read_bytes()
     pin(
-        monkeypatch, manifest.TOKENIZER_SHA256, "tokenizer.json",
+        monkeypatch,
+        manifest.TOKENIZER_SHA256,
+        "tokenizer.json",
         hub.files[TOKENIZER]["tokenizer.json"],
-    )  # fmt: skip
+    )
     return hub, tokenizer
 
 
@@ -166,8 +170,11 @@ def test_weight_and_tokenizer_are_recorded_as_belonging_together(published, tmp_
     metadata = read_metadata(weight)
     assert metadata["tokenizer_sha256"] == tokenizer_sha256(load_tokenizer(tokenizer))
     assert metadata["source"] == {
-        "hub": "huggingface", "repository": WEIGHTS, "file": weight.name, "revision": COMMIT,
-    }  # fmt: skip
+        "hub": "huggingface",
+        "repository": WEIGHTS,
+        "file": weight.name,
+        "revision": COMMIT,
+    }
     sizes = weight_config(read_weights(weight), path=weight, flags={})
     assert (sizes["hidden_size"], sizes["num_hidden_layers"]) == (32, 2)
     fetched = tmp_path / manifest.TOKENIZER_DIR

@@ -1,4 +1,6 @@
-"""Which tokens are supervised, in conversations of every shape."""
+"""If this fails, the model is trained on the wrong tokens: questions and padding, or answers
+without their end.
+"""
 
 import pytest
 from conftest import TOKENIZER_TEXT, make_tokenizer

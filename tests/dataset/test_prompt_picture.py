@@ -1,4 +1,6 @@
-"""The prompt picture of a record: which tokens are text, image and supervised."""
+"""If this fails, the picture of a record's prompt shows other tokens, or marks others as image or
+supervised, than training uses.
+"""
 
 import json
 
@@ -45,9 +47,18 @@ def dataset(assets, data):
 
 
 def arguments(assets, data, *more) -> list[str]:
-    own = ["--data_path", data, "--images_path", data.parent / "images", "--vision_model_path",
-           assets / "tower", "--tokenizer_path", assets / "tokenizer",
-           "--out", data.parent / "prompt.png"]  # fmt: skip
+    own = [
+        "--data_path",
+        data,
+        "--images_path",
+        data.parent / "images",
+        "--vision_model_path",
+        assets / "tower",
+        "--tokenizer_path",
+        assets / "tokenizer",
+        "--out",
+        data.parent / "prompt.png",
+    ]
     return [str(a) for a in [*own, *more]]
 
 

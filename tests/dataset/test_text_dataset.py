@@ -1,4 +1,6 @@
-"""Packed text, and the language-model stage on it."""
+"""If this fails, text for the language model is lost, repeated or misread when it is packed into
+blocks, or the language-model stage does not lead on to pretraining.
+"""
 
 import json
 
@@ -25,11 +27,21 @@ def stream_of(dataset: TextDataset) -> list[int]:
 
 
 def llm_flags(assets, folder, path, **more) -> list[str]:
-    flags = {"tokenizer_path": assets / "tokenizer", "data_path": path,
-             "save_dir": folder / "out", "checkpoint_dir": folder / "checkpoints",
-             "max_seq_len": 32, "batch_size": 4, "epochs": 1, "learning_rate": 0.005,
-             "device": "cpu", "dtype": "float32", "num_workers": 0, "log_interval": 5,
-             **TINY_MODEL} | more  # fmt: skip
+    flags = {
+        "tokenizer_path": assets / "tokenizer",
+        "data_path": path,
+        "save_dir": folder / "out",
+        "checkpoint_dir": folder / "checkpoints",
+        "max_seq_len": 32,
+        "batch_size": 4,
+        "epochs": 1,
+        "learning_rate": 0.005,
+        "device": "cpu",
+        "dtype": "float32",
+        "num_workers": 0,
+        "log_interval": 5,
+        **TINY_MODEL,
+    } | more
     return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
 
@@ -64,8 +76,11 @@ def test_jsonl_holds_text_and_conversations(tokenizer, tmp_path):
 
 def test_answers_alone_are_targets_and_a_document_is_a_sample(tokenizer, tmp_path):
     path = tmp_path / "text.jsonl"
-    records = [{"text": "A red circle."}, conversation("What?", "A circle."),
-               conversation("Why?", "A long reason. " * 30)]  # fmt: skip
+    records = [
+        {"text": "A red circle."},
+        conversation("What?", "A circle."),
+        conversation("Why?", "A long reason. " * 30),
+    ]
     path.write_text("\n".join(json.dumps(r) for r in records) + "\n")
     dataset = TextDataset(path, tokenizer, max_length=60, loss_on="answers")
     assert len(dataset) == 3
@@ -94,10 +109,13 @@ def test_share_of_bad_lines_is_that_of_lines(assets, tmp_path, capfd):
 def test_odd_characters_are_bad_lines(tokenizer, tmp_path):
     for name, content, says in (
         ("a.jsonl", b'{"text": "a\\ud83d"}\n{"text": "b"}\n', "a.jsonl:1: half a character"),
-        ("b.jsonl", json.dumps(conversation("?", "a\ud83d")).encode() + b'\n{"text": "b"}',
-         "b.jsonl:1: half a character"),
+        (
+            "b.jsonl",
+            json.dumps(conversation("?", "a\ud83d")).encode() + b'\n{"text": "b"}',
+            "b.jsonl:1: half a character",
+        ),
         ("c.txt", "b\n狗\n".encode("gbk"), "c.txt:2: not UTF-8"),
-    ):  # fmt: skip
+    ):
         (tmp_path / name).write_bytes(content)
         dataset = TextDataset(tmp_path / name, tokenizer)
         assert [bad.reason[: len(says)] for bad in dataset.find_bad_records()] == [says]
@@ -116,10 +134,19 @@ def test_blocks_of_another_length_are_not_resumed(loss_on, assets, tmp_path, cap
     path = tmp_path / "text.txt"
     path.write_text("A red circle.\n" * 9)
     statuses = [
-        train_llm.main(llm_flags(assets, tmp_path, path, max_seq_len=length, loss_on=loss_on,
-                                 epochs=epochs, from_resume=epochs - 1))
+        train_llm.main(
+            llm_flags(
+                assets,
+                tmp_path,
+                path,
+                max_seq_len=length,
+                loss_on=loss_on,
+                epochs=epochs,
+                from_resume=epochs - 1,
+            )
+        )
         for epochs, length in ((1, 8), (2, 16))
-    ]  # fmt: skip
+    ]
     assert statuses == [0, 1 if loss_on == "all" else 0]
     err = capfd.readouterr().err
     assert ("its max_seq_len is 8, this run's is 16" in err) == (loss_on == "all")
@@ -157,8 +184,14 @@ def test_language_model_stage_leads_to_pretraining(assets, tmp_path, capfd):
 
 
 def test_language_model_stage_needs_text(capfd, assets, tmp_path):
-    argv = ["--save_dir", str(tmp_path), "--checkpoint_dir", str(tmp_path), "--tokenizer_path",
-            str(assets / "tokenizer")]  # fmt: skip
+    argv = [
+        "--save_dir",
+        str(tmp_path),
+        "--checkpoint_dir",
+        str(tmp_path),
+        "--tokenizer_path",
+        str(assets / "tokenizer"),
+    ]
     assert train_llm.main(argv) == 1
     assert "name the text to train on by --data_path" in capfd.readouterr().err
 

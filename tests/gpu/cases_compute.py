@@ -1,4 +1,4 @@
-"""Owns the cases about single results on a GPU: attention, grouped products, answers, memory."""
+"""Offers the cases about single results on a GPU: attention, grouped products, answers, memory."""
 
 from functools import partial
 
@@ -59,8 +59,9 @@ def attention(room: Room, *, dtype: str, head_dim: int, kind: str) -> str:
         weights = torch.randn(found.shape, generator=generator)
         (found * weights.to(found)).sum().backward()
         (expected * weights.double()).sum().backward()
-        worst = max(share_off(t.grad, e.grad)
-                    for t, e in zip((query, key, value), exact, strict=True))  # fmt: skip
+        worst = max(
+            share_off(t.grad, e.grad) for t, e in zip((query, key, value), exact, strict=True)
+        )
     assert worst < TOLERANCE[dtype], f"off by {worst:.1e}"
     return f"off by {worst:.1e} of the largest value"
 
@@ -106,16 +107,22 @@ def grouped(room: Room, *, is_lonely: bool) -> str:
     num_tokens = 64 if room.is_rehearsal else 8192
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(num_tokens, width, generator=generator)
-    ids = torch.stack([
-        torch.randperm(num_experts - is_lonely, generator=generator)[:2] for _ in range(num_tokens)
-    ])  # fmt: skip
+    ids = torch.stack(
+        [
+            torch.randperm(num_experts - is_lonely, generator=generator)[:2]
+            for _ in range(num_tokens)
+        ]
+    )
     weights = torch.rand(num_tokens, 2, generator=generator)
     results = {}
     for name in ("_grouped", "_every_expert"):
         stacked = [
-            torch.stack([getattr(e, part).weight for e in block.experts]).detach().to(dtype)
-            .mT.requires_grad_() for part in ("gate_proj", "up_proj", "down_proj")
-        ]  # fmt: skip
+            torch.stack([getattr(e, part).weight for e in block.experts])
+            .detach()
+            .to(dtype)
+            .mT.requires_grad_()
+            for part in ("gate_proj", "up_proj", "down_proj")
+        ]
         inputs = tokens.to(room.device, dtype).requires_grad_()
         share = weights.to(room.device, dtype)
         route, where = getattr(block, name), ids.to(room.device)
@@ -192,15 +199,25 @@ def cases(room: Room) -> list[Case]:
     dtypes = ("bfloat16", "float16", "float32")
     kinds = {"dense": False, "moe": True}
     return [
-        *(Case(f"left-padded batch against single prompts: {kind}, {dtype}",
-               partial(left_padded, use_moe=use_moe, dtype=dtype))
-          for dtype in dtypes for kind, use_moe in kinds.items()),
-        *(Case(f"attention against the formula: {kind}, {head_dim} wide heads, {dtype}",
-               partial(attention, dtype=dtype, head_dim=head_dim, kind=kind))
-          for kind in ("causal", "padded", "decode") for head_dim in (64, 96)
-          for dtype in dtypes),
+        *(
+            Case(
+                f"left-padded batch against single prompts: {kind}, {dtype}",
+                partial(left_padded, use_moe=use_moe, dtype=dtype),
+            )
+            for dtype in dtypes
+            for kind, use_moe in kinds.items()
+        ),
+        *(
+            Case(
+                f"attention against the formula: {kind}, {head_dim} wide heads, {dtype}",
+                partial(attention, dtype=dtype, head_dim=head_dim, kind=kind),
+            )
+            for kind in ("causal", "padded", "decode")
+            for head_dim in (64, 96)
+            for dtype in dtypes
+        ),
         Case("decoding without and with cuDNN's attention", decoding_pace),
         Case("grouped products against plain ones", partial(grouped, is_lonely=False)),
         Case("an expert without a token", partial(grouped, is_lonely=True)),
         Case("out of memory is one line", no_room),
-    ]  # fmt: skip
+    ]

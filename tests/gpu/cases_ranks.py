@@ -1,4 +1,4 @@
-"""Owns the cases about several processes on one GPU: two over gloo, one over nccl."""
+"""Offers the cases about several processes on one GPU: two over gloo, one over nccl."""
 
 import os
 import shutil
@@ -34,16 +34,24 @@ def run_ranks(room: Room, *, world_size: int, backend: str, out: Path, **options
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
         "PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS))),
-    }  # fmt: skip
+    }
     command = [sys.executable, "-c", RANK, backend, *room.flags(out, **options)]
     ranks = [
-        subprocess.Popen(command, env=os.environ | common | {"RANK": str(rank)},
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            command,
+            env=os.environ | common | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank in range(world_size)
-    ]  # fmt: skip
+    ]
     try:
         said = [rank.communicate(timeout=TIMEOUT_S)[0] for rank in ranks]
     finally:

@@ -1,4 +1,6 @@
-"""Owns the cases about training on a GPU: no waiting, every stage and size, equal bits, pace."""
+"""Offers the cases about training on a GPU: no waiting for the device, every stage and size, equal
+bits, speed.
+"""
 
 import itertools
 import shutil
@@ -27,9 +29,11 @@ def never_waits(room: Room, *, use_moe: bool, optimizer: str) -> str:
     set_trainable(model, freeze_llm=False)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     engine = Engine(
-        model, optimizer=make_optimizer(named, lr=1e-4, kind=optimizer),
-        scaler=torch.amp.GradScaler(room.device.type, enabled=False), grad_clip=1.0,
-    )  # fmt: skip
+        model,
+        optimizer=make_optimizer(named, lr=1e-4, kind=optimizer),
+        scaler=torch.amp.GradScaler(room.device.type, enabled=False),
+        grad_clip=1.0,
+    )
     batch = room.batch(processor)
     dtype = room.dtypes[0]
 
@@ -57,10 +61,16 @@ def stage(room: Room, *, name: str, size: tuple[int, int], use_moe: bool, dtype:
     hidden_size, num_layers = size
     try:
         lines = room.train(
-            out, stage=name, hidden_size=hidden_size, num_hidden_layers=num_layers,
-            use_moe=int(use_moe), dtype=dtype, freeze_llm=int(name == "pretrain"),
-            learning_rate=0.02 if name == "pretrain" else 0.002, num_records=64,
-        )  # fmt: skip
+            out,
+            stage=name,
+            hidden_size=hidden_size,
+            num_hidden_layers=num_layers,
+            use_moe=int(use_moe),
+            dtype=dtype,
+            freeze_llm=int(name == "pretrain"),
+            learning_rate=0.02 if name == "pretrain" else 0.002,
+            num_records=64,
+        )
     finally:
         shutil.rmtree(out, ignore_errors=True)
     losses = [line["loss"] for line in lines if line["loss"] is not None]
@@ -86,8 +96,10 @@ def resume(room: Room, *, use_moe: bool, dtype: str) -> str:
         strict = differences(room, **options)
     assert not strict or named, f"differs without a kernel that may: {strict[:3]}"
     how = "equal bits by deterministic kernels" if not strict else f"differ too: {strict[0]}"
-    return (f"usual kernels: {len(found)} tensors differ, {found[0]}; {how}; without a "
-            f"deterministic form: {', '.join(sorted(named)) or 'none'}")  # fmt: skip
+    return (
+        f"usual kernels: {len(found)} tensors differ, {found[0]}; {how}; without a "
+        f"deterministic form: {', '.join(sorted(named)) or 'none'}"
+    )
 
 
 def differences(room: Room, **options) -> list[str]:
@@ -165,15 +177,24 @@ def minute(room: Room) -> str:
     try:
         with profiled(room, until_s=time.monotonic() + long_s, before=before, during=during):
             lines = room.train(
-                out, stage="sft", num_records=num_records, batch_size=batch, epochs=1000,
-                log_interval=2 if room.is_rehearsal else 10, num_workers=0 if room.is_rehearsal
-                else 8, freeze_llm=0, save_interval=10**6, status=128 + signal.SIGTERM,
-            )  # fmt: skip
+                out,
+                stage="sft",
+                num_records=num_records,
+                batch_size=batch,
+                epochs=1000,
+                log_interval=2 if room.is_rehearsal else 10,
+                num_workers=0 if room.is_rehearsal else 8,
+                freeze_llm=0,
+                save_interval=10**6,
+                status=128 + signal.SIGTERM,
+            )
     finally:
         shutil.rmtree(out, ignore_errors=True)
     steady = lines[len(lines) // 3 :]  # without the start, and the profile in it
-    figures = {k: mean(line[k] for line in steady)
-               for k in ("tokens_per_s", "samples_per_s", "data_wait_pct")}  # fmt: skip
+    figures = {
+        k: mean(line[k] for line in steady)
+        for k in ("tokens_per_s", "samples_per_s", "data_wait_pct")
+    }
     peak = lines[-1]["peak_gib"]
     return (
         f"{lines[-1]['step']} steps of {batch}, {figures['tokens_per_s']:.0f} tokens/s, "
@@ -219,10 +240,13 @@ def cases(room: Room) -> list[Case]:
     """What matters most first."""
     kinds = {"dense": False, "moe": True}
     found = [
-        Case(f"no step waits: {kind}, {optimizer}",
-             partial(never_waits, use_moe=use_moe, optimizer=optimizer))
-        for kind, use_moe in kinds.items() for optimizer in ("adamw", "muon")
-    ]  # fmt: skip
+        Case(
+            f"no step waits: {kind}, {optimizer}",
+            partial(never_waits, use_moe=use_moe, optimizer=optimizer),
+        )
+        for kind, use_moe in kinds.items()
+        for optimizer in ("adamw", "muon")
+    ]
     found += [
         Case(f"resume: {kind}, {dtype}", partial(resume, use_moe=use_moe, dtype=dtype))
         for kind, use_moe in kinds.items()

@@ -1,4 +1,5 @@
-"""Try on a GPU all that needs one, and write what came of it to one text file.
+"""Offers the command that tries on a GPU all that needs one, and writes the results to one text
+file.
 
     make test-gpu
     python tests/gpu/run.py --report out/gpu_report.txt
@@ -21,7 +22,7 @@ import traceback
 from datetime import datetime
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `gpu` and `support`
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
@@ -29,6 +30,7 @@ from gpu import cases_compute, cases_ranks, cases_train
 from gpu.room import Case, Room, Skip
 
 from model.machine.device import choose_device, prepare_device
+from model.machine.paths import OUT_DIR
 from model.options import parse_bool
 from trainer.tracking.environment import git_state, versions
 
@@ -60,11 +62,15 @@ class Report:
 def describe_machine(device: torch.device) -> list[str]:
     """What a reader must know of the machine."""
     about = versions() | {
-        "CUDA": str(torch.version.cuda), "HIP": str(torch.version.hip),
-        "cuDNN": str(torch.backends.cudnn.version()), "OS": platform.platform(),
-    }  # fmt: skip
-    lines = [f"MiniMind-V on a GPU, {datetime.now():%Y-%m-%d %H:%M}, git {git_state()}",
-             " | ".join(f"{name} {value}" for name, value in about.items())]  # fmt: skip
+        "CUDA": str(torch.version.cuda),
+        "HIP": str(torch.version.hip),
+        "cuDNN": str(torch.backends.cudnn.version()),
+        "OS": platform.platform(),
+    }
+    lines = [
+        f"MiniMind-V on a GPU, {datetime.now():%Y-%m-%d %H:%M}, git {git_state()}",
+        " | ".join(f"{name} {value}" for name, value in about.items()),
+    ]
     if device.type != "cuda":
         return [*lines, f"device {device}: a rehearsal, not a GPU"]
     about = torch.cuda.get_device_properties(device)
@@ -134,7 +140,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", help="default: the best / 默认自动选择")
-    add("--report", type=Path, default=ROOT / "out" / "gpu_report.txt", help="file / 报告文件")
+    add("--report", type=Path, default=OUT_DIR / "gpu_report.txt", help="file / 报告文件")
     add("--minutes", type=float, default=MINUTES, help="no case starts later / 时间上限")
     add("--only", default="", help="REGEX of the names of cases / 只跑名称匹配的")
     add("--rehearsal", type=parse_bool, default=False, help="tiny, for a CPU / 演练")
@@ -151,8 +157,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if device.type != "cuda" and not args.rehearsal:
-        print(f"error: this tests a GPU and found only {device}; `--rehearsal 1` tries the cases "
-              "themselves", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: this tests a GPU and found only {device}; `--rehearsal 1` tries the cases "
+            "themselves",
+            file=sys.stderr,
+        )
         return 1
     report, limit_s = Report(args.report), 60 * args.minutes
     with tempfile.TemporaryDirectory() as folder, watchdog(report, limit_s + GRACE_S):

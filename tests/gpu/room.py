@@ -1,4 +1,4 @@
-"""Owns what the cases for a GPU share: the device, sizes, data made on the spot, short runs."""
+"""Offers what the cases for a GPU share: the device, sizes, generated data, short runs."""
 
 import contextlib
 import gc
@@ -77,10 +77,16 @@ class Room:
             make_tower(folder / "tower", image_size=32, patch_size=8)
         else:
             torch.manual_seed(0)
-            CLIPVisionModel(CLIPVisionConfig(
-                hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                num_attention_heads=12, image_size=224, patch_size=16,
-            )).save_pretrained(folder / "tower")  # fmt: skip
+            CLIPVisionModel(
+                CLIPVisionConfig(
+                    hidden_size=768,
+                    intermediate_size=3072,
+                    num_hidden_layers=12,
+                    num_attention_heads=12,
+                    image_size=224,
+                    patch_size=16,
+                )
+            ).save_pretrained(folder / "tower")
         return folder
 
     def records(self, num_records: int) -> tuple[Path, Path]:
@@ -111,10 +117,13 @@ class Room:
         """Of a short run that writes below `out`."""
         hidden_size, num_layers = self.sizes[0]
         flags = {
-            "device": str(self.device), "hidden_size": hidden_size,
-            "num_hidden_layers": num_layers, "batch_size": 4, "learning_rate": 0.001,
+            "device": str(self.device),
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_layers,
+            "batch_size": 4,
+            "learning_rate": 0.001,
             "dtype": self.dtypes[0],
-        }  # fmt: skip
+        }
         return train_flags(self.assets, out, *self.records(num_records), **(flags | options))
 
     def train(self, out: Path, *, stage: str = "pretrain", **options) -> list[dict]:

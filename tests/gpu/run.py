@@ -1,4 +1,5 @@
-"""Start `report.py` with an interpreter that has what it needs; this file needs Python alone.
+"""Offers the command that starts `report.py` with a Python that has the packages it needs; this
+file needs the standard library alone.
 
     python tests/gpu/run.py
 

@@ -1,4 +1,6 @@
-"""`make test-gpu` rehearsed: every case runs on a CPU, tiny, through the public command."""
+"""If this fails, `make test-gpu` breaks on the one machine that has a GPU. Every case runs on a
+CPU, tiny, through the public command.
+"""
 
 import os
 import re

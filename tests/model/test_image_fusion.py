@@ -1,4 +1,4 @@
-"""Where images stand in token ids, and where their features go."""
+"""If this fails, image features replace the wrong tokens, or reach the wrong sample."""
 
 import random
 
@@ -82,9 +82,15 @@ def test_placeholder_mask_196_tokens():
 def test_placeholder_mask_of_the_first_release():
     less, more = [60] * 25, [62] * 25
     pieces = [
-        ([60, 62, 5], False), (less + more, True), (less + more, True), ([62, 60, 60], False),
-        (less + more, True), (less + [5] + more, False), (less[:24] + more, False), (less, False),
-    ]  # fmt: skip
+        ([60, 62, 5], False),
+        (less + more, True),
+        (less + more, True),
+        ([62, 60, 60], False),
+        (less + more, True),
+        (less + [5] + more, False),
+        (less[:24] + more, False),
+        (less, False),
+    ]
     ids = [i for piece, _ in pieces for i in piece]
     expected = [is_image for piece, is_image in pieces for _ in piece]
     assert mask_of(ids, placeholder=FIRST_RELEASE) == [expected]

@@ -1,4 +1,4 @@
-"""The language model alone: numerics of attention, RoPE, experts and losses."""
+"""If this fails, the language model computes wrong values in attention, RoPE, experts or losses."""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""The vision-language model: sizes, images of ragged batches, gradients, files."""
+"""If this fails, the vision-language model gives a sample other results in a batch than alone,
+trains the wrong parts, or does not load what it saved.
+"""
 
 import pytest
 import torch
@@ -17,13 +19,17 @@ KINDS = pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
 
 
 def make_config(**fields) -> VLMConfig:
-    fields = TINY_MODEL | {
-        "vocab_size": 120,
-        "initializer_range": 0.3,  # wide enough that attention and images matter
-        "vision_hidden_size": TOWER_WIDTH,
-        "image_special_token": "@" * NUM_TOKENS,
-        "image_ids": [AT] * NUM_TOKENS,
-    } | fields  # fmt: skip
+    fields = (
+        TINY_MODEL
+        | {
+            "vocab_size": 120,
+            "initializer_range": 0.3,  # wide enough that attention and images matter
+            "vision_hidden_size": TOWER_WIDTH,
+            "image_special_token": "@" * NUM_TOKENS,
+            "image_ids": [AT] * NUM_TOKENS,
+        }
+        | fields
+    )
     return VLMConfig(**fields)
 
 
@@ -64,8 +70,9 @@ def test_model_size_is_the_contract(hidden_size, num_layers, expected):
     assert sum(p.numel() for p in model.parameters()) == expected
     assert logits.is_meta and logits.shape == (1, 3, 6400)
     assert {n for n in model.state_dict() if n.startswith("vision")} == {
-        "vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"
-    }  # fmt: skip
+        "vision_proj.vision_proj.0.weight",
+        "vision_proj.vision_proj.0.bias",
+    }
 
 
 def test_model_meta_forward_with_images(assets):
@@ -231,10 +238,21 @@ def test_first_release_configuration(assets, tmp_path):
 
 
 def test_vision_tower_of_a_full_clip_folder(tmp_path):
-    vision = CLIPVisionConfig(hidden_size=TOWER_WIDTH, intermediate_size=32, num_hidden_layers=1,
-                              num_attention_heads=2, image_size=32, patch_size=8)  # fmt: skip
-    text = CLIPTextConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                          num_attention_heads=2)  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=TOWER_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    text = CLIPTextConfig(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
     clip = CLIPModel(config).eval()
     clip.save_pretrained(tmp_path)

@@ -1,4 +1,6 @@
-"""Pictures of every kind: which are taken, what the others are called, and how they are read."""
+"""If this fails, a picture that users have is refused, read with wrong colours or orientation, or
+reaches a decoder that is unsafe.
+"""
 
 import io
 import os

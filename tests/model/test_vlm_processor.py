@@ -1,4 +1,6 @@
-"""Chat and pictures to ids, image mask and pixels."""
+"""If this fails, a conversation with pictures becomes the wrong token ids, image mask or pixels, or
+text of a user can pass for a special token.
+"""
 
 import io
 import weakref

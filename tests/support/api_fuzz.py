@@ -1,4 +1,6 @@
-"""Malformed requests to the API, drawn from a seed: valid ones with a part made wrong."""
+"""Offers malformed requests to the API, generated from a seed: valid requests with one part made
+wrong.
+"""
 
 import base64
 import contextlib
@@ -48,13 +50,17 @@ def valid_body(rng: random.Random) -> dict:
     """A request that is answered in a few tokens."""
     picture = Image.new("RGB", (rng.randint(8, 40), rng.randint(8, 40)), "red")
     content = rng.choice([("What?",), (picture, "What?"), (picture, picture, "And?")])
-    body = question(*content, max_tokens=rng.randint(1, 3), temperature=0.5, top_p=0.9, seed=1,
-                    stop=["x", "yy"])  # fmt: skip
+    body = question(
+        *content, max_tokens=rng.randint(1, 3), temperature=0.5, top_p=0.9, seed=1, stop=["x", "yy"]
+    )
     if rng.random() < 0.5:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     if rng.random() < 0.5:
-        past = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."},
-                {"role": "assistant", "content": "Hello."}]  # fmt: skip
+        past = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hi."},
+            {"role": "assistant", "content": "Hello."},
+        ]
         body["messages"] = past + body["messages"]
     return body
 
@@ -188,14 +194,28 @@ def wrong_http(rng: random.Random) -> Attack:
         headers = [host, kind, ("Content-Length", wrong)]
         return Attack("length", http_request("POST", PATH, headers, body), is_whole=False)
     if choice == 4:
-        extra = rng.choice([[("X", "a" * 200_000)], [(f"X{i}", "a") for i in range(5000)], [host],
-                            [("X\0", "a")], [("X", "a\nb: c")], [("Expect", "100-continue")],
-                            [("Upgrade", "websocket"), ("Connection", "Upgrade")],
-                            [("Authorization", "Bearer \xff")], [length]])  # fmt: skip
+        extra = rng.choice(
+            [
+                [("X", "a" * 200_000)],
+                [(f"X{i}", "a") for i in range(5000)],
+                [host],
+                [("X\0", "a")],
+                [("X", "a\nb: c")],
+                [("Expect", "100-continue")],
+                [("Upgrade", "websocket"), ("Connection", "Upgrade")],
+                [("Authorization", "Bearer \xff")],
+                [length],
+            ]
+        )
         return Attack("headers", http_request("POST", PATH, good + extra, body))
     if choice == 5:
-        names = ([], [("Host", "evil.example")], [("Host", "127.0.0.1.evil.example:80")],
-                 [("Host", "")], [("Host", "[::1")])  # fmt: skip
+        names = (
+            [],
+            [("Host", "evil.example")],
+            [("Host", "127.0.0.1.evil.example:80")],
+            [("Host", "")],
+            [("Host", "[::1")],
+        )
         return Attack("host", http_request("POST", PATH, [*rng.choice(names), kind, length], body))
     if choice == 6:
         return Attack("noise", rng.randbytes(rng.randint(1, 3000)) + b"\r\n\r\n", is_whole=False)
@@ -209,12 +229,24 @@ def chunked(rng: random.Random, body: bytes) -> Attack:
     pieces = [chunk(body[i : i + step]) for i in range(0, len(body), step)] + [b"0\r\n\r\n"]
     is_whole = True
     if rng.random() < 0.5:
-        wrong = rng.choice([b"-1\r\na\r\n", b"zz\r\na\r\n", b"FFFFFFFFFFFFFFFFFF\r\na\r\n", b"\r\n",
-                            b"1;" + b"x" * 70_000 + b"\r\na\r\n", b"5\r\na\r\n", b""])  # fmt: skip
+        wrong = rng.choice(
+            [
+                b"-1\r\na\r\n",
+                b"zz\r\na\r\n",
+                b"FFFFFFFFFFFFFFFFFF\r\na\r\n",
+                b"\r\n",
+                b"1;" + b"x" * 70_000 + b"\r\na\r\n",
+                b"5\r\na\r\n",
+                b"",
+            ]
+        )
         pieces[rng.randrange(len(pieces))] = wrong
         is_whole = False
-    headers = [("Host", "127.0.0.1"), ("Content-Type", "application/json"),
-               ("Transfer-Encoding", "chunked")]  # fmt: skip
+    headers = [
+        ("Host", "127.0.0.1"),
+        ("Content-Type", "application/json"),
+        ("Transfer-Encoding", "chunked"),
+    ]
     if rng.random() < 0.2:
         headers.append(("Content-Length", "5"))
     return Attack("chunks", http_request("POST", PATH, headers, b"".join(pieces)), is_whole)

@@ -1,5 +1,6 @@
-"""Servers for the tests of `web_demo.py --api`: a real process, or one in a thread whose engine a
-test can break; and what the official client sends."""
+"""Offers servers for the tests of `web_demo.py --api`: a real process, or one in a thread whose
+engine a test can break; and what the official client sends.
+"""
 
 import base64
 import contextlib
@@ -54,9 +55,12 @@ def started_process(*flags, env: dict | None = None) -> Iterator[tuple[str, int]
     """`web_demo.py --api` on a free port; yields its address and process id."""
     command = [sys.executable, ROOT / "web_demo.py", "--api", "--port", "0", *flags]
     process = subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, text=True,
-        env=script_environment() | (env or {}), stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=script_environment() | (env or {}),
+        stdin=subprocess.DEVNULL,
+    )
     try:
         line = process.stdout.readline()
         address = re.search(r"http://\S+/v1", line)
@@ -100,12 +104,26 @@ def served_thread(
 
 
 def model_flags(assets: Path, folder: Path) -> list:
-    return ["--save_dir", folder, "--device", "cpu", "--vision_model_path", assets / "tower",
-            "--tokenizer_path", assets / "tokenizer"]  # fmt: skip
+    return [
+        "--save_dir",
+        folder,
+        "--device",
+        "cpu",
+        "--vision_model_path",
+        assets / "tower",
+        "--tokenizer_path",
+        assets / "tokenizer",
+    ]
 
 
-def post(address: str, body: bytes, *, path: str = "/chat/completions", method: str = "POST",
-         **headers: str) -> tuple[int, dict]:  # fmt: skip
+def post(
+    address: str,
+    body: bytes,
+    *,
+    path: str = "/chat/completions",
+    method: str = "POST",
+    **headers: str,
+) -> tuple[int, dict]:
     """Status and JSON of a raw request."""
     host, _, prefix = address.removeprefix("http://").partition("/")
     connection = http.client.HTTPConnection(host, timeout=TIMEOUT_S)
@@ -140,8 +158,21 @@ def malformed(rng: random.Random) -> bytes:
         data[rng.randrange(len(data) // 2)] = 0  # a zero byte is nowhere JSON
         return bytes(data[: rng.randrange(len(data))] if rng.random() < 0.3 else data)
     elif kind == 2:
-        wrong = rng.choice(["n", "seed", "stop", "stream", "max_tokens", "temperature", "top_p",
-                            "tools", "stream_options", "nonsense", "top_k"])  # fmt: skip
+        wrong = rng.choice(
+            [
+                "n",
+                "seed",
+                "stop",
+                "stream",
+                "max_tokens",
+                "temperature",
+                "top_p",
+                "tools",
+                "stream_options",
+                "nonsense",
+                "top_k",
+            ]
+        )
         body[wrong] = rng.choice([[1], {"a": 1}, [""], 10**400, "", {"include_usage": 3}])
     else:
         field = rng.choice(["model", "messages", "content", "part"])

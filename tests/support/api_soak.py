@@ -1,4 +1,6 @@
-"""How clients of the API behave in a soak: well, badly, slowly, and away before the end."""
+"""Offers clients of the API for a soak test: well-behaved, malformed, slow, and gone before the
+end.
+"""
 
 import contextlib
 import json

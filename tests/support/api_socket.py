@@ -1,4 +1,6 @@
-"""Clients of the API that the official one cannot play: slow, broken, or gone before the answer."""
+"""Offers clients of the API that the official one cannot play: slow, broken, or gone before the
+answer.
+"""
 
 import http.client
 import json

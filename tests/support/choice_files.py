@@ -1,4 +1,4 @@
-"""Multiple-choice files about the pictures of the painted model."""
+"""Offers multiple-choice files about the pictures of the painted model."""
 
 import base64
 import csv
@@ -29,7 +29,13 @@ def write_tsv(path, painted, *, count: int = 10, **changes) -> None:
             shown = 0 if i == count - 1 else i
             options, answer = options_of(shown)
             image = base64.b64encode(png(painted, shown)).decode()
-            row = {"index": 100 + i, "question": "What is in the picture?", "answer": answer,
-                   "category": "colour" if i % 2 else "paint", "l2-category": "attribute",
-                   "image": image if i < count - 1 else "100", "split": "dev"}  # fmt: skip
+            row = {
+                "index": 100 + i,
+                "question": "What is in the picture?",
+                "answer": answer,
+                "category": "colour" if i % 2 else "paint",
+                "l2-category": "attribute",
+                "image": image if i < count - 1 else "100",
+                "split": "dev",
+            }
             writer.writerow(row | dict(zip("ABC", options, strict=True)) | changes)

@@ -1,4 +1,4 @@
-"""Errors as CUDA's allocator words them."""
+"""Offers errors with the wording of CUDA's allocator."""
 
 CUDA_ERROR = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.15 GiB of "

@@ -1,4 +1,5 @@
-"""Owns a local HTTP server that answers as Hugging Face, ModelScope and GitHub do; its fixtures.
+"""Offers a local HTTP server that answers as Hugging Face, ModelScope and GitHub do, and its
+fixtures.
 
 It keeps what was asked, and misbehaves on demand. It listens on 127.0.0.1 alone, and a test that
 uses it can reach no other address.
@@ -119,8 +120,10 @@ class _Handler(BaseHTTPRequestHandler):
             if name.endswith(LARGE):
                 entry["blobId"] = "f" * 40  # the pointer's, not the content's
                 entry["lfs"] = {
-                    "sha256": _hex("sha256", data), "size": len(data), "pointerSize": 134,
-                }  # fmt: skip
+                    "sha256": _hex("sha256", data),
+                    "size": len(data),
+                    "pointerSize": 134,
+                }
             siblings.append(entry)
         commit = revision if len(revision) == 40 else COMMIT
         self.send_text(200, json.dumps({"id": repo, "sha": commit, "siblings": siblings}))

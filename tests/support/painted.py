@@ -1,4 +1,4 @@
-"""A tiny model that has learnt to see: it names and describes the colour of plain pictures."""
+"""Offers a tiny model trained to see: it names and describes the colour of plain pictures."""
 
 import json
 from pathlib import Path
@@ -40,23 +40,37 @@ def train_painted(assets: Path, folder: Path) -> None:
             name = f"{split}{i:02}.png"
             Image.new("RGB", (32, 32), tuple(c + i % 7 for c in rgb)).save(folder / "images" / name)
             records += records_of(name, colour)
-    parts = {"train": train, "questions": [r for r in test if "types" in r],
-             "captions": [r for r in test if "types" not in r]}  # fmt: skip
+    parts = {
+        "train": train,
+        "questions": [r for r in test if "types" in r],
+        "captions": [r for r in test if "types" not in r],
+    }
     for name, records in parts.items():
         lines = (json.dumps(record, ensure_ascii=False) for record in records)
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for name, epochs in (("early", 1), ("sft_vlm", 7)):
         argv = train_flags(
-            assets, folder, folder / "train.jsonl", folder / "images",
-            epochs=epochs, learning_rate=0.01, batch_size=8, log_interval=50,
-        )  # fmt: skip
+            assets,
+            folder,
+            folder / "train.jsonl",
+            folder / "images",
+            epochs=epochs,
+            learning_rate=0.01,
+            batch_size=8,
+            log_interval=50,
+        )
         assert train_pretrain_vlm.main([*argv, "--save_weight", name]) == 0
 
 
 def eval_flags(assets, folder, **values) -> list[str]:
     """Flags of `eval_vlm.py` for this model; True stands for a flag without a value."""
-    values = {"save_dir": folder / "out", "vision_model_path": assets / "tower", "device": "cpu",
-              "tokenizer_path": assets / "tokenizer", "batch_size": 5} | values  # fmt: skip
+    values = {
+        "save_dir": folder / "out",
+        "vision_model_path": assets / "tower",
+        "device": "cpu",
+        "tokenizer_path": assets / "tokenizer",
+        "batch_size": 5,
+    } | values
     if "data_path" in values:
         values.setdefault("images_path", folder / "images")
     flags = []

@@ -1,4 +1,4 @@
-"""Owns a pretend CUDA driver: `torch.cuda` as strict as on a machine with GPUs, on one without.
+"""Offers a pretend CUDA driver: `torch.cuda` as strict as on a machine with GPUs, on one without.
 
 Only what PyTorch's C side would answer is replaced, so every check of PyTorch's own Python code
 runs: `torch.cuda.set_device(torch.device("cuda"))` raises here what it raises there. With

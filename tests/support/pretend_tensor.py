@@ -1,4 +1,4 @@
-"""Owns tensors that carry a pretend CUDA device: CPU numbers, but the rules of a GPU.
+"""Offers tensors that carry a pretend CUDA device: CPU numbers, but the rules of a GPU.
 
 Mixing devices raises as on a GPU, and every copy between host and device is noted with the line
 of this repository that asked for it. Source of the rules: PyTorch's CUDA semantics notes, and
@@ -41,9 +41,15 @@ class PretendTensor(Tensor):
         # Never an inference tensor: views of weights must not be ones.
         with torch._C._InferenceMode(False):
             return Tensor._make_wrapper_subclass(
-                cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(),
-                dtype=raw.dtype, layout=raw.layout, device=CPU, requires_grad=False,
-            )  # fmt: skip
+                cls,
+                raw.size(),
+                strides=raw.stride(),
+                storage_offset=raw.storage_offset(),
+                dtype=raw.dtype,
+                layout=raw.layout,
+                device=CPU,
+                requires_grad=False,
+            )
 
     def __init__(self, raw: Tensor, place: torch.device):
         self.raw, self.place = raw, place
@@ -172,9 +178,7 @@ def _to(func, tensor: Tensor, *args, **kwargs):
         return torch.empty_like(tensor, dtype=dtype or tensor.dtype, device="meta")
     if target == place_of(tensor):
         with world().at(target if target.type == "cuda" else None):
-            return _plain_call(
-                func, (tensor,), {"dtype": dtype or tensor.dtype, "copy": is_copy}
-            )  # fmt: skip
+            return _plain_call(func, (tensor,), {"dtype": dtype or tensor.dtype, "copy": is_copy})
     return move(tensor, target, dtype=dtype, non_blocking=non_blocking)
 
 
@@ -267,8 +271,9 @@ def check_places(name: str, tensors: list[Tensor]) -> torch.device:
             f"{found}! ({name})"
         )
     if name == "aten::index" and not isinstance(tensors[0], PretendTensor):
-        raise RuntimeError("indices should be either on cpu or on the same device as the indexed "
-                           "tensor (cpu)")  # fmt: skip
+        raise RuntimeError(
+            "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
+        )
     return places[0]
 
 
@@ -354,8 +359,11 @@ def pretend_tensors(driver: Driver) -> Iterator[World]:
 def _translate_autocast(monkeypatch) -> None:
     """The C++ side takes pretend tensors for CPU tensors: autocast of CUDA is that of the CPU."""
     for name in (
-        "set_autocast_enabled", "is_autocast_enabled", "set_autocast_dtype", "get_autocast_dtype",
-    ):  # fmt: skip
+        "set_autocast_enabled",
+        "is_autocast_enabled",
+        "set_autocast_dtype",
+        "get_autocast_dtype",
+    ):
         original = getattr(torch, name)
 
         def translated(device_type="cuda", *rest, _original=original):
@@ -372,7 +380,7 @@ def _grouped(tensorlistlist, with_indices: bool = False) -> dict:
     for index, first in enumerate(tensorlistlist[0]):
         lists, indices = groups.setdefault(
             (place_of(first), first.dtype), ([[] for _ in tensorlistlist], [])
-        )  # fmt: skip
+        )
         for own, source in zip(lists, tensorlistlist, strict=True):
             if source:
                 own.append(source[index])

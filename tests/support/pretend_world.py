@@ -1,4 +1,4 @@
-"""Owns what is noted of a pretend GPU: copies between host and device, and what was computed."""
+"""Offers the record of what a pretend GPU did: copies between host and device, and operations."""
 
 import sys
 from collections import Counter

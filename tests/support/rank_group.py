@@ -1,5 +1,6 @@
-"""Ranks as real processes for tests: forked from one that has imported everything, so that a
-launch takes a second. Kills, files and connections are real."""
+"""Offers ranks as real processes, forked from one that has imported everything, so that a launch
+takes a second. Kills, files and connections are real.
+"""
 
 import json
 import multiprocessing
@@ -52,9 +53,12 @@ class RankGroup:
             "127.0.0.1", port, is_master=True, wait_for_workers=False
         )
         common = {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size),
-            "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(world_size),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "OMP_NUM_THREADS": "1",
+        }
         self.logs = [folder / f"{name}_{rank}.log" for rank in range(world_size)]
         self.processes = []
         for rank, log in enumerate(self.logs):

@@ -1,4 +1,4 @@
-"""A soak of a running server: clients of all kinds, and its memory before and after."""
+"""Offers a soak test of a running server: clients of all kinds, and its memory before and after."""
 
 import collections
 import random

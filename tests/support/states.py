@@ -1,4 +1,4 @@
-"""Training states as tests look at them."""
+"""Offers readers and comparisons of training states."""
 
 import torch
 

@@ -1,5 +1,6 @@
-"""A tiny model that needs no training: weights wide enough that pictures and words change what it
-says, conversations for it, and its answers by the plainest loop there is."""
+"""Offers a tiny model that needs no training (its weights are wide enough that pictures and words
+change its answer), conversations for it, and its answers by the plainest loop.
+"""
 
 from pathlib import Path
 

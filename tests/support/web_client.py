@@ -1,5 +1,6 @@
-"""A visitor of the page without a browser: what Gradio's page sends, over plain HTTP, and what it
-never would send. One connection for each request, none of them kept."""
+"""Offers a visitor of the page without a browser: what Gradio's page sends over plain HTTP, and
+what it never would send. Each request has a connection of its own.
+"""
 
 import contextlib
 import http.client
@@ -40,11 +41,8 @@ def picture(colour: str = "red", *, side: int = 24, kind: str = "PNG") -> bytes:
 
 def form(*files: tuple[str, bytes]) -> bytes:
     """A multipart body of `files`."""
-    parts = [
-        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
-        .encode() + content + b"\r\n"
-        for name, content in files
-    ]  # fmt: skip
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="files"; filename="{{}}"\r\n\r\n'
+    parts = [head.format(name).encode() + content + b"\r\n" for name, content in files]
     return b"".join(parts) + f"--{BOUNDARY}--\r\n".encode()
 
 
@@ -57,9 +55,13 @@ class HttpVisitor:
     """
 
     def __init__(
-        self, site: Site, *, password: str | None = PASSWORD, like: "HttpVisitor | None" = None,
+        self,
+        site: Site,
+        *,
+        password: str | None = PASSWORD,
+        like: "HttpVisitor | None" = None,
         length: int = 1,
-    ):  # fmt: skip
+    ):
         self.host = urllib.parse.urlsplit(site.url).netloc
         self.cookies: dict[str, str] = {}
         self.session, self.length = secrets.token_hex(6), length
@@ -84,9 +86,14 @@ class HttpVisitor:
         return {"Cookie": cookies} if cookies else {}
 
     def request(
-        self, method: str, path: str, body: bytes | None = None, *, timeout_s: float = TIMEOUT_S,
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
         **headers: str,
-    ) -> Reply:  # fmt: skip
+    ) -> Reply:
         """The whole reply, or of a stream of events its beginning."""
         headers = {k.replace("_", "-"): v for k, v in headers.items()}
         connection = self.connect(timeout_s)
@@ -115,9 +122,7 @@ class HttpVisitor:
         return self.request("POST", "/login", body, Content_Type=kind)
 
     def upload(self, *files: tuple[str, bytes]) -> Reply:
-        return self.request(
-            "POST", "/gradio_api/upload", form(*files), Content_Type=MULTIPART
-        )  # fmt: skip
+        return self.request("POST", "/gradio_api/upload", form(*files), Content_Type=MULTIPART)
 
     def question(self, text: str, paths=()) -> dict:
         """What the page sends when a question is asked."""
@@ -129,8 +134,13 @@ class HttpVisitor:
     def touch(self, name: str, *data) -> dict:
         """What the page sends when a part is touched."""
         index, trigger = self.functions[name]
-        return {"data": list(data), "event_data": None, "fn_index": index, "trigger_id": trigger,
-                "session_hash": self.session}  # fmt: skip
+        return {
+            "data": list(data),
+            "event_data": None,
+            "fn_index": index,
+            "trigger_id": trigger,
+            "session_hash": self.session,
+        }
 
     def follow(self, event: dict) -> dict:
         """Send an event and read its stream; returns the last message that says something."""

@@ -1,4 +1,4 @@
-"""Malformed requests to the page, by a seeded generator: bodies, paths, headers and uploads."""
+"""Offers malformed requests to the page, from a seed: bodies, paths, headers and uploads."""
 
 import copy
 import json
@@ -86,8 +86,9 @@ def _event(rng: random.Random, visitor: HttpVisitor) -> Attack:
         event["event_data"] = {"index": rng.choice(ODD_VALUES), "value": rng.choice(ODD_VALUES)}
     if rng.random() < 0.1:
         event.pop(rng.choice(list(event)))
-    return Attack("POST", "/gradio_api/queue/join", json.dumps(event).encode(),
-                  {"Content_Type": JSON})  # fmt: skip
+    return Attack(
+        "POST", "/gradio_api/queue/join", json.dumps(event).encode(), {"Content_Type": JSON}
+    )
 
 
 def _text(rng: random.Random, visitor: HttpVisitor) -> Attack:
@@ -107,15 +108,29 @@ def _route(rng: random.Random, visitor: HttpVisitor) -> Attack:
 
 
 def _file(rng: random.Random, visitor: HttpVisitor) -> Attack:
-    name = rng.choice(("/etc/passwd", "%00", LONG, "..%2f" * 40, "http://127.0.0.1:1/x", "/", "~",
-                       "C:%5Cx", "%ff", "/proc/self/environ", "/tmp/../etc/passwd"))  # fmt: skip
+    name = rng.choice(
+        (
+            "/etc/passwd",
+            "%00",
+            LONG,
+            "..%2f" * 40,
+            "http://127.0.0.1:1/x",
+            "/",
+            "~",
+            "C:%5Cx",
+            "%ff",
+            "/proc/self/environ",
+            "/tmp/../etc/passwd",
+        )
+    )
     return Attack(rng.choice(("GET", "HEAD")), f"/gradio_api/file={name}")
 
 
 def _session(rng: random.Random, visitor: HttpVisitor) -> Attack:
     name = rng.choice(("", "x", "%00", LONG, "a/b", "..", "%ff", "a%20b"))
-    place = rng.choice(("heartbeat/", "queue/data?session_hash=", "queue/data?x=",
-                        "upload_progress?upload_id="))  # fmt: skip
+    place = rng.choice(
+        ("heartbeat/", "queue/data?session_hash=", "queue/data?x=", "upload_progress?upload_id=")
+    )
     return Attack("GET", f"/gradio_api/{place}{name}")
 
 
@@ -136,15 +151,34 @@ def _upload(rng: random.Random, visitor: HttpVisitor) -> Attack:
         )
     elif choice < 0.5:
         body = body.replace(b"filename=", b"file=")
-    kinds = (MULTIPART, MULTIPART, MULTIPART, "multipart/form-data", JSON,
-             "multipart/form-data; boundary=", "multipart/form-data; boundary=other")  # fmt: skip
-    return Attack("POST", "/gradio_api/upload" + rng.choice(("", "?upload_id=x", "?upload_id=%00")),
-                  body, {"Content_Type": rng.choice(kinds)})  # fmt: skip
+    kinds = (
+        MULTIPART,
+        MULTIPART,
+        MULTIPART,
+        "multipart/form-data",
+        JSON,
+        "multipart/form-data; boundary=",
+        "multipart/form-data; boundary=other",
+    )
+    return Attack(
+        "POST",
+        "/gradio_api/upload" + rng.choice(("", "?upload_id=x", "?upload_id=%00")),
+        body,
+        {"Content_Type": rng.choice(kinds)},
+    )
 
 
 def _login(rng: random.Random, visitor: HttpVisitor) -> Attack:
-    body = rng.choice((b"", b"username=a&password=b", b"username=&password=%ff",
-                       b"password=x" * 3000, b"username[]=a&password=%00", b"{}",
-                       form(("a", b"b"))))  # fmt: skip
+    body = rng.choice(
+        (
+            b"",
+            b"username=a&password=b",
+            b"username=&password=%ff",
+            b"password=x" * 3000,
+            b"username[]=a&password=%00",
+            b"{}",
+            form(("a", b"b")),
+        )
+    )
     kind = rng.choice(("application/x-www-form-urlencoded", MULTIPART, JSON))
     return Attack("POST", "/login", body, {"Content_Type": kind})

@@ -1,4 +1,5 @@
-"""The web page as a process of its own, with tiny weights; it writes down what the model is given.
+"""Offers the web page as a process of its own, with tiny weights; it records the input of the
+model.
 
     python tests/support/web_site.py RECORD [flags of web_demo.py]
 
@@ -15,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `support`
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from support.tiny_vlm import never_end
@@ -72,9 +74,7 @@ def hurry() -> None:
     """Limits that a test can reach."""
     care.KEEP_S, care.SWEEP_EVERY_S, uploads.SILENCE_S = SHORT_KEEP_S, 0.3, SHORT_SILENCE_S
     web_server.Quota = functools.partial(web_server.Quota, **SHORT_QUOTA)
-    web_server.close_when_idle = functools.partial(
-        web_server.close_when_idle, head_s=SHORT_HEAD_S
-    )  # fmt: skip
+    web_server.close_when_idle = functools.partial(web_server.close_when_idle, head_s=SHORT_HEAD_S)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Visitors of the web page: the running page, a real Chromium, and plain HTTP."""
+"""Offers visitors of the web page: the running page, a real Chromium, and plain HTTP."""
 
 import base64
 import json
@@ -68,8 +68,13 @@ def make_weights(folder: Path) -> None:
 
 
 def model_flags(folder: Path) -> list[str]:
-    flags = {"save_dir": folder, "vision_model_path": folder / "tower", "weight": "sft_vlm",
-             "tokenizer_path": folder / "tokenizer", "device": "cpu"}  # fmt: skip
+    flags = {
+        "save_dir": folder,
+        "vision_model_path": folder / "tower",
+        "weight": "sft_vlm",
+        "tokenizer_path": folder / "tokenizer",
+        "device": "cpu",
+    }
     return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
 
@@ -88,15 +93,24 @@ def serving(folder: Path, *flags, **environment):
     outside = socket.create_server(("127.0.0.1", 0))  # stands for the rest of the world
     outside.setblocking(False)
     proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
-    environment = script_environment() | environment | {
-        "MINIMIND_PASSWORD": PASSWORD, "http_proxy": proxy, "https_proxy": proxy,
-        "no_proxy": "127.0.0.1,localhost",
-    }  # fmt: skip
+    environment = (
+        script_environment()
+        | environment
+        | {
+            "MINIMIND_PASSWORD": PASSWORD,
+            "http_proxy": proxy,
+            "https_proxy": proxy,
+            "no_proxy": "127.0.0.1,localhost",
+        }
+    )
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
-            [str(word) for word in command], cwd=folder, env=environment,
-            stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [str(word) for word in command],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
     try:
         deadline_s = time.monotonic() + max(300, PATIENCE_S)
         while "talk to it at" not in (folder / "log.txt").read_text():

@@ -1,4 +1,6 @@
-"""The main job on real photos with English and Chinese captions: pretrain, sft, describe."""
+"""If this fails, the main use does not work: pretrain, SFT and describe on real photos with English
+and Chinese captions.
+"""
 
 import json
 import math
@@ -59,15 +61,45 @@ def test_real_photos_end_to_end(form, shared, tmp_path):
     train = take(flickr / "train" / "data.jsonl", tmp_path / "train.jsonl", num_train)
     val = take(flickr / "val" / "data.jsonl", tmp_path / "val.jsonl", num_val)
     tower, tokenizer_path = reference / "tiny-clip-vit-patch16", reference / "minimind_tokenizer"
-    common = ["--vision_model_path", tower, "--tokenizer_path", tokenizer_path,
-              "--save_dir", tmp_path / "out", "--hidden_size", hidden]  # fmt: skip
-    data = ["--data_path", train, "--images_path", tmp_path / "train", "--val_data_path", val,
-            "--val_images_path", tmp_path / "val", "--checkpoint_dir", tmp_path, "--epochs", epochs,
-            "--log_interval", 20]  # fmt: skip
+    common = [
+        "--vision_model_path",
+        tower,
+        "--tokenizer_path",
+        tokenizer_path,
+        "--save_dir",
+        tmp_path / "out",
+        "--hidden_size",
+        hidden,
+    ]
+    data = [
+        "--data_path",
+        train,
+        "--images_path",
+        tmp_path / "train",
+        "--val_data_path",
+        val,
+        "--val_images_path",
+        tmp_path / "val",
+        "--checkpoint_dir",
+        tmp_path,
+        "--epochs",
+        epochs,
+        "--log_interval",
+        20,
+    ]
     threads = {"OMP_NUM_THREADS": str(os.cpu_count() if form == "full" else 1)}
-    run_script("trainer/train_pretrain_vlm.py", *common, *data, "--num_hidden_layers", layers,
-               "--from_weight", "none", "--freeze_llm", 0, "--learning_rate", lr,
-               timeout_s=3000, env=threads)  # fmt: skip
+    run_script(
+        "trainer/train_pretrain_vlm.py",
+        *common,
+        *data,
+        "--num_hidden_layers",
+        layers,
+        *"--from_weight none --freeze_llm 0".split(),
+        "--learning_rate",
+        lr,
+        timeout_s=3000,
+        env=threads,
+    )
     sft = run_script("trainer/train_sft_vlm.py", *common, *data, timeout_s=3000, env=threads)
 
     fitted, own = unigram_losses(train, val, AutoTokenizer.from_pretrained(tokenizer_path))

@@ -1,4 +1,6 @@
-"""Runs that go wrong: what is kept, what is said, and what goes on."""
+"""If this fails, a run that goes wrong (bad data, NaN, a stop at a bad moment) loses weights or
+samples, or stops where it could go on.
+"""
 
 import json
 import signal
@@ -66,8 +68,9 @@ def test_float16_goes_on_after_a_step_without_a_usable_sample(assets, tmp_path, 
     (images / "broken.png").write_text("no picture")
     with data.open("a") as file:
         file.write(json.dumps(conversation("<image>", "A picture.", image="broken.png")) + "\n")
-    argv = train_flags(assets, tmp_path, data, images, dtype="float16", batch_size=1,
-                       log_interval=100)  # fmt: skip
+    argv = train_flags(
+        assets, tmp_path, data, images, dtype="float16", batch_size=1, log_interval=100
+    )
     assert train_pretrain_vlm.main(argv) == 0
     assert "sample left out: data_0.jsonl:121" in capfd.readouterr().out
 
@@ -137,8 +140,9 @@ def test_validation_that_a_stop_prevented_comes_when_resumed(
             self.signum = signal.SIGTERM if self.asked == stopped_at else None
             return super().votes()
 
-    argv = train_flags(assets, tmp_path, *data, val_data_path=data[0], val_images_path=data[1],
-                       epochs=2)  # fmt: skip
+    argv = train_flags(
+        assets, tmp_path, *data, val_data_path=data[0], val_images_path=data[1], epochs=2
+    )
     with monkeypatch.context() as patch:
         patch.setattr("trainer.run.setup.StopSignal", StoppedAtStep)
         assert train_pretrain_vlm.main(argv) == 128 + signal.SIGTERM

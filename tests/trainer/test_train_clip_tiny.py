@@ -1,4 +1,6 @@
-"""The tiny tower's training: its losses, its pixels, and the folder it writes."""
+"""If this fails, the tiny vision tower is trained on wrong or held-out scenes, or saved in a folder
+that the model cannot load.
+"""
 
 import os
 import re
@@ -104,15 +106,22 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path, capfd):
 @pytest.mark.parametrize("name", ["tower", "data"])
 def test_ctrl_c_ends_in_one_line(name, tmp_path):
     script = {
-        "tower": ["trainer/train_clip_tiny.py", "--log_interval", "1", "--num_workers", "1",
-                  "--save_dir", tmp_path / "tower"],
+        "tower": [
+            *"trainer/train_clip_tiny.py --log_interval 1 --num_workers 1".split(),
+            "--save_dir",
+            tmp_path / "tower",
+        ],
         "data": ["-m", "dataset.synthetic", "--num_images", "100000", "--out", tmp_path / "data"],
-    }[name]  # fmt: skip
+    }[name]
     with open(tmp_path / "said", "w+") as said:
         process = subprocess.Popen(
-            [sys.executable, "-u", *map(str, script)], cwd=ROOT, stdout=said,
-            stderr=subprocess.STDOUT, env=script_environment(), start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-u", *map(str, script)],
+            cwd=ROOT,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env=script_environment(),
+            start_new_session=True,
+        )
         deadline = time.monotonic() + TIMEOUT_S
         while not ("step 1/" in (tmp_path / "said").read_text() or any(tmp_path.rglob("*9.png"))):
             assert time.monotonic() < deadline and process.poll() is None

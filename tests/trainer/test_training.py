@@ -1,4 +1,6 @@
-"""Both stages through their `main`, in this process: what is trained, written and reported."""
+"""If this fails, pretrain or SFT trains the wrong parameters, makes other updates than its flags
+say, or writes or reports wrong results.
+"""
 
 import json
 import math
@@ -39,15 +41,31 @@ def test_stages_follow_one_another(assets, tmp_path, data, capfd):
     figures = metrics_of(tmp_path / "out")
     steps = [f for f in figures if "loss" in f]
     assert [f["step"] for f in steps] == list(range(1, 19))
-    wanted = {"step", "epoch", "loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s",
-              "data_wait_pct", "peak_gib"}  # fmt: skip
+    wanted = {
+        "step",
+        "epoch",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_s",
+        "samples_per_s",
+        "data_wait_pct",
+        "peak_gib",
+    }
     assert wanted <= steps[0].keys()
     assert steps[-1]["loss"] < steps[0]["loss"] - 1
     losses = [f["val_loss"] for f in figures if "val_loss" in f]
     assert len(losses) == 3 and losses[-1] < losses[0] < math.log(6400)
 
-    sft = train_flags(assets, tmp_path, *data, from_weight=None, hidden_size=None,
-                      num_hidden_layers=None, learning_rate=1e-4)  # fmt: skip
+    sft = train_flags(
+        assets,
+        tmp_path,
+        *data,
+        from_weight=None,
+        hidden_size=None,
+        num_hidden_layers=None,
+        learning_rate=1e-4,
+    )
     assert train_sft_vlm.main(sft) == 0
     before, after = (weight_of(tmp_path, f"{n}_vlm_32.pth") for n in ("pretrain", "sft"))
     assert before.keys() == after.keys()
@@ -72,8 +90,12 @@ def test_trainable_chooses_by_name(assets, tmp_path, data):
     argv = train_flags(assets, tmp_path, *data)
     train_pretrain_vlm.main([*argv, "--save_weight", "llm"])
     argv = train_flags(assets, tmp_path, *data, from_weight="llm")
-    assert train_sft_vlm.main([*argv, "--trainable", r"layers\.1\.self_attn", "--learning_rate",
-                               "0.01"]) == 0  # fmt: skip
+    assert (
+        train_sft_vlm.main(
+            [*argv, "--trainable", r"layers\.1\.self_attn", "--learning_rate", "0.01"]
+        )
+        == 0
+    )
     before, after = (weight_of(tmp_path, f"{n}_32.pth") for n in ("llm", "sft_vlm"))
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert changed == {k for k in before if "layers.1.self_attn" in k}
@@ -81,8 +103,15 @@ def test_trainable_chooses_by_name(assets, tmp_path, data):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision_trains_on_the_cpu(dtype, assets, tmp_path, data):
-    argv = train_flags(assets, tmp_path, *data, dtype=dtype, epochs=3, learning_rate=0.003,
-                       use_moe=int(dtype == "bfloat16"))  # fmt: skip
+    argv = train_flags(
+        assets,
+        tmp_path,
+        *data,
+        dtype=dtype,
+        epochs=3,
+        learning_rate=0.003,
+        use_moe=int(dtype == "bfloat16"),
+    )
     assert train_pretrain_vlm.main(argv) == 0
     losses = [f["loss"] for f in metrics_of(tmp_path / "out") if f.get("loss")]
     assert losses[-1] < losses[0] - 1
@@ -95,8 +124,15 @@ def test_accumulation_gives_the_update_of_one_large_batch(assets, tmp_path):
     ends = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         out = tmp_path / f"{batch_size}x{accumulation}"
-        argv = train_flags(assets, out, *data, batch_size=batch_size, use_moe=1,
-                           accumulation_steps=accumulation, learning_rate=1e-3)  # fmt: skip
+        argv = train_flags(
+            assets,
+            out,
+            *data,
+            batch_size=batch_size,
+            use_moe=1,
+            accumulation_steps=accumulation,
+            learning_rate=1e-3,
+        )
         assert train_pretrain_vlm.main(argv) == 0
         ends.append([f["loss"] for f in metrics_of(out / "out")])
     assert len(ends[0]) == 3  # the epoch's last 4 samples are a step of their own
@@ -122,8 +158,9 @@ def run_module(launcher, script, flags):
     from conftest import ROOT, script_environment
 
     command = [sys.executable, *map(str, launcher), str(ROOT / script), *flags]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                             env=script_environment())  # fmt: skip
+    process = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=script_environment()
+    )
     assert process.returncode == 0, process.stdout + process.stderr
 
 
@@ -157,8 +194,10 @@ def test_first_release_layout_trains_and_evaluates(assets, tmp_path, capfd):
     with data.open("w") as file:
         for i in range(8):
             turns = conversation("What is this?\n<image>", "A picture.")["conversations"]
-            turns = [{"from": {"user": "human"}.get(t["role"], "gpt"), "value": t["content"]}
-                     for t in turns]  # fmt: skip
+            turns = [
+                {"from": {"user": "human"}.get(t["role"], "gpt"), "value": t["content"]}
+                for t in turns
+            ]
             image = "0_3.png" if i == 3 else f"0_{i}.png"
             print(json.dumps({"id": i, "image": image, "conversations": turns}), file=file)
     layout = ["--keep_cls", "1", "--image_special_token", "<" * 25 + ">" * 25]
@@ -167,10 +206,20 @@ def test_first_release_layout_trains_and_evaluates(assets, tmp_path, capfd):
     assert train_pretrain_vlm.main([*argv, *layout]) == 0
     sft = train_flags(assets, tmp_path, data, images, from_weight=None, **flags)
     assert train_sft_vlm.main([*sft, *layout]) == 0
-    shown = run_script("eval_vlm.py", "--save_dir", tmp_path / "out", "--vision_model_path", tower,
-                       "--tokenizer_path", assets / "tokenizer", "--image_dir", images,
-                       "--max_new_tokens", 4, "--keep_cls", 1, "--hidden_size", 32,
-                       "--image_special_token", "<" * 25 + ">" * 25)  # fmt: skip
+    shown = run_script(
+        "eval_vlm.py",
+        "--save_dir",
+        tmp_path / "out",
+        "--vision_model_path",
+        tower,
+        "--tokenizer_path",
+        assets / "tokenizer",
+        "--image_dir",
+        images,
+        *"--max_new_tokens 4 --keep_cls 1 --hidden_size 32".split(),
+        "--image_special_token",
+        "<" * 25 + ">" * 25,
+    )
     assert "[0_0.png]" in shown.stdout
 
 
@@ -178,8 +227,16 @@ def test_non_finite_loss_never_reaches_the_weights(assets, tmp_path, capfd):
     """A weight that makes some samples overflow float16 stands in for a diverged model."""
     data = make_records(tmp_path / "data", num_records=12)
     blinding_weight(assets, tmp_path, data)
-    argv = train_flags(assets, tmp_path, *data, from_weight="llm", batch_size=1, epochs=1,
-                       learning_rate=1e-12, dtype="float16")  # fmt: skip
+    argv = train_flags(
+        assets,
+        tmp_path,
+        *data,
+        from_weight="llm",
+        batch_size=1,
+        epochs=1,
+        learning_rate=1e-12,
+        dtype="float16",
+    )
     capfd.readouterr()
     train_pretrain_vlm.main(argv)
     captured = capfd.readouterr()
@@ -212,9 +269,17 @@ def test_every_sample_of_a_loss_that_is_not_finite_is_named(assets, tmp_path, wo
     lines[pictured] = json.dumps(conversation("<image>", "A circle.", image="0_0.png"))
     data.write_text("\n".join(lines) + "\n")
     blinding_weight(assets, tmp_path, (data, images))
-    argv = train_flags(assets, tmp_path, data, images, from_weight="llm", dtype="float16",
-                       batch_size=6 // world_size, accumulation_steps=2,
-                       learning_rate=1e-12)  # fmt: skip
+    argv = train_flags(
+        assets,
+        tmp_path,
+        data,
+        images,
+        from_weight="llm",
+        dtype="float16",
+        batch_size=6 // world_size,
+        accumulation_steps=2,
+        learning_rate=1e-12,
+    )
     said = run_ranks(argv, tmp_path, world_size=world_size, status=1)  # no step was applied:
     left_out = [line for line in said.splitlines() if line.startswith("step ")]
     assert left_out[0].endswith(", ...")  # in the other one the first loss scale is too high

@@ -1,5 +1,7 @@
-"""Every way out of a run but SIGKILL saves, names the cause and comes soon; ranks are real
-processes, and what happens to them and to their data workers is real too."""
+"""If this fails, a run that is stopped by anything but SIGKILL loses its progress, hangs, or does
+not name the cause. Ranks are real processes, and what happens to them and to their data workers is
+real too.
+"""
 
 import json
 import multiprocessing
@@ -27,8 +29,13 @@ def data(tmp_path):
 
 
 def flags(assets, folder, data, **options) -> list[str]:
-    options = {"epochs": 1000, "batch_size": 2, "num_hidden_layers": 1, "num_workers": 1,
-               "rank_timeout": 600} | options  # fmt: skip
+    options = {
+        "epochs": 1000,
+        "batch_size": 2,
+        "num_hidden_layers": 1,
+        "num_workers": 1,
+        "rank_timeout": 600,
+    } | options
     return train_flags(assets, folder, *data, **options)
 
 
@@ -167,8 +174,9 @@ def test_worker_that_is_killed_or_stopped(signum, assets, tmp_path, data):
 )
 def test_signals_of_terminals_and_schedulers_save(name, assets, tmp_path, data):
     signum = getattr(signal, name)
-    with RankGroup(flags(assets, tmp_path, data), tmp_path, world_size=1,
-                   hook=(prepare, tmp_path)) as group:  # fmt: skip
+    with RankGroup(
+        flags(assets, tmp_path, data), tmp_path, world_size=1, hook=(prepare, tmp_path)
+    ) as group:
         group.wait_for(lambda: steps_of(tmp_path) > 2, "steps")
         for pid in reversed(group.families()):  # a terminal signals the whole group
             os.kill(pid, signum)
@@ -249,8 +257,9 @@ def be_slow_in_validation(folder: Path) -> None:
 @pytest.mark.slow
 def test_sigterm_to_one_rank_ends_validation(assets, tmp_path, data):
     val_data, val_images = make_records(tmp_path / "val", num_records=2000, seed=1)
-    argv = flags(assets, tmp_path, data, val_data_path=val_data, val_images_path=val_images,
-                 num_workers=0)  # fmt: skip
+    argv = flags(
+        assets, tmp_path, data, val_data_path=val_data, val_images_path=val_images, num_workers=0
+    )
     hook = (be_slow_in_validation, tmp_path)
     with RankGroup(argv, tmp_path, world_size=2, hook=hook) as group:
         group.wait_for((tmp_path / "reached").exists, "validation")

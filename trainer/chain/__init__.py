@@ -1,1 +1,1 @@
-"""The chain of demo.py on the sample world."""
+"""Owns the chain that demo.py runs on the sample world: settings, steps, report."""

@@ -1,32 +1,29 @@
-"""Owns the settings of the chain on the sample world, and that a folder holds one chain's work."""
+"""Owns the settings of the chain on the sample world; a folder holds the files of one setting."""
 
 import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from model.machine.atomic_file import atomic_write
 from model.machine.paths import OUT_DIR
 from model.vision_tower import VISION_DIR
 
 TOWER, LLM, VLM = "clip-tiny-patch16", "llm_demo_128", "sft_vlm_demo_128"  # as the repository has
-SIZES = ("--hidden_size", 128, "--num_hidden_layers", 4, "--num_attention_heads", 4)
+SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 SEED = 42
 CHAIN_FILE = "chain.json"  # in a chain's folder: the settings of what is there
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage with images trains."""
+    """How a stage with images trains: the values of its flags."""
 
     batch_size: int
     learning_rate: float
     warmup_steps: int
     optimizer: str
-
-    def flags(self) -> tuple:
-        return ("--batch_size", self.batch_size, "--learning_rate", self.learning_rate,
-                "--warmup_steps", self.warmup_steps, "--optimizer", self.optimizer)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,15 +35,15 @@ class Chain:
     llm: Path = OUT_DIR / f"{LLM}.pth"
     seed: int = SEED  # of order and new weights
     num_pretrain: int = 1000  # pictures of the first stage
-    num_train: int = 6000  # of the second, and a twentieth as many questions without one
-    num_turns: int = 5  # questions a picture at most
-    num_listed: int = 16  # pieces of the list at the end
-    caption_share: float = 0.1  # of the pictures are described too
+    num_train: int = 6000  # of the second; a twentieth as many questions have no picture
+    num_turns: int = 5  # questions per picture, at most
+    num_listed: int = 16  # pieces of the list that ends a record
+    caption_share: float = 0.1  # of the pictures also have a caption
     pretrain: Recipe = Recipe(4, 6e-3, 0, "muon")
     sft: Recipe = Recipe(4, 1e-3, 100, "muon")
     num_heldout: int = 400
     tower_steps: int = 0
-    text_share: float = 1.0  # of `TEXT_STAGES`
+    text_share: float = 1.0  # of the texts of `TEXT_STAGES`
 
     @property
     def data(self) -> Path:
@@ -58,7 +55,7 @@ class Chain:
 
     @property
     def out(self) -> Path:
-        """Where the stages with images write; another seed than the usual has its own folder."""
+        """Where the stages with images write; each seed but the default has its own folder."""
         return self.folder if self.seed == SEED else self.folder / f"seed_{self.seed}"
 
 
@@ -72,14 +69,14 @@ class TextStage:
     seed: int
     batch_size: int
     learning_rate: float
-    character_share: float = 0.0  # of the scenes with room: enough that reading them is learnt
+    character_share: float = 0.0  # of the scenes with room for one show a character to read
 
 
 TEXT_STAGES = (
     TextStage("llm_told", "--num_retold", 16000, 11, 32, 3e-3),
     TextStage("llm_demo", "--num_text", 40000, 11, 16, 2e-3, 0.6),
 )
-FROM_ZERO = {  # what differs in `make from-zero`
+FROM_ZERO: dict[str, Any] = {  # what differs in `make from-zero`
     "folder": OUT_DIR / "from_zero",
     "tower": OUT_DIR / "from_zero" / TOWER,
     "llm": OUT_DIR / "from_zero" / f"{LLM}.pth",
@@ -95,9 +92,12 @@ FROM_ZERO = {  # what differs in `make from-zero`
 }
 
 
-def describe(chain: Chain, *, is_from_zero: bool) -> dict:
-    """What the work in a chain's folder depends on: all settings but the seed, which has its own
-    folder, and the tower and language model unless the chain makes them."""
+def chain_settings(chain: Chain, *, is_from_zero: bool) -> dict[str, Any]:
+    """Everything that the files in a chain's folder depend on.
+
+    Not the seed (each seed has its own folder) nor the paths; the hashes of tower and language
+    model unless the chain trains them itself.
+    """
     settings = asdict(chain)
     for name in ("seed", "folder", "tower", "llm"):
         del settings[name]
@@ -109,11 +109,12 @@ def describe(chain: Chain, *, is_from_zero: bool) -> dict:
     return settings
 
 
-def check_settings(chain: Chain, settings: dict) -> None:
-    """Write down the settings in a new folder; in one with work in it they must be the same.
+def check_settings(chain: Chain, settings: dict[str, Any]) -> None:
+    """Write the settings into a new folder; in a folder that holds files they must be the same.
 
     Raises:
-        ValueError: they differ, or are not known; OSError: the folder cannot be written.
+        ValueError: they differ, or the folder does not say what they were.
+        OSError: the folder cannot be written.
     """
     path, settings = chain.folder / CHAIN_FILE, json.loads(json.dumps(settings))
     if chain.folder.is_dir() and any(chain.folder.iterdir()):

@@ -1,1 +1,1 @@
-"""What a run is given and says before and after training."""
+"""A run around the loop: its parts, the checks before, the report after."""

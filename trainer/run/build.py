@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from dataset.collate import VLMCollator
 from dataset.lm_dataset import VLMDataset
@@ -28,16 +30,16 @@ from trainer.ranks.signals import StopSignal
 from trainer.run import preflight
 from trainer.train_args import Stage, TrainArgs
 
-# Of --rank_timeout, for data workers: a run that they hold up has time to save.
+# Share of --rank_timeout that data workers get for a batch: the rest is time to save.
 PATIENCE_SHARE = 0.75
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a stage trains, on what."""
+    """The model that a stage trains, and its data."""
 
     model: MiniMindForCausalLM
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     dataset: Dataset
     val_dataset: Dataset | None
 
@@ -53,18 +55,24 @@ def build(stage: Stage, args: TrainArgs, *, device: torch.device) -> Parts:
 
 @dataclass(frozen=True)
 class Start:
-    """What `--from_weight` and the model flags say: config fields, and tensors if any."""
+    """What `--from_weight` and the model flags give: config fields, and tensors unless "none"."""
 
-    fields: dict
-    metadata: dict
-    state: dict | None = None
+    fields: dict[str, Any]
+    metadata: dict[str, Any]
+    state: dict[str, torch.Tensor] | None = None
     path: Path | None = None
 
 
 def read_start(args: TrainArgs) -> Start:
     """Read the weight to start from and compare it with the flags."""
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "use_moe", "keep_cls",
-             "image_special_token")  # fmt: skip
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "use_moe",
+        "keep_cls",
+        "image_special_token",
+    )
     flags = {name: getattr(args, name) for name in names}
     if args.from_weight == "none":
         return Start({k: v for k, v in flags.items() if v is not None}, {})
@@ -79,8 +87,10 @@ def read_start(args: TrainArgs) -> Start:
     return Start(fields, read_metadata(path), state, path)
 
 
-def check_language(model: MiniMindForCausalLM, tokenizer, start: Start) -> None:
-    """Does this tokenizer belong to this model? Where metadata says so, that is certain."""
+def check_language(
+    model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, start: Start
+) -> None:
+    """Check that tokenizer and model belong together; without metadata, by the model's loss."""
     check_special_tokens(tokenizer, vocab_size=model.config.vocab_size)
     if start.state is not None and "tokenizer_sha256" not in start.metadata:
         preflight.check_tokenizer_fits(model, tokenizer, weight=start.path)
@@ -109,7 +119,7 @@ def init_vlm_model(args: TrainArgs, *, device: torch.device) -> tuple[MiniMindVL
 
 def init_language_model(
     args: TrainArgs, *, device: torch.device
-) -> tuple[MiniMindForCausalLM, object]:
+) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerBase]:
     """The text-only model of the flags and its tokenizer; raises as `init_vlm_model`."""
     start = read_start(args)
     tokenizer = load_tokenizer(
@@ -141,7 +151,9 @@ def make_datasets(
     return dataset, VLMDataset(args.val_data_path, args.val_images_path, processor, **options)
 
 
-def make_text_datasets(args: TrainArgs, tokenizer) -> tuple[TextDataset, TextDataset | None]:
+def make_text_datasets(
+    args: TrainArgs, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TextDataset, TextDataset | None]:
     """Training and validation text, packed."""
     if args.data_path is None:
         raise ValueError("name the text to train on by --data_path: a .txt, .md or .jsonl file")
@@ -153,8 +165,9 @@ def make_text_datasets(args: TrainArgs, tokenizer) -> tuple[TextDataset, TextDat
 
 
 def lighten_tower(model: nn.Module, dtype: str) -> None:
-    """Keep the frozen tower's products in the numbers that autocast would cast them to at every
-    step. All else of it stays in float32, so what it computes is the same to the bit.
+    """Cast the weights of the frozen tower's linear and convolution layers once, to the type that
+    autocast would cast them to at every step. The rest stays in float32, so the results keep
+    their bits.
     """
     tower = getattr(model, "vision_encoder", None)
     for module in tower.modules() if tower is not None else ():
@@ -164,10 +177,10 @@ def lighten_tower(model: nn.Module, dtype: str) -> None:
 
 @dataclass(frozen=True)
 class Loaders:
-    """How a run's data is loaded, whichever part of it.
+    """Loads the training and validation data of a run.
 
     Args:
-        pad: the token id that fills rows.
+        pad: the id of the padding token.
     """
 
     args: TrainArgs

@@ -1,4 +1,6 @@
-"""Owns the metadata of a run's weights, and the identity that a resumed run must share."""
+"""Owns the description of a run: metadata of its weights, and what a resumed run must share."""
+
+from typing import Any
 
 from model.vlm_processor import tokenizer_sha256
 from model.weights.metadata import describe_model
@@ -8,7 +10,7 @@ from trainer.train_args import Stage, TrainArgs
 
 def metadata_and_identity(
     stage: Stage, args: TrainArgs, parts: Parts, *, trained: list[str]
-) -> tuple[dict, dict]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The weight's metadata, and the identity that a state and its run share."""
     sha256 = tokenizer_sha256(parts.tokenizer)
     metadata = describe_model(parts.model, tokenizer_sha256=sha256) | {"stage": stage.name}

@@ -1,10 +1,10 @@
-"""Owns what becomes of lines that cannot be written: they are lost, the run is not."""
+"""Owns printing that cannot end a run: lines that cannot be written are dropped."""
 
 import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 from trainer.ranks.signals import CLOSED_OUTPUT, StopSignal
 
@@ -13,13 +13,13 @@ class Output:
     """A text stream that drops what cannot be written.
 
     Args:
-        on_failure: hears of every such error, and may raise another in its place.
+        on_failure: called with every such error; may raise.
     """
 
     def __init__(self, stream: TextIO, on_failure: Callable[[OSError], None]):
         self._stream, self._on_failure = stream, on_failure
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
@@ -38,10 +38,10 @@ class Output:
 
 @contextlib.contextmanager
 def surviving_output(stop: StopSignal) -> Iterator[None]:
-    """What is printed within the block ends no training.
+    """A context in which printing never ends training.
 
-    A full disk costs lines, which is said once. A reader that has gone (`| head`) asks training to
-    save and leave, and ends a program that is not training yet by a `BrokenPipeError`.
+    On a full disk lines are lost, with one warning. If the reader has gone (`| head`), training
+    saves and stops; before training the program ends by a `BrokenPipeError`.
     """
     stdout, stderr = sys.stdout, sys.stderr
     failures: list[OSError] = []
@@ -68,7 +68,7 @@ def surviving_output(stop: StopSignal) -> Iterator[None]:
 
 
 def drop_unwritten(stream: TextIO) -> None:
-    """Python writes at its end what a stream still holds, and fails the program if it cannot."""
+    """Discard what a stream cannot write: Python would try again at exit, and fail the program."""
     try:
         stream.flush()
     except OSError:

@@ -1,19 +1,23 @@
-"""Owns what is checked and estimated before the first step."""
+"""Owns the checks and estimates before the first step."""
 
 import math
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from model.model_minimind import MiniMindConfig
 from trainer.loop.left_out import MAX_BAD_SHARE, too_many_bad
 from trainer.ranks.group import Logger, Ranks, warn
 from trainer.tracking.metrics import GIB
+from trainer.train_args import TrainArgs
 
-# A language model that knows these ids' meaning is far below chance on such sentences.
+# With the right tokenizer a trained language model is far below chance on such sentences.
 PROBE_TEXTS = (
     "The sun rises in the east and sets in the west.",
     "She went to the market to buy some bread and milk.",
@@ -27,7 +31,7 @@ ACTIVATION_BYTES = 34  # per token, layer and hidden unit, with a SwiGLU block; 
 
 
 @torch.no_grad()
-def probe_loss(model: nn.Module, tokenizer) -> float:
+def probe_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> float:
     """Mean loss per token, in nats, on a few ordinary English and Chinese sentences."""
     model.eval()
     total = num_tokens = 0.0
@@ -38,7 +42,9 @@ def probe_loss(model: nn.Module, tokenizer) -> float:
     return total / num_tokens
 
 
-def check_tokenizer_fits(model: nn.Module, tokenizer, *, weight: Path) -> None:
+def check_tokenizer_fits(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, weight: Path
+) -> None:
     """Warn loudly if a language model is near chance on ordinary sentences."""
     loss, chance = probe_loss(model, tokenizer), math.log(model.config.vocab_size)
     if not loss < NEAR_CHANCE * chance:
@@ -65,15 +71,17 @@ def check_writable(folder: Path, *, flag: str) -> None:
 def check_disk(
     model: nn.Module, *, save_dir: Path, checkpoint_dir: Path, num_states: int = 0
 ) -> None:
-    """Raise ValueError unless weights and states fit: the old ones stay until a new one is whole.
+    """Raise ValueError unless weights and states fit; an old file stays until its successor is
+    complete.
+
 
     Args:
-        num_states: how many states of this run stand there already.
+        num_states: how many states of this run are there already.
     """
     own = [p for n, p in model.named_parameters() if not n.startswith("vision_encoder.")]
     num_all = sum(p.numel() for p in own)
     num_trained = sum(p.numel() for p in own if p.requires_grad)
-    needs: dict[int, list] = {}
+    needs: dict[int, list[Any]] = {}
     state_size = STATE_BYTES["master"] * num_all + STATE_BYTES["adam"] * num_trained
     for folder, size in (
         (save_dir, 2 * STATE_BYTES["weight"] * num_all),
@@ -101,8 +109,8 @@ def estimate_memory_gib(model: nn.Module, *, batch_size: int, num_tokens: int) -
     return size / GIB
 
 
-def report_memory(model: nn.Module, ranks: Ranks, args) -> None:
-    """Say what training will roughly hold, for samples of an image and a short answer."""
+def report_memory(model: nn.Module, ranks: Ranks, args: TrainArgs) -> None:
+    """Print the estimated memory, for samples of an image and a short answer."""
     num_tokens = min(args.max_seq_len, getattr(model.config, "num_image_tokens", 512) + 64)
     memory = estimate_memory_gib(model, batch_size=args.batch_size, num_tokens=num_tokens)
     Logger(
@@ -112,7 +120,7 @@ def report_memory(model: nn.Module, ranks: Ranks, args) -> None:
 
 
 def check_ranks_agree(ranks: Ranks, facts: dict[str, str]) -> None:
-    """Compare what all ranks must have alike.
+    """Check that all ranks have the same values.
 
     Raises:
         ValueError: on every rank, naming what differs and which ranks have what.
@@ -133,8 +141,8 @@ def check_ranks_agree(ranks: Ranks, facts: dict[str, str]) -> None:
         )
 
 
-def check_balance(config, args, ranks: Ranks) -> None:
-    """Warn where the MoE loss is not one per sequence: then it is one per micro-batch."""
+def check_balance(config: MiniMindConfig, args: TrainArgs, ranks: Ranks) -> None:
+    """Warn if the MoE loss is per micro-batch: then it depends on how a step is split."""
     is_split = ranks.world_size * args.accumulation_steps > 1
     if config.use_moe and not config.seq_aux and is_split:
         warn(

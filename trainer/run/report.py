@@ -1,4 +1,4 @@
-"""Owns what a run says of itself: versions, git state, device, parameters, arguments, its end."""
+"""Owns what a run prints of itself: versions, device, parameters, arguments, how it ended."""
 
 import torch
 from torch import nn
@@ -16,23 +16,27 @@ INTERRUPTED = 128  # plus the signal's number is the exit status of a run that w
 def print_header(
     stage: Stage, args: TrainArgs, ranks: Ranks, model: nn.Module, paths: RunPaths
 ) -> None:
-    """What a reader of the log needs in order to repeat the run."""
+    """Print what a reader of the log needs to repeat the run."""
     device = str(ranks.device)
     if ranks.device.type == "cuda":
         device += f" ({torch.cuda.get_device_name(ranks.device)})"
-    Logger(f"MiniMind-V {stage.name} | git {git_state()} | "
-           + " ".join(f"{k} {v}" for k, v in versions().items()))  # fmt: skip
+    Logger(
+        f"MiniMind-V {stage.name} | git {git_state()} | "
+        + " ".join(f"{k} {v}" for k, v in versions().items())
+    )
     Logger(f"device {device}, {torch.get_num_threads()} CPU threads, {ranks.world_size} rank(s)")
     if ranks.device.type == "cuda" and args.dtype == "float32" and not args.tf32:
-        Logger("float32 products in full, without TF32; --tf32 1 is several times as fast, with 10 "
-               "bits of mantissa")  # fmt: skip
+        Logger(
+            "float32 products in full, without TF32; --tf32 1 is several times as fast, with 10 "
+            "bits of mantissa"
+        )
     Logger("arguments: " + " ".join(f"--{k} {v}" for k, v in args.as_text().items()))
     report_parameters(model)
     Logger(f"writes {paths.weight}, {paths.state}, {paths.metrics}")
 
 
 def report_parameters(model: nn.Module) -> None:
-    """How many parameters each part has, and how many of them train."""
+    """Print how many parameters each part has, and how many of them train."""
     groups: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
@@ -45,18 +49,22 @@ def report_parameters(model: nn.Module) -> None:
 
 
 def report_end(run: Run, paths: RunPaths, is_complete: bool) -> int:
-    """Say how the run ended; returns the exit status."""
+    """Print how the run ended; returns the exit status."""
     progress = run.progress
     if progress.bad_samples:
         warn(f"{progress.bad_samples} sample(s) were left out, see the lines above")
     if progress.truncated_samples:
-        warn(f"{progress.truncated_samples} sample(s) were cut at {run.args.max_seq_len} tokens; "
-             "raise --max_seq_len to keep them whole")  # fmt: skip
+        warn(
+            f"{progress.truncated_samples} sample(s) were cut at {run.args.max_seq_len} tokens; "
+            "raise --max_seq_len to keep them whole"
+        )
     if progress.skipped_steps:
         warn(f"{progress.skipped_steps} step(s) were left out: loss or gradient not finite")
     if is_complete and progress.step and progress.skipped_steps == progress.step:
-        warn("no step was applied: the weight is as it was; lower --learning_rate or use --dtype "
-             "bfloat16 or float32")  # fmt: skip
+        warn(
+            "no step was applied: the weight is as it was; lower --learning_rate or use --dtype "
+            "bfloat16 or float32"
+        )
         return 1
     if not is_complete:
         is_saved = progress.samples > run.started_samples

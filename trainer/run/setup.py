@@ -1,4 +1,4 @@
-"""Owns the wiring of a run: flags -> parts, checks, optimizer, state -> the loop."""
+"""Owns the order of a run: flags -> parts, checks, optimizer, state -> the loop -> report."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ import traceback
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ from trainer.tracking.metrics import Console, JsonLog, Metrics
 from trainer.tracking.trackers import Tracker, check_tracker, choose_experiment
 from trainer.train_args import Stage, TrainArgs, parse_args
 
-# What a rank may have of its own, or what only the main process reads.
+# Flags that may differ between ranks, or that only the main process reads.
 FLAGS_OF_A_RANK = {
     "device", "num_workers", "local_rank", "rank_timeout", "from_weight",
     "use_wandb", "tracker", "tracker_mode", "wandb_project", "wandb_run_name",
@@ -47,15 +48,17 @@ FLAGS_OF_A_RANK = {
 def main(stage: Stage, argv: list[str] | None, *, description: str) -> int:
     """Run a stage from the command line; returns the exit status.
 
-    What a user can mend ends in one line on stderr.
+    An error that a user can correct ends in one line on stderr.
     """
     stop = StopSignal()
     with surviving_output(stop):
-        return run_and_say(stage, argv, stop, description=description)
+        return run_and_report(stage, argv, stop, description=description)
 
 
-def run_and_say(stage: Stage, argv: list[str] | None, stop: StopSignal, *, description: str) -> int:
-    """As `main`, once all output is safe."""
+def run_and_report(
+    stage: Stage, argv: list[str] | None, stop: StopSignal, *, description: str
+) -> int:
+    """As `main`, within `surviving_output`."""
     watch = None
     try:
         args = parse_args(stage, argv, description=description)
@@ -63,7 +66,7 @@ def run_and_say(stage: Stage, argv: list[str] | None, stop: StopSignal, *, descr
         with watch:
             status = run_stage(stage, args, stop)
     except BaseException as error:
-        status = say_why(error, lost=watch and watch.lost)
+        status = print_reason(error, lost=watch and watch.lost)
         if dist.is_initialized() and dist.get_world_size() > 1:
             if status is None:
                 traceback.print_exc()
@@ -76,42 +79,46 @@ def run_and_say(stage: Stage, argv: list[str] | None, stop: StopSignal, *, descr
     return status
 
 
-def say_why(error: BaseException, *, lost: str | None) -> int | None:
-    """One line on stderr and the exit status; None for what only a programmer can mend.
+def print_reason(error: BaseException, *, lost: str | None) -> int | None:
+    """Print an error as one line on stderr; returns the exit status, or None for a bug, which needs
+    its traceback.
+
 
     Args:
-        lost: the rank for want of which a collective failed.
+        lost: a message that names the lost rank, if a collective failed for want of one.
     """
     if isinstance(error, KeyboardInterrupt):
         print("left at once; what was saved before is whole", file=sys.stderr, flush=True)
         return INTERRUPTED + signal.SIGINT
     if isinstance(error, BrokenPipeError):
-        say_error("nobody reads the output any more; no step was taken yet")
+        print_error("nobody reads the output any more; no step was taken yet")
         return INTERRUPTED + CLOSED_OUTPUT
     advice = "lower --batch_size and raise --accumulation_steps by as much"
     if line := out_of_memory_line(error, advice=advice):
-        say_error(line)
+        print_error(line)
     elif isinstance(error, RuntimeError) and lost:
-        say_error(lost)
+        print_error(lost)
     elif isinstance(error, dist.DistError):
         first_line, *_ = str(error).split("\n")
-        say_error(f"the ranks lost touch with one another ({first_line}); see the other ranks' "
-                  "messages, and go on with --from_resume 1")  # fmt: skip
+        print_error(
+            f"the ranks lost touch with one another ({first_line}); see the other ranks' "
+            "messages, and go on with --from_resume 1"
+        )
     elif isinstance(error, (ValueError, OSError)) and not os.environ.get("MINIMIND_TRACEBACK"):
-        say_error(error)
+        print_error(error)
     else:
         return None
     return 1
 
 
-def say_error(error: object) -> None:
-    """One line on stderr, of a rank that says which it is."""
+def print_error(error: object) -> None:
+    """Print one line on stderr, behind the number of the rank unless it is rank 0."""
     rank = "" if is_main_process() else f"rank {dist.get_rank()}: "
     print(f"{rank}error: {error}", file=sys.stderr, flush=True)
 
 
 def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
-    """Build everything, check it, train, and say what was made."""
+    """Build everything, check it, train, and report; returns the exit status."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data workers are the pool
     ranks = init_distributed_mode(args.device, args.dtype, tf32=args.tf32)
     setup_seed(args.seed)
@@ -144,9 +151,9 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
 
 
 def resume_and_train(
-    state: RunState, parts: Parts, stop: StopSignal, zero_config: dict | None
+    state: RunState, parts: Parts, stop: StopSignal, zero_config: dict[str, Any] | None
 ) -> int:
-    """Go on from what is saved, if that is asked for, and train; returns the exit status."""
+    """Load the saved state if --from_resume asks for it, and train; returns the exit status."""
     is_resumed = state.start()
     state.engine = make_engine(state, zero_config)
     metrics = make_metrics(state, num_samples=len(parts.dataset), is_resumed=is_resumed)
@@ -154,21 +161,26 @@ def resume_and_train(
     return report_end(run, state.paths, train_and_save(run, state))
 
 
-def facts_to_share(args: TrainArgs, parts: Parts, identity: dict) -> dict:
+def facts_to_share(args: TrainArgs, parts: Parts, identity: dict[str, Any]) -> dict[str, str]:
     """What must be the same on every rank: data, model and flags, but not where files lie."""
     data = {
         name: f"{len(dataset)} samples, fingerprint {dataset.fingerprint[:16]}"
         for name, dataset in (("data", parts.dataset), ("validation data", parts.val_dataset))
         if dataset is not None
     }
-    flags = {f"--{f.name}": getattr(args, f.name) for f in fields(args)
-             if f.type is not Path and f.name not in FLAGS_OF_A_RANK}  # fmt: skip
+    flags = {
+        f"--{f.name}": getattr(args, f.name)
+        for f in fields(args)
+        if f.type is not Path and f.name not in FLAGS_OF_A_RANK
+    }
     return {k: str(v) for k, v in (identity | data | flags).items()}
 
 
 def train_and_save(run: Run, state: RunState) -> bool:
-    """Train until all is done or a signal came; whether it is complete. All that was to be saved
-    is on disk then, also where the run ends with an error."""
+    """Train to the end or to a signal; returns whether the run is complete.
+
+    Pending saves are on disk on return, and also when an error is raised.
+    """
     outcome = "crashed"
     with run.stop:
         try:
@@ -185,7 +197,7 @@ def train_and_save(run: Run, state: RunState) -> bool:
 
 
 def check_run(args: TrainArgs, ranks: Ranks, parts: Parts, paths: RunPaths) -> None:
-    """What is knowable before the first step; every rank comes to the same answer."""
+    """Checks before the first step; every rank comes to the same result."""
     preflight.check_disk(
         parts.model,
         save_dir=args.save_dir,
@@ -223,8 +235,8 @@ def make_run(state: RunState, parts: Parts, metrics: Metrics, stop: StopSignal) 
     )
 
 
-def make_engine(state: RunState, zero_config: dict | None) -> Engine | zero.ZeroEngine:
-    """What applies the updates; it goes on from what was resumed."""
+def make_engine(state: RunState, zero_config: dict[str, Any] | None) -> Engine | zero.ZeroEngine:
+    """The engine that applies updates to the (resumed) model and optimizer."""
     lighten_tower(state.model, state.args.dtype)  # not before its fingerprint was taken
     if zero_config is not None:
         return zero.ZeroEngine(
@@ -272,7 +284,9 @@ def make_metrics(state: RunState, *, num_samples: int, is_resumed: bool) -> Metr
         return Metrics(active=False)
     args, progress = state.args, state.progress
     step = progress.step if is_resumed else None
-    sinks: list = [JsonLog(state.paths.metrics, resume_step=step, num_validated=progress.epoch)]
+    sinks: list[Any] = [
+        JsonLog(state.paths.metrics, resume_step=step, num_validated=progress.epoch)
+    ]
     state.tracker = choose_experiment(args, state.tracker)
     if args.tracker_name() is not None:
         folder = args.save_dir / "tensorboard"

@@ -3,8 +3,13 @@
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from model.machine.atomic_file import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 METRICS_SUFFIX = "_metrics.jsonl"
 PANELS = (  # field, title, axis, logarithmic
@@ -18,8 +23,8 @@ FEW_POINTS = 40  # up to here every point is marked
 SMOOTH_SHARE = 0.05  # of the points: the width of the running mean's window
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The figures of a run, a dict a line; a last line torn by a kill is left out.
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The figures of a run, a dict a line; a line cut off by a kill is left out.
 
     Raises:
         FileNotFoundError: no such file.
@@ -42,7 +47,7 @@ def read_metrics(path: Path) -> list[dict]:
     return figures
 
 
-def points(figures: list[dict], field: str) -> tuple[list[int], list[float]]:
+def points(figures: list[dict[str, Any]], field: str) -> tuple[list[int], list[float]]:
     """Steps and values of one field; a value that was not finite is NaN, a gap in the curve."""
     found = [(f["step"], f[field]) for f in figures if field in f]
     values = [math.nan if value is None else float(value) for _, value in found]
@@ -50,7 +55,7 @@ def points(figures: list[dict], field: str) -> tuple[list[int], list[float]]:
 
 
 def running_mean(values: list[float], width: int) -> list[float]:
-    """Mean over up to `width` values behind each one and itself, of those that are finite."""
+    """Mean of each value and up to `width - 1` before it, without those that are not finite."""
     means = []
     for end in range(1, len(values) + 1):
         window = [v for v in values[max(0, end - width) : end] if not math.isnan(v)]
@@ -59,9 +64,14 @@ def running_mean(values: list[float], width: int) -> list[float]:
 
 
 def draw_curve(
-    axes, figures: list[dict], field: str, *, label: str | None = None, color: str = "C0"
+    axes: "Axes",
+    figures: list[dict[str, Any]],
+    field: str,
+    *,
+    label: str | None = None,
+    color: str = "C0",
 ) -> bool:
-    """Draw one field of one run into matplotlib axes; a long noisy one also as its running mean.
+    """Draw one field of one run into matplotlib axes; a long one gets its running mean too.
 
     Returns:
         Whether there was anything to draw.
@@ -71,15 +81,22 @@ def draw_curve(
         return False
     is_long = len(values) > FEW_POINTS
     is_noisy = is_long and field != "lr"
-    axes.plot(steps, values, color=color, linewidth=1.2, marker=None if is_long else ".",
-              alpha=0.3 if is_noisy else 1.0, label=None if is_noisy else label)  # fmt: skip
+    axes.plot(
+        steps,
+        values,
+        color=color,
+        linewidth=1.2,
+        marker=None if is_long else ".",
+        alpha=0.3 if is_noisy else 1.0,
+        label=None if is_noisy else label,
+    )
     if is_noisy:
         means = running_mean(values, max(2, round(SMOOTH_SHARE * len(values))))
         axes.plot(steps, means, color=color, linewidth=1.6, label=label)
     return True
 
 
-def draw_runs(runs: dict[str, list[dict]]):
+def draw_runs(runs: dict[str, list[dict[str, Any]]]) -> "Figure":
     """A matplotlib figure with a panel for each of `PANELS` and a curve for each named run."""
     from matplotlib.figure import Figure  # half a second, so only where a picture is drawn
 
@@ -91,8 +108,15 @@ def draw_runs(runs: dict[str, list[dict]]):
         ]
         axes.set_title(title, fontsize=10)
         if not any(drawn):
-            axes.text(0.5, 0.5, "none in this run" if len(runs) == 1 else "none in these runs",
-                      ha="center", va="center", color="0.5", transform=axes.transAxes)  # fmt: skip
+            axes.text(
+                0.5,
+                0.5,
+                "none in this run" if len(runs) == 1 else "none in these runs",
+                ha="center",
+                va="center",
+                color="0.5",
+                transform=axes.transAxes,
+            )
             axes.set(xticks=[], yticks=[])
             continue
         positive = any(v > 0 for figures in runs.values() for v in points(figures, field)[1])
@@ -100,17 +124,18 @@ def draw_runs(runs: dict[str, list[dict]]):
         axes.set_yscale("log" if is_log and positive else "linear")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    handles = {}
+    handles: dict[str, Any] = {}
     for axes in figure.axes:
         lines, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, lines, strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2,
-                  frameon=False)  # fmt: skip
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=2, frameon=False
+    )
     return figure
 
 
 def run_names(paths: list[Path]) -> list[str]:
-    """A short name for each metrics file; files of the same name are told apart by their folder."""
+    """A short name for each metrics file; files of the same name get their folder before it."""
     paths = [path.resolve() for path in paths]
     stems = [path.name.removesuffix(METRICS_SUFFIX) for path in paths]
     longer = [f"{path.parent.name}/{stem}" for path, stem in zip(paths, stems, strict=True)]

@@ -1,4 +1,4 @@
-"""Owns what a run ran with: versions of the libraries, the commit of this repository."""
+"""Owns the environment of a run: versions of the libraries, the commit of this repository."""
 
 import platform
 import subprocess
@@ -10,7 +10,7 @@ from model.machine.paths import ROOT
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+    """Versions of the libraries that decide the results."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a str subclass that a safe load refuses
@@ -19,12 +19,12 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> str:
-    """Commit of this repository, "+" if files changed since; or that there is none."""
+    """Commit of this repository, with "+" if files differ from it; or a text if there is none."""
 
     def git(*command: str) -> str:
         return subprocess.run(
             ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()  # fmt: skip
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")

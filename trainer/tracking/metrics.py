@@ -5,7 +5,9 @@ import math
 import os
 import sys
 import time
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -60,7 +62,7 @@ class LogWindow:
             update.grad_norm if is_first else torch.maximum(self.grad_peak, update.grad_norm)
         )
 
-    def read(self, device: torch.device) -> dict:
+    def read(self, device: torch.device) -> dict[str, Any]:
         """The window's figures; the one place that waits for the device.
 
         Loss is the mean per supervised token, without the MoE loss, which is the mean per
@@ -68,8 +70,13 @@ class LogWindow:
         """
         peak = float("nan") if self.grad_peak is None else self.grad_peak
         values = (
-            self.loss_sum, self.aux_sum, self.grad_norm, peak, self.supervised, self.sequences
-        )  # fmt: skip
+            self.loss_sum,
+            self.aux_sum,
+            self.grad_norm,
+            peak,
+            self.supervised,
+            self.sequences,
+        )
         stacked = torch.stack([torch.as_tensor(v).detach().float().cpu() for v in values])
         loss_sum, aux_sum, grad_norm, peak, supervised, sequences = stacked.tolist()
         self.has_gradient = peak != 0
@@ -89,13 +96,15 @@ class JsonLog:
     """The metrics file: one JSON object a line, kept across resumes.
 
     Args:
-        resume_step: drop what an interrupted run wrote behind this step; None starts a new file.
-        num_validated: drop validations of epochs behind these, which come again.
+        resume_step: drop the lines of later steps, which come again; None starts a new file.
+        num_validated: drop validations of later epochs, which come again.
     """
 
     def __init__(self, path: Path, *, resume_step: int | None = None, num_validated: int = 0):
         self._path, self._resume_step, self._num_validated = path, resume_step, num_validated
-        self._file = None  # opened by the first line: a run that never starts changes nothing
+        self._file: FileIO | None = (
+            None  # opened by the first line: a run that never starts changes nothing
+        )
         self._waiting = b""  # lines that could not be written yet
 
     def _open(self) -> None:
@@ -111,14 +120,14 @@ class JsonLog:
             try:
                 figures = json.loads(line)
             except ValueError:
-                continue  # torn by a kill
+                continue  # cut off by a kill
             comes_again = "val_loss" in figures and figures["epoch"] > self._num_validated
             if figures.get("step", 0) <= step and not comes_again:
                 lines.append(line)
         return lines
 
-    def write(self, figures: dict) -> None:
-        """Write a line; one that cannot be written is told once, kept, and tried again."""
+    def write(self, figures: dict[str, Any]) -> None:
+        """Write a line; one that cannot be written is kept and tried again, with one warning."""
         finite = {k: None if _is_not_finite(v) else v for k, v in figures.items()}
         line = json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
         had_trouble, self._waiting = bool(self._waiting), self._waiting + line.encode()
@@ -127,7 +136,7 @@ class JsonLog:
             warn(f"{self._path} cannot be written ({failure}); training goes on and tries again")
 
     def _drain(self) -> OSError | None:
-        """Write what waits; what a full disk did not take goes on waiting."""
+        """Write the waiting lines; what a full disk does not take stays waiting."""
         try:
             if self._file is None:
                 self._open()
@@ -144,7 +153,7 @@ class JsonLog:
             self._file.close()
 
 
-def _is_not_finite(value) -> bool:
+def _is_not_finite(value: Any) -> bool:
     """JSON has no NaN and no infinity."""
     return isinstance(value, float) and not math.isfinite(value)
 
@@ -155,8 +164,14 @@ class Console:
     def __init__(self, *, total_samples: int, done_samples: int):
         self._bar = None
         if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-            self._bar = tqdm(total=total_samples, initial=done_samples, unit="sample",
-                             dynamic_ncols=True, file=sys.stdout, leave=False)  # fmt: skip
+            self._bar = tqdm(
+                total=total_samples,
+                initial=done_samples,
+                unit="sample",
+                dynamic_ncols=True,
+                file=sys.stdout,
+                leave=False,
+            )
 
     def advance(self, samples: int) -> None:
         if self._bar is not None:
@@ -176,7 +191,9 @@ class Console:
 class Metrics:
     """All sinks of the main process; the other ranks have none (`active=False`)."""
 
-    def __init__(self, *, active: bool, console: Console | None = None, sinks: list | None = None):
+    def __init__(
+        self, *, active: bool, console: Console | None = None, sinks: list[Any] | None = None
+    ):
         self.active = active
         self.console = console
         self.sinks = sinks or []
@@ -189,7 +206,7 @@ class Metrics:
         if self.active:
             self.console.line(text)
 
-    def write(self, figures: dict) -> None:
+    def write(self, figures: dict[str, Any]) -> None:
         for sink in self.sinks:
             sink.write(figures)
 

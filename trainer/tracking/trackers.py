@@ -1,7 +1,7 @@
 """Owns the trackers of `--use_wandb` and `--tracker`, seen from training.
 
 A tracker runs in a process of its own (`tracker_process.py`): it may ask for a login, wait for the
-network, take over signal handlers or die, and training neither waits nor notices. Only the main
+network, install signal handlers or crash without any effect on training. Only the main
 process has one.
 """
 
@@ -15,9 +15,10 @@ import threading
 import uuid
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from trainer.ranks.group import warn
-from trainer.tracking.tracker_process import SAID, TITLES
+from trainer.tracking.tracker_process import REPORTED, TITLES
 from trainer.train_args import TrainArgs
 
 PROGRAM = Path(__file__).with_name("tracker_process.py")
@@ -36,11 +37,11 @@ def check_tracker(args: TrainArgs) -> None:
         raise ValueError("SwanLab's local mode needs its dashboard: pip install swanlab[dashboard]")
 
 
-def choose_experiment(args: TrainArgs, before: dict) -> dict:
-    """The experiment that a run writes to. The state keeps it, so that a resumed run finds it.
+def choose_experiment(args: TrainArgs, before: dict[str, Any]) -> dict[str, Any]:
+    """The experiment that a run writes to. A state holds it, so that a resumed run finds it again.
 
     Args:
-        before: the experiment in the state of the run that is resumed, else {}.
+        before: the same of the run that is resumed, else {}.
     """
     name = args.tracker_name()
     if name is None or before.get("tracker") == name:
@@ -57,7 +58,9 @@ class Tracker:
         folder: where TensorBoard's files go; the others choose below the current directory.
     """
 
-    def __init__(self, args: TrainArgs, about: dict, *, resumed_step: int | None, folder: Path):
+    def __init__(
+        self, args: TrainArgs, about: dict[str, Any], *, resumed_step: int | None, folder: Path
+    ):
         self._title = TITLES[about["tracker"]]
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         first = about | {
@@ -71,34 +74,34 @@ class Tracker:
         self._process = subprocess.Popen(
             [sys.executable, str(PROGRAM)],
             stdin=subprocess.PIPE,
-            stdout=2,  # what a tracker says, such as the address of the run, is no result
-            start_new_session=True,  # Ctrl-C is for training, which then tells the tracker
+            stdout=2,  # a tracker prints messages, such as the address of the run
+            start_new_session=True,  # Ctrl-C reaches training alone, which then sends the end
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         )
         self._is_left_behind = False
         self._thread = threading.Thread(target=self._pump, daemon=True)
         self._thread.start()
 
-    def _put(self, message: dict) -> None:
+    def _put(self, message: dict[str, Any]) -> None:
         self._lines.put(json.dumps(message) + "\n")
 
     def _pump(self) -> None:
-        """Write lines as fast as the tracker takes them; this thread may wait, training not."""
+        """Write lines as fast as the tracker reads them; this thread may wait for it."""
         with contextlib.suppress(OSError), self._process.stdin as pipe:  # it may have ended
             while (line := self._lines.get()) is not None:
                 pipe.write(line.encode())
                 pipe.flush()
-        if self._process.wait() not in (0, SAID) and not self._is_left_behind:
+        if self._process.wait() not in (0, REPORTED) and not self._is_left_behind:
             warn(
                 f"{self._title} ended by itself (status {self._process.returncode}) and is left "
                 "out from here on; the metrics file beside the weight goes on"
             )
 
-    def write(self, figures: dict) -> None:
+    def write(self, figures: dict[str, Any]) -> None:
         self._put({"figures": {k: v for k, v in figures.items() if isinstance(v, int | float)}})
 
     def close(self, outcome: str) -> None:
-        """Let the tracker finish, but not for ever."""
+        """Wait a limited time for the tracker to finish."""
         self._put({"end": outcome})
         self._lines.put(None)
         patience_s = PATIENCE_S if outcome == "success" else PATIENCE_STOPPED_S

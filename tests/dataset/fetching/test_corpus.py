@@ -1,4 +1,6 @@
-"""The corpus from archives as GitHub serves them."""
+"""If this fails, the tokenizer's training text cannot be fetched, or is not the text that the
+shipped tokenizer was trained on.
+"""
 
 import gzip
 import hashlib

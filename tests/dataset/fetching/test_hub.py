@@ -1,4 +1,6 @@
-"""Fetching from a hub that behaves, and misbehaves: whole files or none."""
+"""If this fails, a download that is cut off leaves a damaged file in place, or starts over instead
+of fetching the rest.
+"""
 
 import socket
 import subprocess

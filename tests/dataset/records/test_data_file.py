@@ -1,4 +1,6 @@
-"""What a data file is not: text in another encoding, a binary file, a FIFO."""
+"""If this fails, a data file in another encoding, a binary file or a pipe ends in a traceback,
+hangs, or is read as wrong text.
+"""
 
 import gzip
 import json

@@ -1,4 +1,6 @@
-"""Pictures in folders and zip files that are damaged, or are no files."""
+"""If this fails, one damaged picture or zip file ends a whole run, or a pipe named like a picture
+makes it hang.
+"""
 
 import json
 import os

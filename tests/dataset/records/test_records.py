@@ -1,4 +1,6 @@
-"""Records of every layout, data set, collation."""
+"""If this fails, one of the supported data layouts gives the model other text, pictures or
+supervised tokens than its records hold, or a batch is put together wrongly.
+"""
 
 import json
 import pickle
@@ -60,8 +62,9 @@ def test_both_generations_give_the_same_sample(tmp_path, processor):
 def test_roles_come_from_the_record_not_from_parity(tmp_path, processor):
     system = {"role": "system", "content": "Be brief."}
     turns = conversation("What?", "A circle.")["conversations"]
-    data = write_lines(tmp_path, {"conversations": [system, *turns]},
-                       {"conversations": [*turns, turns[1]]})  # fmt: skip
+    data = write_lines(
+        tmp_path, {"conversations": [system, *turns]}, {"conversations": [*turns, turns[1]]}
+    )
     dataset = VLMDataset(data, None, processor)
     targets = [processor.tokenizer.decode(s.input_ids[s.labels != -100]) for s in dataset]
     assert targets == ["A circle.<|im_end|>\n", "A circle.<|im_end|>\n" * 2]
@@ -93,9 +96,11 @@ def test_parquet_gives_the_samples_of_its_jsonl(tmp_path, processor):
         names = [n.strip() for n in record.get("image", "").split(",") if n.strip()]
         columns["image_bytes"].append([(images / n).read_bytes() for n in names])
     table = pyarrow.table(
-        columns, schema=pyarrow.schema({"conversations": pyarrow.string(),
-                                        "image_bytes": pyarrow.list_(pyarrow.binary())})
-    )  # fmt: skip
+        columns,
+        schema=pyarrow.schema(
+            {"conversations": pyarrow.string(), "image_bytes": pyarrow.list_(pyarrow.binary())}
+        ),
+    )
     pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
     parquet = VLMDataset(tmp_path / "data.parquet", None, processor)
     jsonl = VLMDataset(data, images, processor)

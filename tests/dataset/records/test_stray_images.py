@@ -1,4 +1,6 @@
-"""Records whose pictures stand where nothing reads them are refused; harmless fields stay."""
+"""If this fails, records whose pictures stand in fields that are not read train silently as text
+alone, or harmless records are refused.
+"""
 
 import json
 
@@ -117,8 +119,12 @@ def test_parquet_column_of_pictures_that_is_not_read_is_refused(tmp_path):
         ("picture", encoded),
         ("file", "0_0.png"),
     ):
-        columns = {"conversations": [turns, turns], "image_bytes": [None, None],
-                   name: [None, value], "id": ["a.png", "b.png"]}  # fmt: skip
+        columns = {
+            "conversations": [turns, turns],
+            "image_bytes": [None, None],
+            name: [None, value],
+            "id": ["a.png", "b.png"],
+        }
         schema = {"image_bytes": pyarrow.list_(pyarrow.binary())}
         table = pyarrow.table({k: pyarrow.array(v, schema.get(k)) for k, v in columns.items()})
         pyarrow.parquet.write_table(table, tmp_path / "data.parquet")

@@ -1,4 +1,6 @@
-"""`eval_vlm.py` as a user runs it."""
+"""If this fails, a command line of `eval_vlm.py` that users copy from the README does not run, or a
+mistake in it ends in a traceback.
+"""
 
 import argparse
 import socket
@@ -73,8 +75,12 @@ def test_language_model_without_projection_runs_and_warns(assets, trained, capfd
 
 def test_server_of_a_language_model_warns(assets, trained, capfd):
     with socket.create_server(("127.0.0.1", 0)) as taken:  # so that it ends when it has begun
-        argv = [*model_flags(assets, trained / "out"), "--weight", "llm", "--api",
-                "--port", taken.getsockname()[1]]  # fmt: skip
+        argv = [
+            *model_flags(assets, trained / "out"),
+            *"--weight llm --api".split(),
+            "--port",
+            taken.getsockname()[1],
+        ]
         assert web_demo.main(list(map(str, argv))) == 1
     err = capfd.readouterr().err
     assert "warning: llm_32.pth has no projection, so this model cannot see" in err

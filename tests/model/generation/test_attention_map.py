@@ -1,4 +1,6 @@
-"""Where an answer looks."""
+"""If this fails, the picture of where an answer looks highlights patches that the model did not
+attend to.
+"""
 
 import copy
 
@@ -53,8 +55,9 @@ def test_look_is_the_attention_of_the_model(engine, monkeypatch):
 
 def test_look_of_a_hand_made_head_finds_the_patch(assets):
     """Keys are the features themselves: the patch whose feature the answer's token has wins."""
-    engine = VLMEngine(make_loaded(assets, num_hidden_layers=1, num_attention_heads=1,
-                                   num_key_value_heads=1))  # fmt: skip
+    engine = VLMEngine(
+        make_loaded(assets, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    )
     model = engine.model
     attention = model.model.layers[0].self_attn
     for projection in (attention.q_proj, attention.k_proj):

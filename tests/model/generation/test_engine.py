@@ -1,4 +1,6 @@
-"""The engine that evaluation, chat, page and server share."""
+"""If this fails, evaluation, chat, web page and server give wrong answers, answers that depend on
+who asks at the same time, or none after an error.
+"""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -129,8 +131,10 @@ def test_first_tokens_are_drawn_from_the_right_distribution(dense, fields):
     if "top_p" in fields:  # the fewest tokens that hold this share
         expected[order[1:][expected[order].cumsum(0)[:-1] >= 0.6]] = 0
     expected /= expected.sum()
-    rows = [AnswerState(batch["input_ids"][0], Sampling(1, seed=s, **settings), max_new_tokens=1)
-            for s in range(num_draws)]  # fmt: skip
+    rows = [
+        AnswerState(batch["input_ids"][0], Sampling(1, seed=s, **settings), max_new_tokens=1)
+        for s in range(num_draws)
+    ]
     drawn = torch.tensor([row.add_token(logits, eos_token_id=2) for row in rows])
     share = torch.bincount(drawn, minlength=len(expected)) / num_draws
     assert (share[expected == 0] == 0).all()
@@ -213,8 +217,12 @@ def test_generate_can_be_cancelled_from_another_thread(endless):
 def test_many_threads_get_the_answers_of_one(engine):
     """Streams and batches at once, sampled and greedy, with pictures opened meanwhile."""
     samples = conversations()
-    jobs = [(s, Sampling(NEW_TOKENS, t, seed=seed)) for s in samples for t in (0, 1.0)
-            for seed in range(4)]  # fmt: skip
+    jobs = [
+        (s, Sampling(NEW_TOKENS, t, seed=seed))
+        for s in samples
+        for t in (0, 1.0)
+        for seed in range(4)
+    ]
     expected = [engine.generate([sample], sampling)[0] for sample, sampling in jobs]
     start = threading.Barrier(len(jobs))
 
@@ -284,8 +292,12 @@ def num_tokens(engine: VLMEngine, messages: list[dict]) -> int:
 
 
 def test_fit_drops_the_oldest_text_turns_and_no_image(assets):
-    turns = [("What is a circle?", "A red circle."), ("<image>\nWhat?", "A picture."),
-             ("What is red?", "A circle."), ("And <image>?", "Blue.")]  # fmt: skip
+    turns = [
+        ("What is a circle?", "A red circle."),
+        ("<image>\nWhat?", "A picture."),
+        ("What is red?", "A circle."),
+        ("And <image>?", "Blue."),
+    ]
     full = dialogue(*turns, last="图像里有什么？", system="You are a helpful assistant")
     images = [picture(6), picture(9)]
     size = num_tokens(VLMEngine(make_loaded(assets)), full)

@@ -1,4 +1,6 @@
-"""`model.generate` of transformers: the same tokens however the work is split."""
+"""If this fails, `model.generate` of transformers gives other tokens with a cache, a batch or beams
+than without, or gives a sample another's images.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Writing files whole, through links and into what is no file."""
+"""If this fails, a write that is cut off destroys the file before it, or writing through a link or
+a pipe replaces it.
+"""
 
 import os
 import pty

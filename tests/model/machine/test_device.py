@@ -1,4 +1,6 @@
-"""What a device is and can do, told by a strict stand-in for `torch.cuda`: no GPU is needed."""
+"""If this fails, a command picks the wrong GPU or number format, or fails on one with a traceback.
+A strict stand-in for `torch.cuda` answers, so no GPU is needed.
+"""
 
 import argparse
 import os
@@ -156,9 +158,13 @@ def test_named_gpu_counts_for_a_process_that_is_alone(num_local, index, cuda, mo
 def test_deepspeed_cannot_take_another_gpu_than_the_local_ranks(cuda, monkeypatch):
     launch(monkeypatch, RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)
     args = argparse.Namespace(
-        deepspeed="ds_zero2.json", device="cuda:1", optimizer="adamw", dtype="bfloat16",
-        batch_size=1, grad_clip=1.0,
-    )  # fmt: skip
+        deepspeed="ds_zero2.json",
+        device="cuda:1",
+        optimizer="adamw",
+        dtype="bfloat16",
+        batch_size=1,
+        grad_clip=1.0,
+    )
     ranks = SimpleNamespace(device=torch.device("cuda:1"))
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
         read_config(args, ranks)
@@ -223,9 +229,16 @@ def model_args(assets, *flags) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)
     return parser.parse_args(
-        ["--vision_model_path", str(assets / "tower"), "--device", "cpu", *map(str, flags),
-         "--tokenizer_path", str(assets / "tokenizer")]
-    )  # fmt: skip
+        [
+            "--vision_model_path",
+            str(assets / "tower"),
+            "--device",
+            "cpu",
+            *map(str, flags),
+            "--tokenizer_path",
+            str(assets / "tokenizer"),
+        ]
+    )
 
 
 def test_model_is_loaded_in_what_the_device_computes_in(assets, tmp_path, monkeypatch, cuda):

@@ -1,4 +1,5 @@
-"""Every command that takes `--device`, for every way to name a GPU: how it chooses and prepares it.
+"""If this fails, a command that takes `--device` does not run on the GPU that the user named, or
+two ranks share one.
 
 On a pretend GPU as strict as a real one, whose tensors are real enough to run the commands whole.
 """
@@ -71,19 +72,32 @@ def training(name: str, assets, folder, tmp_path) -> list[str]:
 
 
 def answering(assets, folder) -> list[str]:
-    return ["--save_dir", str(folder / "out"), "--vision_model_path", str(assets / "tower"),
-            "--tokenizer_path", str(assets / "tokenizer"), "--max_new_tokens", "3"]  # fmt: skip
+    return [
+        "--save_dir",
+        str(folder / "out"),
+        "--vision_model_path",
+        str(assets / "tower"),
+        "--tokenizer_path",
+        str(assets / "tokenizer"),
+        "--max_new_tokens",
+        "3",
+    ]
 
 
 def eval_task(task: str, folder) -> list[str]:
     one = folder / "one"
     return {
         "describe": ["--image_dir", str(one / "images")],
-        "score": ["--data_path", str(one / "data_0.jsonl"), "--images_path", str(one / "images"),
-                  "--num_generate", "1", "--num_wrong", "1"],
+        "score": [
+            "--data_path",
+            str(one / "data_0.jsonl"),
+            "--images_path",
+            str(one / "images"),
+            *"--num_generate 1 --num_wrong 1".split(),
+        ],
         "choose": ["--choices", str(folder / "choices.tsv")],
         "chat": ["--chat"],
-    }[task]  # fmt: skip
+    }[task]
 
 
 @pytest.fixture
@@ -106,8 +120,9 @@ def assert_computed_on(world, index: int) -> None:
 
 @pytest.mark.parametrize("device", WISHES)
 @pytest.mark.parametrize("name", STAGES)
-def test_training_chooses_a_gpu_with_an_index(name, device, machine, monkeypatch, assets, folder,
-                                              tmp_path):  # fmt: skip
+def test_training_chooses_a_gpu_with_an_index(
+    name, device, machine, monkeypatch, assets, folder, tmp_path
+):
     """As far as the model is built; the runs below are whole."""
 
     def build(stage, args, *, device):
@@ -167,8 +182,12 @@ def test_page_and_server_load_their_model_there(kind, device, machine, monkeypat
 @pytest.mark.parametrize("device", WISHES)
 def test_benchmark_runs_there(device, machine, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_saving, "MODES", ("no save",) * 3)
-    argv = ["--sizes", "32x1", "--num_rounds", "1", "--num_steps", "1", "--batch_size", "1",
-            "--num_tokens", "16", "--folder", str(tmp_path), *named(device)]  # fmt: skip
+    argv = [
+        *"--sizes 32x1 --num_rounds 1 --num_steps 1 --batch_size 1 --num_tokens 16".split(),
+        "--folder",
+        str(tmp_path),
+        *named(device),
+    ]
     assert benchmark_saving.main(argv) == 0
     assert_computed_on(machine, WISHES[device])
 
@@ -176,9 +195,13 @@ def test_benchmark_runs_there(device, machine, tmp_path, monkeypatch):
 @pytest.mark.parametrize("device", WISHES)
 def test_tower_training_runs_there(device, machine, tmp_path, monkeypatch):
     monkeypatch.setattr(train_clip_tiny, "NUM_HELDOUT", 1)
-    argv = ["--steps", "1", "--batch_size", "2", "--hidden_size", "64", "--num_hidden_layers", "1",
-            "--text_hidden_size", "64", "--num_workers", "0", "--save_dir", str(tmp_path / "clip"),
-            *named(device)]  # fmt: skip
+    argv = [
+        *"--steps 1 --batch_size 2 --hidden_size 64 --num_hidden_layers 1".split(),
+        *"--text_hidden_size 64 --num_workers 0".split(),
+        "--save_dir",
+        str(tmp_path / "clip"),
+        *named(device),
+    ]
     assert train_clip_tiny.main(argv) == 0
     assert_computed_on(machine, WISHES[device])
 
@@ -216,8 +239,9 @@ def test_each_rank_takes_its_own_gpu(name, device, second_of_two, assets, folder
     assert second_of_two.driver.current == 1
 
 
-def test_without_nccl_cuda_tensors_travel_over_gloo(second_of_two, monkeypatch, assets, folder,
-                                                    tmp_path):  # fmt: skip
+def test_without_nccl_cuda_tensors_travel_over_gloo(
+    second_of_two, monkeypatch, assets, folder, tmp_path
+):
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     with pytest.raises(Reached) as reached:
         train_pretrain_vlm.main(training("pretrain", assets, folder, tmp_path))
@@ -229,8 +253,9 @@ def test_without_nccl_cuda_tensors_travel_over_gloo(second_of_two, monkeypatch, 
 
 @pytest.mark.parametrize("name", ["pretrain", "eval", "page"])
 @pytest.mark.parametrize("device, said", [("cuda:2", "2 CUDA device"), ("cuda:x", "not a device")])
-def test_a_gpu_that_is_not_there_is_one_line(name, device, said, machine, assets, folder, tmp_path,
-                                             capfd):  # fmt: skip
+def test_a_gpu_that_is_not_there_is_one_line(
+    name, device, said, machine, assets, folder, tmp_path, capfd
+):
     argv = [*answering(assets, folder), *named(device)]
     if name == "pretrain":
         argv = [*training("pretrain", assets, folder, tmp_path), *named(device)]
@@ -240,8 +265,9 @@ def test_a_gpu_that_is_not_there_is_one_line(name, device, said, machine, assets
     assert err.startswith("error: ") and said in err and err.count("\n") == 1
 
 
-def test_an_older_gpu_answers_in_float16_and_refuses_bfloat16(assets, folder, tmp_path, capfd,
-                                                              monkeypatch):  # fmt: skip
+def test_an_older_gpu_answers_in_float16_and_refuses_bfloat16(
+    assets, folder, tmp_path, capfd, monkeypatch
+):
     """Turing only emulates bfloat16, which PyTorch counts unless it is told not to."""
     monkeypatch.delenv("RANK", raising=False)
     with pretend_gpus(Gpu(TURING)) as driver, pretend_tensors(driver) as world:

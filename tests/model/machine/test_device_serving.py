@@ -1,4 +1,6 @@
-"""Running out of memory while answering: the request hears of it, the rest goes on."""
+"""If this fails, one answer that runs out of memory takes down the server, the page, the chat or
+the evaluation with it.
+"""
 
 import json
 from types import SimpleNamespace
@@ -117,9 +119,18 @@ def test_evaluation_out_of_memory_ends_in_one_line(engine, assets, tmp_path, mon
         raise torch.OutOfMemoryError(CUDA_ERROR)
 
     data, images = make_records(tmp_path, num_records=4)
-    flags = ["--save_dir", engine.path.parent, "--vision_model_path", assets / "tower",
-             "--tokenizer_path", assets / "tokenizer", "--device", "cpu",
-             "--weight", engine.path]  # fmt: skip
+    flags = [
+        "--save_dir",
+        engine.path.parent,
+        "--vision_model_path",
+        assets / "tower",
+        "--tokenizer_path",
+        assets / "tokenizer",
+        "--device",
+        "cpu",
+        "--weight",
+        engine.path,
+    ]
     tasks = (["--image_dir", images], ["--data_path", data, "--images_path", images])
     monkeypatch.setattr(MiniMindVLM, "encode_images", forward)
     for task in tasks:

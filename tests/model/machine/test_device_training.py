@@ -1,5 +1,7 @@
-"""What training does otherwise on a GPU, each way checked on a CPU: by forcing the branch, or by
-looking at what is called."""
+"""If this fails, training on a GPU differs from training on a CPU in more than rounding, or is
+slowed by needless waits. Each GPU branch is checked on a CPU: by forcing it, or by looking at what
+is called.
+"""
 
 import contextlib
 import json
@@ -27,7 +29,7 @@ from trainer.ranks import meeting as rank_meeting
 from trainer.ranks.group import Ranks
 from trainer.ranks.signals import StopSignal
 from trainer.run.build import Loaders, lighten_tower
-from trainer.run.setup import say_why, wrap_for_ranks
+from trainer.run.setup import print_reason, wrap_for_ranks
 from trainer.train_args import TrainArgs
 from trainer.train_clip_tiny import PROCESSOR, preprocess
 
@@ -131,8 +133,13 @@ def test_expert_without_a_row_gets_a_zero_gradient(route, monkeypatch):
 
 def test_experts_of_odd_widths_train_in_bfloat16():
     """Grouped products refuse rows that are no multiple of 16 bytes."""
-    config = MiniMindConfig(hidden_size=20, num_attention_heads=5, num_key_value_heads=5,
-                            num_hidden_layers=1, use_moe=True)  # fmt: skip
+    config = MiniMindConfig(
+        hidden_size=20,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        num_hidden_layers=1,
+        use_moe=True,
+    )
     model = MiniMindForCausalLM(config).train()
     ids = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -194,8 +201,11 @@ def test_tower_kept_in_low_precision_computes_the_same_bits(dtype, assets):
         lighten_tower(model, dtype)
         after = model.get_image_embeddings(pixels, model.vision_encoder)
     assert torch.equal(before, after)
-    dtypes = {type(m).__name__: p.dtype for m in model.vision_encoder.modules()
-              for p in m.parameters(recurse=False)}  # fmt: skip
+    dtypes = {
+        type(m).__name__: p.dtype
+        for m in model.vision_encoder.modules()
+        for p in m.parameters(recurse=False)
+    }
     assert dtypes["Linear"] == dtypes["Conv2d"] == getattr(torch, dtype)
     assert dtypes["LayerNorm"] == dtypes["Embedding"] == torch.float32
     assert next(model.vision_proj.parameters()).dtype == torch.float32
@@ -282,7 +292,7 @@ def test_nccl_is_given_its_device_and_fails_in_one_line(monkeypatch):
 
 def test_nccl_failure_in_a_step_is_one_line(capsys):
     error = dist.DistBackendError("NCCL communicator was aborted on rank 1.\nException raised")
-    assert say_why(error, lost=None) == 1
+    assert print_reason(error, lost=None) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "NCCL communicator was aborted on rank 1" in line and "--from_resume 1" in line
 

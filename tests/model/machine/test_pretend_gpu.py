@@ -1,4 +1,6 @@
-"""Training, resuming and answering on a pretend GPU: where tensors are, and who waits for whom."""
+"""If this fails, training, resuming or answering on a GPU mixes devices or waits for the device in
+every step, or the pretend GPU of these tests is laxer than a real one.
+"""
 
 import signal
 
@@ -171,8 +173,15 @@ def test_no_step_waits_for_the_device_between_log_lines(
     looks: list[int] = []
     monkeypatch.setattr(train_loop, "optimizer_step", count)
     monkeypatch.setattr(train_loop, "log_window", look)
-    status = train(assets, tmp_path, use_moe=use_moe, dtype=dtype, optimizer=optimizer,
-                   log_interval=3, save_interval=1000)  # fmt: skip
+    status = train(
+        assets,
+        tmp_path,
+        use_moe=use_moe,
+        dtype=dtype,
+        optimizer=optimizer,
+        log_interval=3,
+        save_interval=1000,
+    )
     assert status == 0 and len(steps) == 6 and min(steps) > 0 and looks == [3, 6]
     assert bool(gpu.kernels[GROUPED, 0]) == bool(use_moe)
 

@@ -1,4 +1,6 @@
-"""Which names a server answers to."""
+"""If this fails, a foreign web site can reach a user's local server by DNS rebinding, or a user's
+own address is refused.
+"""
 
 import asyncio
 
@@ -28,8 +30,18 @@ def test_loopback_server_answers_to_its_own_names_alone(bound):
     names = allowed_hosts(bound)
     for host in ("127.0.0.1", "127.0.0.1:7860", "localhost:7860", "LOCALHOST", "[::1]:7860"):
         assert status_of(host, names) == 200, host
-    for host in (None, "", ":7860", "evil.example", "evil.example:7860", "127.0.0.1.evil.example",
-                 "localhost.evil.example:7860", "[::1", "[::2]:7860", "0.0.0.0"):  # fmt: skip
+    for host in (
+        None,
+        "",
+        ":7860",
+        "evil.example",
+        "evil.example:7860",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example:7860",
+        "[::1",
+        "[::2]:7860",
+        "0.0.0.0",
+    ):
         assert status_of(host, names) == 403, host
     assert status_of("evil.example", names, kind="websocket") == 0
 

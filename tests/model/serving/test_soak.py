@@ -1,5 +1,6 @@
-"""Servers under good, bad, slow and aborted clients at once: all good ones are answered, and the
-memory stays. SOAK_MINUTES=60 makes the long form longer."""
+"""If this fails, a server under good, bad, slow and aborted clients at once leaves good ones
+unanswered or loses memory. SOAK_MINUTES=60 makes the long form longer.
+"""
 
 import os
 

@@ -1,4 +1,6 @@
-"""The chat as a person at a terminal has it: a real process behind a pseudo-terminal."""
+"""If this fails, the chat in a terminal answers otherwise than the engine does, ends at a mistake,
+or ends at Ctrl-C instead of stopping the answer. A real process runs behind a pseudo-terminal.
+"""
 
 import fcntl
 import os
@@ -34,10 +36,14 @@ class Terminal:
     def __init__(self, *command: str):
         self._leader, follower = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, *command], stdin=follower, stdout=follower, stderr=follower,
+            [sys.executable, *command],
+            stdin=follower,
+            stdout=follower,
+            stderr=follower,
             env=script_environment() | {"TERM": "dumb", "PYTHONUTF8": "1"},
-            start_new_session=True, preexec_fn=own_terminal,
-        )  # fmt: skip
+            start_new_session=True,
+            preexec_fn=own_terminal,
+        )
         os.close(follower)
         self._shown = b""
 
@@ -85,9 +91,21 @@ class Terminal:
 
 
 def chat_command(assets: Path, folder: Path, *more) -> list[str]:
-    command = [ROOT / "eval_vlm.py", "--chat", "--save_dir", folder, "--device", "cpu",
-               "--vision_model_path", assets / "tower",
-               "--tokenizer_path", assets / "tokenizer", "--seed", 3, *more]  # fmt: skip
+    command = [
+        ROOT / "eval_vlm.py",
+        "--chat",
+        "--save_dir",
+        folder,
+        "--device",
+        "cpu",
+        "--vision_model_path",
+        assets / "tower",
+        "--tokenizer_path",
+        assets / "tokenizer",
+        "--seed",
+        3,
+        *more,
+    ]
     return [str(word) for word in command]
 
 

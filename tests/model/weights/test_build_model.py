@@ -1,4 +1,6 @@
-"""Loading a model by the shared flags."""
+"""If this fails, the flags that all commands share load another model than the weight holds, or one
+that does not fit its tokenizer or tower.
+"""
 
 import argparse
 
@@ -24,8 +26,16 @@ def texts(loaded: LoadedModel) -> list[str]:
 def arguments(assets, folder, *more) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)
-    own = ["--vision_model_path", assets / "tower", "--tokenizer_path", assets / "tokenizer",
-           "--save_dir", folder, "--device", "cpu"]  # fmt: skip
+    own = [
+        "--vision_model_path",
+        assets / "tower",
+        "--tokenizer_path",
+        assets / "tokenizer",
+        "--save_dir",
+        folder,
+        "--device",
+        "cpu",
+    ]
     return parser.parse_args([str(a) for a in [*own, *more]])
 
 
@@ -65,8 +75,9 @@ def test_load_model_of_a_language_model_cannot_see(assets, tmp_path):
     assert len(said) == 3
     torch.manual_seed(1)  # the projection that the weight lacks is the same at every start
     again = load_model(arguments(assets, tmp_path, "--weight", "llm"))
-    for first, second in zip(loaded.model.vision_proj.parameters(),
-                             again.model.vision_proj.parameters(), strict=True):  # fmt: skip
+    for first, second in zip(
+        loaded.model.vision_proj.parameters(), again.model.vision_proj.parameters(), strict=True
+    ):
         assert torch.equal(first, second) and first.std() > 0
     assert texts(again) == said
 

@@ -1,4 +1,6 @@
-"""Weight files: names, metadata, strict loading, saving."""
+"""If this fails, weights are saved damaged, loaded into a model that they do not fit, or found
+under the wrong name.
+"""
 
 import json
 import random

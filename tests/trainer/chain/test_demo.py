@@ -1,4 +1,6 @@
-"""The chain on the sample world, on a handful of scenes, and the weights of the repository."""
+"""If this fails, `make demo` or `make from-zero` breaks off, repeats work, or mixes two settings;
+or the repository's own weights do not answer.
+"""
 
 import argparse
 import os
@@ -19,6 +21,16 @@ from model.generation.engine import VLMEngine
 from model.generation.sampling import Sampling
 from model.options import add_model_arguments
 from trainer import demo
+from trainer.chain import steps
+from trainer.chain.settings import (
+    LLM,
+    TEXT_STAGES,
+    TOWER,
+    VLM,
+    Chain,
+    chain_settings,
+    check_settings,
+)
 
 SCRIPT = "trainer/train_pretrain_vlm.py"
 TIMEOUT_S = 120
@@ -29,11 +41,13 @@ FEW = ["--num_pretrain", "16", "--num_train", "32", "--num_heldout", "24"]
 def chains_in(tmp_path, monkeypatch):
     """Both chains work in a temporary folder."""
     folder = tmp_path / "zero"
-    monkeypatch.setattr(demo, "FROM_ZERO", demo.FROM_ZERO | {
-        "folder": folder, "tower": folder / demo.TOWER, "llm": folder / f"{demo.LLM}.pth"
-    })  # fmt: skip
-    monkeypatch.setattr(demo, "VISION_DIR", tmp_path / "vision_model")
-    monkeypatch.setattr(demo, "OUT_DIR", tmp_path / "out")
+    monkeypatch.setattr(
+        demo,
+        "FROM_ZERO",
+        demo.FROM_ZERO | {"folder": folder, "tower": folder / TOWER, "llm": folder / f"{LLM}.pth"},
+    )
+    monkeypatch.setattr(steps, "VISION_DIR", tmp_path / "vision_model")
+    monkeypatch.setattr(steps, "OUT_DIR", tmp_path / "out")
     (tmp_path / "out").mkdir()
     return tmp_path
 
@@ -46,18 +60,18 @@ def test_whole_chain_from_zero_runs_finds_what_is_done_and_publishes(chains_in, 
     assert "grounding gap" in out and "shuffled" in out and "GFLOP/s" in out
     assert "eval_vlm.py --chat" in out and "web_demo.py" in out and "download.py" in out
     assert Image.open(chains_in / "zero" / "report.png").size > (600, 400)
-    for stage in demo.TEXT_STAGES:
+    for stage in TEXT_STAGES:
         figures = (chains_in / "zero" / f"{stage.name}_128_metrics.jsonl").read_text()
         assert '"val_loss"' in figures
     assert demo.main([*argv, "--publish", "1"]) == 0
     assert "Epoch:[" not in capfd.readouterr().out  # nothing is trained twice
-    assert (chains_in / "vision_model" / demo.TOWER / "config.json").is_file()
-    assert (chains_in / "out" / f"{demo.VLM}.pth").is_file()
+    assert (chains_in / "vision_model" / TOWER / "config.json").is_file()
+    assert (chains_in / "out" / f"{VLM}.pth").is_file()
 
 
 def test_other_settings_never_meet_the_work_of_a_former_run(chains_in, monkeypatch, capfd):
     started = []
-    monkeypatch.setattr(demo, "run_script", lambda *words: started.append(words) or sys.exit(0))
+    monkeypatch.setattr(steps, "run_script", lambda *words: started.append(words) or sys.exit(0))
     argv = ["--from_zero", "1", *FEW]
     for more in ([], ["--seed", "7"]):  # the same settings go on, another seed has its own place
         with pytest.raises(SystemExit):
@@ -77,23 +91,23 @@ def test_other_settings_never_meet_the_work_of_a_former_run(chains_in, monkeypat
 
 def test_demo_notices_another_language_model(tmp_path):
     llm = tmp_path / "llm.pth"
-    chain = demo.Chain(folder=tmp_path / "demo", llm=llm)
+    chain = Chain(folder=tmp_path / "demo", llm=llm)
     for content in (b"one", b"two"):
         llm.write_bytes(content)
-        settings = demo.describe(chain, is_from_zero=False)
+        settings = chain_settings(chain, is_from_zero=False)
         if content == b"one":
-            demo.check_settings(chain, settings)
-            demo.check_settings(chain, settings)
+            check_settings(chain, settings)
+            check_settings(chain, settings)
     with pytest.raises(ValueError, match="another llm_sha256;"):
-        demo.check_settings(chain, settings)
+        check_settings(chain, settings)
 
 
 def test_chain_from_zero_takes_the_committed_tokenizer(chains_in, monkeypatch):
     commands = []
-    monkeypatch.setattr(demo, "run_script", lambda *words: commands.append([*map(str, words)]))
+    monkeypatch.setattr(steps, "run_script", lambda *words: commands.append([*map(str, words)]))
     chain, _ = demo.parse_args(["--from_zero", "1"])
-    demo.train_tower(chain)
-    demo.train_llm(chain)
+    steps.train_tower(chain)
+    steps.train_llm(chain)
     trained = [c for c in commands if c[0] != "-m"]
     assert len(trained) == 3
     for command in trained:
@@ -101,7 +115,7 @@ def test_chain_from_zero_takes_the_committed_tokenizer(chains_in, monkeypatch):
 
 
 def test_another_seed_writes_beside_the_usual_one():
-    usual, other = demo.Chain(), demo.Chain(seed=7)
+    usual, other = Chain(), Chain(seed=7)
     assert usual.out == usual.folder and other.out == usual.folder / "seed_7"
     assert other.data == usual.data and other.llm == usual.llm
 
@@ -113,15 +127,15 @@ def test_only_what_is_made_from_zero_is_published(capsys):
 
 
 def test_demo_without_weights_names_the_way(tmp_path, monkeypatch, capfd):
-    chain = demo.Chain(llm=tmp_path / "gone.pth")
+    chain = Chain(llm=tmp_path / "gone.pth")
     monkeypatch.setattr(demo, "Chain", lambda **_: chain)
     assert demo.main([]) == 1
     assert "make from-zero" in capfd.readouterr().err
 
 
 def test_weights_of_the_repository_stay_small():
-    files = [*(demo.VISION_DIR / demo.TOWER).iterdir()]
-    files += [path for stem in (demo.LLM, demo.VLM) for path in demo.OUT_DIR.glob(f"{stem}.*")]
+    files = [*(steps.VISION_DIR / TOWER).iterdir()]
+    files += [path for stem in (LLM, VLM) for path in steps.OUT_DIR.glob(f"{stem}.*")]
     assert sum(path.suffix == ".pth" for path in files) == 2
     assert {path.suffix for path in files} == {".pth", ".json", ".safetensors"}
     assert sum(path.stat().st_size for path in files) < 10.5e6  # they count twice in a clone
@@ -130,19 +144,43 @@ def test_weights_of_the_repository_stay_small():
 def test_language_model_of_the_repository_knows_scenes_told_in_words(tmp_path):
     """To the loss that BENCHMARKS.md states, within its tolerance."""
     one, texts = tmp_path / "one.jsonl", tmp_path / "heldout_text.jsonl"
-    one.write_text('{"conversations": [{"role": "user", "content": "?"}, '
-                   '{"role": "assistant", "content": "!"}]}\n')  # fmt: skip
+    one.write_text(
+        '{"conversations": [{"role": "user", "content": "?"}, '
+        '{"role": "assistant", "content": "!"}]}\n'
+    )
     for script in (
-        ["-m", "dataset.synthetic", "--out", tmp_path, "--split", "heldout", "--seed", "11",
-         "--num_images", "1", "--num_pairs", "0", "--caption_share", "0.1", "--character_share",
-         "0.6", "--num_text", "400"],
-        ["trainer/train_llm.py", "--from_weight", ROOT / "out" / f"{demo.LLM}.pth", "--dtype",
-         "float32", "--learning_rate", "1e-12", "--epochs", "1", "--loss_on", "answers",
-         "--data_path", one, "--val_data_path", texts, "--num_workers", "0", "--save_weight",
-         "same", "--save_dir", tmp_path, "--checkpoint_dir", tmp_path],
-    ):  # fmt: skip
-        run = subprocess.run([sys.executable, *map(str, script)], cwd=ROOT, capture_output=True,
-                             text=True, timeout=TIMEOUT_S, env=script_environment())  # fmt: skip
+        [
+            "-m",
+            "dataset.synthetic",
+            "--out",
+            tmp_path,
+            *"--split heldout --seed 11 --num_images 1 --num_pairs 0".split(),
+            *"--caption_share 0.1 --character_share 0.6 --num_text 400".split(),
+        ],
+        [
+            "trainer/train_llm.py",
+            "--from_weight",
+            ROOT / "out" / f"{LLM}.pth",
+            *"--dtype float32 --learning_rate 1e-12 --epochs 1 --loss_on answers".split(),
+            "--data_path",
+            one,
+            "--val_data_path",
+            texts,
+            *"--num_workers 0 --save_weight same".split(),
+            "--save_dir",
+            tmp_path,
+            "--checkpoint_dir",
+            tmp_path,
+        ],
+    ):
+        run = subprocess.run(
+            [sys.executable, *map(str, script)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            env=script_environment(),
+        )
         assert run.returncode == 0, run.stderr
     assert float(run.stdout.partition("val_loss:")[2].split()[0]) == pytest.approx(0.248, abs=0.02)
 
@@ -174,22 +212,28 @@ def test_finished_weight_of_the_repository_answers(number):
 
 def test_a_script_that_fails_is_an_error(capfd):
     with pytest.raises(subprocess.CalledProcessError) as error:
-        demo.run_script("trainer/demo.py", "--no_such_flag")
+        steps.run_script("trainer/demo.py", "--no_such_flag")
     assert error.value.returncode == 2
     assert "$ python trainer/demo.py --no_such_flag" in capfd.readouterr().out
 
 
 def start(argv: list[str]) -> subprocess.Popen:
     """A script, run by a program in a process group of its own, as a terminal has it."""
-    code = (f"import signal, sys; sys.path.insert(0, {str(ROOT)!r}); "
-            "signal.signal(signal.SIGINT, signal.default_int_handler); "
-            "from trainer.demo import run_script\n"
-            "try: run_script(*sys.argv[1:])\n"
-            "except KeyboardInterrupt: sys.exit(130)")  # fmt: skip
+    code = (
+        f"import signal, sys; sys.path.insert(0, {str(ROOT)!r}); "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from trainer.chain.steps import run_script\n"
+        "try: run_script(*sys.argv[1:])\n"
+        "except KeyboardInterrupt: sys.exit(130)"
+    )
     return subprocess.Popen(
-        [sys.executable, "-c", code, SCRIPT, *argv], stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.STDOUT, env=script_environment(), start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code, SCRIPT, *argv],
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.STDOUT,
+        env=script_environment(),
+        start_new_session=True,
+    )
 
 
 @pytest.mark.slow
@@ -218,7 +262,7 @@ def test_stopped_script_saves_and_goes_on(sent, assets, tmp_path):
     assert progress["step"] >= 1
     assert_group_is_empty(process.pid)
     last = ["--epochs", str(progress["epoch"] + 1), "--from_resume", "1"]
-    demo.run_script(SCRIPT, *argv, *last)
+    steps.run_script(SCRIPT, *argv, *last)
     after = torch.load(state, weights_only=True)["progress"]
     assert after["samples"] == 60 * (progress["epoch"] + 1)
 

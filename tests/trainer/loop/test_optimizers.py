@@ -1,4 +1,6 @@
-"""The optimizers: what Muon moves and how, and that a step can be left out on the device."""
+"""If this fails, Muon or AdamW makes wrong updates, or a step with a gradient that is not finite
+changes the weights.
+"""
 
 import copy
 
@@ -13,9 +15,13 @@ from trainer.train_args import OPTIMIZERS
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return nn.ModuleDict({
-        "embed_tokens": nn.Embedding(9, 6), "proj": nn.Linear(6, 12), "norm": nn.LayerNorm(6),
-    })  # fmt: skip
+    return nn.ModuleDict(
+        {
+            "embed_tokens": nn.Embedding(9, 6),
+            "proj": nn.Linear(6, 12),
+            "norm": nn.LayerNorm(6),
+        }
+    )
 
 
 def give_gradients(model: nn.Module) -> None:

@@ -1,4 +1,6 @@
-"""One update, however it is split over ranks and micro-steps; ranks that have nothing to add."""
+"""If this fails, training gives other weights when the same batch is split over ranks or micro-
+batches.
+"""
 
 import dataclasses
 import json
@@ -35,8 +37,10 @@ def average_of_ranks() -> None:
     step = train_loop.optimizer_step
 
     def averaged(run, micro_batches, counts):
-        own = {name: run.ranks.world_size * sum(getattr(b, f"num_{name}") for b in micro_batches)
-               for name in ("supervised", "sequences")}  # fmt: skip
+        own = {
+            name: run.ranks.world_size * sum(getattr(b, f"num_{name}") for b in micro_batches)
+            for name in ("supervised", "sequences")
+        }
         result = step(run, micro_batches, counts | own)
         true = {name: counts[name] for name in own}
         return dataclasses.replace(result, **true)
@@ -65,14 +69,31 @@ def distance(left, right) -> tuple[float, float]:
 def test_update_does_not_depend_on_the_split(use_moe, epochs, assets, tmp_path):
     data, images = make_unequal_records(tmp_path / "data")
     start = tmp_path / "start" / "out" / f"llm_32{'_moe' if use_moe else ''}.pth"
-    argv = train_flags(assets, tmp_path / "start", data, images, use_moe=use_moe, batch_size=160,
-                       save_weight="llm", learning_rate=1e-9)  # fmt: skip
+    argv = train_flags(
+        assets,
+        tmp_path / "start",
+        data,
+        images,
+        use_moe=use_moe,
+        batch_size=160,
+        save_weight="llm",
+        learning_rate=1e-9,
+    )
     run_ranks(argv, tmp_path, world_size=1, name="start")
 
     def train(name, world_size, batch_size, accumulation, hook=None):
-        argv = train_flags(assets, tmp_path / name, data, images, from_weight=start, epochs=epochs,
-                           learning_rate=5e-4, batch_size=batch_size, use_moe=use_moe,
-                           accumulation_steps=accumulation)  # fmt: skip
+        argv = train_flags(
+            assets,
+            tmp_path / name,
+            data,
+            images,
+            from_weight=start,
+            epochs=epochs,
+            learning_rate=5e-4,
+            batch_size=batch_size,
+            use_moe=use_moe,
+            accumulation_steps=accumulation,
+        )
         run_ranks(argv, tmp_path, world_size=world_size, name=name, hook=hook)
         return losses_and_update(tmp_path / name, start)
 
@@ -102,8 +123,10 @@ def count_syncs() -> None:
         model = run.engine.model
         tower = [n for n, _ in model.module.named_parameters() if n.startswith("vision_encoder.")]
         is_ignored = bool(tower) and set(tower) <= set(model.parameters_to_ignore)
-        print(f"kept:{entered[0]} of {len(micro_batches)}, buffers:{model.forward_sync_buffers}, "
-              f"tower ignored:{is_ignored}")  # fmt: skip
+        print(
+            f"kept:{entered[0]} of {len(micro_batches)}, buffers:{model.forward_sync_buffers}, "
+            f"tower ignored:{is_ignored}"
+        )
         return result
 
     DistributedDataParallel.no_sync, train_loop.optimizer_step = counted, told
@@ -126,8 +149,16 @@ def test_rank_with_nothing_to_add_takes_part(use_moe, assets, tmp_path):
     states = []
     for world_size, batch_size in ((1, 2), (2, 1)):
         out = tmp_path / str(world_size)
-        argv = train_flags(assets, out, data, images, use_moe=use_moe, batch_size=batch_size,
-                           accumulation_steps=3, learning_rate=5e-4)  # fmt: skip
+        argv = train_flags(
+            assets,
+            out,
+            data,
+            images,
+            use_moe=use_moe,
+            batch_size=batch_size,
+            accumulation_steps=3,
+            learning_rate=5e-4,
+        )
         hook = (count_syncs,) if world_size == 2 else None
         output = run_ranks(argv, tmp_path, world_size=world_size, hook=hook, name=str(world_size))
         assert "1 sample(s) were left out" in output and "absent.png" in output

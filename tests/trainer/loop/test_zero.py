@@ -1,4 +1,6 @@
-"""DeepSpeed: the same training as DDP, the same state file, and clear words where it cannot run."""
+"""If this fails, training with DeepSpeed differs from DDP, or its state cannot be resumed by the
+other.
+"""
 
 import json
 import os
@@ -106,8 +108,10 @@ def test_zero_is_the_training_of_ddp(name, assets, tmp_path, data):
     assert ddp["model"].keys() == sharded["model"].keys()
     assert ddp["optimizer"]["state"].keys() == sharded["optimizer"]["state"].keys()
     assert sharded["optimizer"]["state"][0]["step"] == 24
-    weights = [torch.load(next((tmp_path / side / "out").glob("*.pth")), weights_only=True)
-               for side in ("ddp", "zero")]  # fmt: skip
+    weights = [
+        torch.load(next((tmp_path / side / "out").glob("*.pth")), weights_only=True)
+        for side in ("ddp", "zero")
+    ]
     assert weights[0].keys() == weights[1].keys()
     assert all(w.dtype == torch.float16 for w in weights[1].values())
     assert shown.count("Epoch:[4/4](6/6)") == 1  # one rank talks
@@ -145,11 +149,22 @@ def test_deepspeed_launcher_starts_the_ranks(assets, tmp_path, data):
     flags = flags_of(assets, tmp_path, data, deepspeed="ds_zero2.json", epochs=1)
     path = os.pathsep.join((str(launcher.parent), os.environ["PATH"]))
     process = subprocess.run(
-        [sys.executable, str(launcher), "--master_port", "29517", "--num_gpus=2",
-         str(ROOT / "trainer" / "train_sft_vlm.py"), *flags],
-        env=script_environment() | {"PATH": path}, timeout=TIMEOUT_S, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(launcher),
+            "--master_port",
+            "29517",
+            "--num_gpus=2",
+            str(ROOT / "trainer" / "train_sft_vlm.py"),
+            *flags,
+        ],
+        env=script_environment() | {"PATH": path},
+        timeout=TIMEOUT_S,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+    )
     assert process.returncode == 0, process.stdout
     assert "2 rank(s)" in process.stdout and process.stdout.count("Epoch:[1/1](6/6)") == 1
     assert (tmp_path / "out" / "sft_vlm_32.pth").is_file()
@@ -198,8 +213,12 @@ def test_what_cannot_run_ends_in_one_line(
 ):
     data = make_records(tmp_path / "data", num_records=4)
     if config is not None:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": "29519"}.items():  # fmt: skip
+        for name, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29519",
+        }.items():
             monkeypatch.setenv(name, value)
     if config is not None and not config.endswith(".json"):
         path = tmp_path / "config.json"
@@ -215,13 +234,23 @@ def test_auto_of_other_projects_files_means_the_flags(assets, tmp_path, monkeypa
     """A file written for transformers' trainer gets as far as DeepSpeed, which is not there."""
     data = make_records(tmp_path / "data", num_records=4)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({
-        "fp16": {"enabled": "auto", "loss_scale": 0}, "bf16": {"enabled": "auto"},
-        "gradient_clipping": "auto", "train_micro_batch_size_per_gpu": "auto",
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
-    }))  # fmt: skip
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": "29521"}.items():  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "fp16": {"enabled": "auto", "loss_scale": 0},
+                "bf16": {"enabled": "auto"},
+                "gradient_clipping": "auto",
+                "train_micro_batch_size_per_gpu": "auto",
+                "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+            }
+        )
+    )
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29521",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert train_pretrain_vlm.main(train_flags(assets, tmp_path, *data, deepspeed=path)) == 1

@@ -1,5 +1,6 @@
-"""What must be the same: of all ranks, of a run and the state it resumes, of the only run of a
-name; and each flag once."""
+"""If this fails, ranks with different data or flags train together, a state resumes with other
+data, or two runs write the same files.
+"""
 
 import json
 import os
@@ -146,10 +147,12 @@ def test_state_of_an_earlier_version_resumes(assets, tmp_path, data, capfd):
 def test_second_run_of_a_name_is_refused_until_the_first_is_gone(assets, tmp_path, data, capfd):
     argv = train_flags(assets, tmp_path, *data, epochs=1000, num_hidden_layers=1, num_workers=1)
     short = train_flags(assets, tmp_path, *data, num_hidden_layers=1, batch_size=24)
-    elsewhere = train_flags(assets, tmp_path, *data, num_hidden_layers=1, batch_size=24,
-                            save_weight="other")  # fmt: skip
-    other_states = train_flags(assets, tmp_path, *data, num_hidden_layers=1, batch_size=24,
-                               checkpoint_dir=tmp_path / "own")  # fmt: skip
+    elsewhere = train_flags(
+        assets, tmp_path, *data, num_hidden_layers=1, batch_size=24, save_weight="other"
+    )
+    other_states = train_flags(
+        assets, tmp_path, *data, num_hidden_layers=1, batch_size=24, checkpoint_dir=tmp_path / "own"
+    )
     hook = (record_steps, tmp_path, "run")
     with RankGroup(argv, tmp_path, world_size=1, hook=hook) as group:
         group.wait_for(lambda: len(recorded_steps(tmp_path, "run")) > 2, "steps")
@@ -228,15 +231,20 @@ def test_of_a_repeated_flag_the_last_counts_and_is_said(parse, flags, capfd):
 
 def test_steps_without_a_gradient_are_said_once(assets, tmp_path, capfd):
     data = tmp_path / "text.jsonl"
-    line = {"conversations": [{"role": "user", "content": "What is a circle?"},
-                              {"role": "assistant", "content": "A round shape."}]}  # fmt: skip
+    line = {
+        "conversations": [
+            {"role": "user", "content": "What is a circle?"},
+            {"role": "assistant", "content": "A round shape."},
+        ]
+    }
     data.write_text((json.dumps(line) + "\n") * 24)
     argv = train_flags(assets, tmp_path, data, None, trainable="vision_proj", log_interval=2)
     assert train_pretrain_vlm.main(argv) == 0
     err = capfd.readouterr().err
     assert err.count("no gradient at all reached what trains (vision_proj") == 1, err
     with_images = make_records(tmp_path / "data")
-    argv = train_flags(assets, tmp_path / "b", *with_images, trainable="vision_proj",
-                       log_interval=3)  # fmt: skip
+    argv = train_flags(
+        assets, tmp_path / "b", *with_images, trainable="vision_proj", log_interval=3
+    )
     assert train_pretrain_vlm.main(argv) == 0
     assert "no gradient" not in capfd.readouterr().err

@@ -1,4 +1,5 @@
-"""What happens to ranks on real clusters: deaths, hangs, signals, restarts, lost machines, clocks.
+"""If this fails, a rank that dies or hangs leaves the others waiting for ever, or progress is lost:
+by deaths, hangs, signals, restarts, lost machines and clock changes, as on real clusters.
 
 `pytest tests/trainer/ranks/test_faults.py tests/trainer/saving -s` prints what was
 tried and what survived.
@@ -32,8 +33,13 @@ def data(tmp_path):
 
 
 def flags(assets, folder, data, **options) -> list[str]:
-    options = {"epochs": 1000, "batch_size": 2, "num_hidden_layers": 1, "save_interval": 2,
-               "rank_timeout": 15} | options  # fmt: skip
+    options = {
+        "epochs": 1000,
+        "batch_size": 2,
+        "num_hidden_layers": 1,
+        "save_interval": 2,
+        "rank_timeout": 15,
+    } | options
     return train_flags(assets, folder, *data, **options)
 
 
@@ -60,8 +66,11 @@ def assert_ended(processes: list[int]) -> None:
     """None of them runs any more; who is dead but not yet waited for does not run."""
     deadline, left = time.monotonic() + 60, processes
     while left and time.monotonic() < deadline:
-        shown = subprocess.run(["ps", "-o", "pid=,stat=,args=", "-p", ",".join(map(str, left))],
-                               capture_output=True, text=True).stdout  # fmt: skip
+        shown = subprocess.run(
+            ["ps", "-o", "pid=,stat=,args=", "-p", ",".join(map(str, left))],
+            capture_output=True,
+            text=True,
+        ).stdout
         rows = [line.split(maxsplit=2) for line in shown.splitlines()]
         left = [int(pid) for pid, state, *_ in rows if not state.startswith("Z")]
         time.sleep(0.2)
@@ -90,8 +99,10 @@ def test_rank_that_is_lost_ends_the_others(signum, victim, assets, tmp_path, dat
             assert group.processes[rank].exitcode == 1, group.said()
             assert re.search(rf"error: .*rank {victim} \(", group.output(rank)), group.said()
         took_s = time.monotonic() - started_s
-    survived(f"rank {victim} {'dies' if signum == signal.SIGKILL else 'hangs'}: the others name it "
-             f"and leave after {took_s:.0f} s")  # fmt: skip
+    survived(
+        f"rank {victim} {'dies' if signum == signal.SIGKILL else 'hangs'}: the others name it "
+        f"and leave after {took_s:.0f} s"
+    )
 
 
 @pytest.mark.slow
@@ -202,12 +213,23 @@ def test_clock_that_jumps_changes_nothing(assets, tmp_path, data):
 @contextlib.contextmanager
 def torchrun(argv: list[str], *options: str, prefix=(), env=None):
     """torchrun with the script, in a process group of its own; killed at the end."""
-    command = [*prefix, sys.executable, "-m", "torch.distributed.run", *options,
-               str(ROOT / SCRIPT), *argv]  # fmt: skip
+    command = [
+        *prefix,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *options,
+        str(ROOT / SCRIPT),
+        *argv,
+    ]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=script_environment() | (env or {}), start_new_session=True,
-    )  # fmt: skip
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=script_environment() | (env or {}),
+        start_new_session=True,
+    )
     try:
         yield process
     finally:
@@ -300,16 +322,31 @@ def command(*words: str) -> None:
 def two_machines():
     """Two network namespaces joined by a cable, as (name, address, interface)."""
     token = f"mm{os.getpid() % 10000}"
-    machines = [(f"{token}{side}", f"10.77.{os.getpid() % 250}.{i}", f"{token}v{side}")
-                for i, side in ((1, "a"), (2, "b"))]  # fmt: skip
+    machines = [
+        (f"{token}{side}", f"10.77.{os.getpid() % 250}.{i}", f"{token}v{side}")
+        for i, side in ((1, "a"), (2, "b"))
+    ]
     try:
         for name, _, _ in machines:
             command("ip", "netns", "add", name)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"network namespaces are not permitted here ({error})")
     (left, _, left_cable), (right, _, right_cable) = machines
-    command("ip", "link", "add", left_cable, "netns", left, "type", "veth",
-            "peer", "name", right_cable, "netns", right)  # fmt: skip
+    command(
+        "ip",
+        "link",
+        "add",
+        left_cable,
+        "netns",
+        left,
+        "type",
+        "veth",
+        "peer",
+        "name",
+        right_cable,
+        "netns",
+        right,
+    )
     for name, address, cable in machines:
         command("ip", "-n", name, "addr", "add", f"{address}/24", "dev", cable)
         for device in (cable, "lo"):
@@ -326,10 +363,17 @@ def test_machine_that_is_lost(assets, tmp_path, data, two_machines):
     argv = flags(assets, tmp_path, data, epochs=3, batch_size=1)
 
     def node(name, own_address, interface):
-        options = ("--nnodes", "1:2", "--nproc_per_node", "2", "--max-restarts", "3",
-                   "--rdzv_backend", "c10d", "--rdzv_endpoint", f"{address}:29477",
-                   "--rdzv_id", f"test{os.getpid()}", "--local_addr", own_address,
-                   "--rdzv_conf", f"is_host={int(own_address == address)}")  # fmt: skip
+        options = (
+            *"--nnodes 1:2 --nproc_per_node 2 --max-restarts 3 --rdzv_backend c10d".split(),
+            "--rdzv_endpoint",
+            f"{address}:29477",
+            "--rdzv_id",
+            f"test{os.getpid()}",
+            "--local_addr",
+            own_address,
+            "--rdzv_conf",
+            f"is_host={int(own_address == address)}",
+        )
         env = {"GLOO_SOCKET_IFNAME": interface}
         return torchrun(argv, *options, prefix=("ip", "netns", "exec", name), env=env)
 

@@ -1,4 +1,6 @@
-"""Who counts as lost: silence by one's own clock, errors that a rank tells, and nobody else."""
+"""If this fails, a rank that works is counted as lost, or one that is lost is not noticed or not
+named.
+"""
 
 import json
 import os

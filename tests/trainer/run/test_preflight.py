@@ -1,4 +1,4 @@
-"""What is checked before the first step."""
+"""If this fails, a full disk, a wrong tokenizer or bad records show only after hours."""
 
 import pytest
 import torch

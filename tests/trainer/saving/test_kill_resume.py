@@ -1,4 +1,6 @@
-"""Runs killed again and again, on changing numbers of ranks: no sample is lost or used twice."""
+"""If this fails, a run that is killed and resumed, also with other numbers of ranks, trains on a
+sample twice or never.
+"""
 
 import random
 import signal
@@ -67,8 +69,9 @@ def test_every_sample_is_used_once_whatever_kills_and_ranks(rounds, assets, tmp_
     for round_number in range(rounds):
         world_size = dice.choice([n for n in (1, 2, 3, 4) if n != world_size])
         split = {"batch_size": dice.randrange(1, 4), "accumulation_steps": dice.randrange(1, 3)}
-        argv = train_flags(assets, tmp_path, data, images, epochs=1000, from_resume=1,
-                           **split, **TIMING)  # fmt: skip
+        argv = train_flags(
+            assets, tmp_path, data, images, epochs=1000, from_resume=1, **split, **TIMING
+        )
         name = f"round{round_number}"
         hook = (record_steps, tmp_path, name)
         group = RankGroup(argv, tmp_path, world_size=world_size, hook=hook, name=name)
@@ -111,8 +114,10 @@ def test_same_ranks_end_with_the_same_bits(world_size, kills, assets, tmp_path):
     for part in ("model", "optimizer"):
         assert same_bits(states[0][part], states[1][part]), (part, seed)
     assert same_bits(states[0]["rng"], states[1]["rng"]), seed
-    weights = [torch.load(tmp_path / side / "out" / "pretrain_vlm_32.pth", weights_only=True)
-               for side in ("whole", "cut")]  # fmt: skip
+    weights = [
+        torch.load(tmp_path / side / "out" / "pretrain_vlm_32.pth", weights_only=True)
+        for side in ("whole", "cut")
+    ]
     assert same_bits(*weights), seed
 
 

@@ -1,4 +1,4 @@
-"""A run that was killed and resumed ends with the same bits as one that was not."""
+"""If this fails, a run stopped and resumed ends with other weights than one that was not."""
 
 import json
 import os
@@ -41,8 +41,11 @@ def interrupt(flags: list[str], *, at_step: int, signum: int, launcher=()) -> in
     """Start a run, send it a signal once it logged a step, and return its exit status."""
     process = subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / SCRIPT), *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=script_environment(),
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=script_environment(),
+    )
     seen = 0
     for line in process.stdout:
         seen += bool(re.match(r"Epoch:\[\d+/\d+\]\(\d+/\d+\)", line))

@@ -1,4 +1,6 @@
-"""Saves cut off at any moment, files that are damaged, disks that fill or turn read-only."""
+"""If this fails, a save that is cut off, a damaged file or a full disk costs a user the training
+state.
+"""
 
 import json
 import os
@@ -114,9 +116,15 @@ def die_at_every_moment(folder: Path, is_first: bool, results) -> None:
         state = vlm_checkpoint(work / "x_resume.pth", identity=IDENTITY)
         weight = torch.load(work / "x.pth", weights_only=True)["w"]
         results.put(
-            (moment, status, state["progress"]["step"], float(state["model"]["w"][0]),
-             float(weight[0]), read_metadata(work / "x.pth")["step"])
-        )  # fmt: skip
+            (
+                moment,
+                status,
+                state["progress"]["step"],
+                float(state["model"]["w"][0]),
+                float(weight[0]),
+                read_metadata(work / "x.pth")["step"],
+            )
+        )
         shutil.rmtree(work)
         moment += 1
     results.put(None)
@@ -294,9 +302,18 @@ def test_disk_that_fills_or_turns_read_only(fault, assets, tmp_path, small_disk)
     """It is said at once; training goes on, and the saves after it is mended succeed."""
     make_tower(tmp_path / "tower", image_size=32, patch_size=8)
     data, images = make_records(tmp_path / "data", num_records=60)
-    argv = train_flags(assets, tmp_path, data, images, epochs=1000, batch_size=2, save_interval=2,
-                       checkpoint_dir=small_disk, num_hidden_layers=1,
-                       **({"save_dir": small_disk} if fault == "full" else {}))  # fmt: skip
+    argv = train_flags(
+        assets,
+        tmp_path,
+        data,
+        images,
+        epochs=1000,
+        batch_size=2,
+        save_interval=2,
+        checkpoint_dir=small_disk,
+        num_hidden_layers=1,
+        **({"save_dir": small_disk} if fault == "full" else {}),
+    )
     path = small_disk / "pretrain_vlm_32_resume.pth"
     filler = small_disk / "filler"
     with RankGroup(argv, tmp_path, world_size=2, hook=(record_steps, tmp_path, "a")) as group:
@@ -352,8 +369,12 @@ def remount(group: RankGroup, place: Path, mode: str) -> None:
 
 
 def test_benchmark_says_what_saving_costs(tmp_path, capsys):
-    argv = ["--sizes", "32x1", "--num_steps", "2", "--num_rounds", "1", "--batch_size", "1",
-            "--num_tokens", "16", "--device", "cpu", "--folder", str(tmp_path)]  # fmt: skip
+    argv = [
+        *"--sizes 32x1 --num_steps 2 --num_rounds 1 --batch_size 1 --num_tokens 16".split(),
+        *"--device cpu".split(),
+        "--folder",
+        str(tmp_path),
+    ]
     assert benchmark_saving.main(argv) == 0
     out = capsys.readouterr().out
     assert "32x1: state" in out and "when training waits" in out and "in the background" in out

@@ -1,4 +1,6 @@
-"""Curves of runs: the command, and the picture that every complete run leaves behind."""
+"""If this fails, the curves of a run are wrong or missing, or drawing them fails a run that is
+complete.
+"""
 
 import json
 import math

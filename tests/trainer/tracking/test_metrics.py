@@ -1,4 +1,6 @@
-"""Where figures go: progress bar, lines, JSON."""
+"""If this fails, the metrics file of a resumed run holds steps twice, or a terminal shows no
+progress bar.
+"""
 
 import fcntl
 import json
@@ -50,8 +52,10 @@ def test_terminal_shows_a_progress_bar(assets, tmp_path):
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "trainer/train_pretrain_vlm.py"), *flags],
-        stdout=theirs, stderr=subprocess.STDOUT, env=script_environment() | {"TERM": "xterm"},
-    )  # fmt: skip
+        stdout=theirs,
+        stderr=subprocess.STDOUT,
+        env=script_environment() | {"TERM": "xterm"},
+    )
     os.close(theirs)
     shown = b""
     while True:

@@ -1,4 +1,6 @@
-"""Trackers: what they record, across interruptions; and that none of them can disturb a run."""
+"""If this fails, SwanLab, Weights & Biases or TensorBoard misses figures of a run, or stops, slows
+or outlives it.
+"""
 
 import json
 import os
@@ -228,8 +230,13 @@ def test_wandb_offline_keeps_the_id(assets, tmp_path, data):
 def test_without_a_login_training_goes_on_and_says_how_to_log_in(package, assets, tmp_path, data):
     need(package)
     flags = train_flags(assets, tmp_path, *data, tracker=package, tracker_mode="online")
-    nobody = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "SWANLAB_API_KEY": "",
-              "SWANLAB_SAVE_DIR": str(tmp_path), "WANDB_API_KEY": ""}  # fmt: skip
+    nobody = {
+        "HOME": str(tmp_path),
+        "NETRC": str(tmp_path / "netrc"),
+        "SWANLAB_API_KEY": "",
+        "SWANLAB_SAVE_DIR": str(tmp_path),
+        "WANDB_API_KEY": "",
+    }
     shown = run_script(SCRIPT, *flags, cwd=tmp_path, env=nobody)
     assert shown.stderr.count("did not start and is left out from here on") == 1, shown.stderr
     assert f"run `{package} login`, or choose --tracker_mode offline" in shown.stderr

@@ -1,4 +1,6 @@
-"""Clients of the API that are slow, silent, or gone: what they hold, they lose."""
+"""If this fails, clients that are slow, silent or gone keep the API's connections and places, and
+everybody else waits.
+"""
 
 import contextlib
 import json

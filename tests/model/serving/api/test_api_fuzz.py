@@ -1,4 +1,6 @@
-"""Malformed requests to a running API: no failure of the server, no waiting, for anybody."""
+"""If this fails, a malformed request brings the API down, gets an internal error, or makes other
+clients wait.
+"""
 
 import itertools
 import json

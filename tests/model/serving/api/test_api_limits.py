@@ -1,4 +1,6 @@
-"""How much a request to the API may hold: refused before any work is done for it."""
+"""If this fails, one oversized request to the API costs it unbounded time or memory, or a request
+within the limits is refused.
+"""
 
 import json
 import random

@@ -1,4 +1,6 @@
-"""What the page is made of, without a browser: questions, prompts, saved pages, weights, limits."""
+"""If this fails, the web page gives the model another question or history than the visitor sees, or
+saves a page that is wrong. No browser is needed.
+"""
 
 import argparse
 import asyncio
@@ -195,9 +197,16 @@ def weights_args(assets, tmp_path) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)
     return parser.parse_args(
-        ["--save_dir", str(tmp_path), "--weight", "w1", "--device", "cpu", "--vision_model_path",
-         str(assets / "tower"), "--tokenizer_path", str(assets / "tokenizer")]
-    )  # fmt: skip
+        [
+            "--save_dir",
+            str(tmp_path),
+            *"--weight w1 --device cpu".split(),
+            "--vision_model_path",
+            str(assets / "tower"),
+            "--tokenizer_path",
+            str(assets / "tokenizer"),
+        ]
+    )
 
 
 def test_weights_are_found_and_loaded_on_demand(weights_args):

@@ -1,5 +1,7 @@
-"""The page's server under attack, over plain HTTP: what it refuses, what it bounds, what it forgets
-and what it never says. One server, whose waits are seconds and whose quota is small."""
+"""If this fails, a hostile visitor can read files of the page's server, fill its disk or memory, or
+see what other visitors sent. One server over plain HTTP, whose waits are seconds and whose quota is
+small.
+"""
 
 import contextlib
 import io
@@ -68,14 +70,21 @@ def test_bodies_that_broke_gradio_are_refused(me):
     good = me.question("What?")
     rest = good["data"][1:]
     for change, status in (
-        ({"fn_index": 99}, 422), ({"fn_index": None}, 422), ({"fn_index": True}, 422),
-        ({"trigger_id": 9999}, 422), ({"session_hash": ""}, 422), ({"session_hash": "\0"}, 400),
-        ({"event_data": 1}, 422), ({"data": None}, 422), ({"data": []}, 422),
-        ({"data": ["no box", *rest]}, 422), ({"simple_format": True}, 422),
+        ({"fn_index": 99}, 422),
+        ({"fn_index": None}, 422),
+        ({"fn_index": True}, 422),
+        ({"trigger_id": 9999}, 422),
+        ({"session_hash": ""}, 422),
+        ({"session_hash": "\0"}, 400),
+        ({"event_data": 1}, 422),
+        ({"data": None}, 422),
+        ({"data": []}, 422),
+        ({"data": ["no box", *rest]}, 422),
+        ({"simple_format": True}, 422),
         ({"data": [{"text": "", "files": [{"path": ""}]}, *rest]}, 422),
         ({"data": [{"text": "", "files": [{"path": "/" + "a" * 9000}]}, *rest]}, 403),
         ({"data": [{"text": "a\0", "files": []}, *rest]}, 400),
-    ):  # fmt: skip
+    ):
         reply = me.post("/gradio_api/queue/join", good | change)
         assert reply.status == status, (change, reply)
     for number in (b"NaN", b"Infinity", b"1e999", b"9" * 400):
@@ -98,17 +107,27 @@ def test_only_what_the_page_asks_for_is_there(me):
 
 
 def test_another_name_in_host_is_refused(me):
-    for name, status in ((me.host, 200), ("localhost:1", 200), ("[::1]:9", 200), ("evil.com", 403),
-                         ("127.0.0.1.evil.com", 403), ("", 403)):  # fmt: skip
+    for name, status in (
+        (me.host, 200),
+        ("localhost:1", 200),
+        ("[::1]:9", 200),
+        ("evil.com", 403),
+        ("127.0.0.1.evil.com", 403),
+        ("", 403),
+    ):
         assert me.request("GET", "/", Host=name).status == status, name
 
 
 def test_nothing_but_the_login_is_there_without_the_password(site):
     stranger = HttpVisitor(site, password=None)
-    for method, path in (("GET", "/config"), ("POST", "/gradio_api/queue/join"),
-                         ("POST", "/gradio_api/upload"), ("GET", "/gradio_api/heartbeat/x"),
-                         ("GET", "/gradio_api/file=/etc/passwd"),
-                         ("GET", "/gradio_api/queue/data?session_hash=x")):  # fmt: skip
+    for method, path in (
+        ("GET", "/config"),
+        ("POST", "/gradio_api/queue/join"),
+        ("POST", "/gradio_api/upload"),
+        ("GET", "/gradio_api/heartbeat/x"),
+        ("GET", "/gradio_api/file=/etc/passwd"),
+        ("GET", "/gradio_api/queue/data?session_hash=x"),
+    ):
         assert stranger.request(method, path, b"{}").status == 401, path
     page = stranger.request("GET", "/")
     assert page.status == 200 and b"Any name will do" in page.body
