@@ -14,7 +14,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from dataset.evaluation.language import language_of, num_words
+from dataset.evaluation.language import detect_language, num_words
 from dataset.lm_dataset import Sample, VLMDataset, make_sample
 from dataset.records.conversation import IMAGE_TAG, BadRecordError, Record
 
@@ -48,7 +48,7 @@ class Case:
 
 
 @dataclass
-class Window:
+class RecordWindow:
     """Records that are scored together: `pictures` (3, S, S) by key; `left_out` reason, where."""
 
     cases: list[Case] = field(default_factory=list)
@@ -140,9 +140,9 @@ class EvalData:
     def num_windows(self) -> int:
         return -(-len(self.cards) // self.window)
 
-    def read_window(self, number: int) -> Window:
+    def read_window(self, number: int) -> RecordWindow:
         """The usable records of a window with the pictures that they need."""
-        window, start = Window(), number * self.window
+        window, start = RecordWindow(), number * self.window
         for place in range(start, min(start + self.window, len(self.cards))):
             try:
                 case = self._case(place)
@@ -255,11 +255,6 @@ class EvalData:
         return before, [read(image) for image in record.images[:num_images]]
 
 
-def spread(items: list, num: int) -> list:
-    """So many of the items at equal distances, or all of them."""
-    return [items[i * len(items) // num] for i in range(num)] if num < len(items) else items
-
-
 def _card(index: int, record: Record) -> Card:
     """What is kept of a record."""
     questions, answers, asked = [], [], ""
@@ -270,7 +265,7 @@ def _card(index: int, record: Record) -> Card:
         else:
             asked = message["content"]
     types = (*record.types, *[""] * len(answers))[: len(answers)]
-    languages = tuple(language_of(a, q) for a, q in zip(answers, questions, strict=True))
+    languages = tuple(detect_language(a, q) for a, q in zip(answers, questions, strict=True))
     images = tuple(
         image if isinstance(image, str) else hashlib.sha1(image).hexdigest()
         for image in record.images

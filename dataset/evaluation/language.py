@@ -6,7 +6,7 @@ HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 LATIN_WORD = re.compile(r"[A-Za-zÀ-ɏ]+")
 
 
-def language_of(*texts: str) -> str:
+def detect_language(*texts: str) -> str:
     """The language of the first text that has one, by its script: "zh", "en" or "other"."""
     for text in texts:
         num_han, num_latin = len(HAN.findall(text)), len(LATIN_WORD.findall(text))

@@ -17,7 +17,7 @@ from typing import IO
 
 from torch import Tensor
 
-from dataset.evaluation.language import language_of
+from dataset.evaluation.language import detect_language
 from dataset.lm_dataset import Sample, make_sample
 from dataset.records.conversation import IMAGE_TAG, BadRecordError, Record
 
@@ -60,7 +60,7 @@ class Choice:
         lines = [IMAGE_TAG, *([self.hint] if self.hint else []), self.question]
         if mode == "letter":
             lines += [f"{LETTERS[i]}. {text}" for i, text in enumerate(self.options)]
-            lines.append(INSTRUCTIONS["zh" if language_of(self.question) == "zh" else "en"])
+            lines.append(INSTRUCTIONS["zh" if detect_language(self.question) == "zh" else "en"])
         return "\n".join(lines)
 
     def candidates(
