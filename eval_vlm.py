@@ -8,7 +8,7 @@
     python eval_vlm.py --chat
 
 A sub-folder of images is one sample of several images. Scores compare the right images with those
-of another record, with grey ones and with none: what these lack is what the model sees.
+of another record, with grey ones and with none: the gap is what the model gains from seeing them.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -47,40 +48,19 @@ from trainer.ranks.group import Logger, Ranks, init_distributed_mode, warn
 DEFAULT_PROMPT = "仔细看一下这张图：\n\n<image>\n\n描述一下这个图像的内容。"
 DESCRIBE_DEFAULTS = {"max_new_tokens": 512, "temperature": 0.65}
 SCORE_DEFAULTS = {"max_new_tokens": 64, "temperature": 0.0}
+LOWEST = {"batch_size": 1, "max_seq_len": 1, "num_records": 1, "num_generate": 0, "num_wrong": 1}
 WINDOW_BATCHES = 4  # batches of records that are read and sorted by length together
 READER_LEFT = 141  # exit status, as a shell has it for SIGPIPE (which Windows lacks)
-SLOWEST_RANK = timedelta(hours=12)  # how long the others wait for it
+SLOWEST_RANK = timedelta(hours=12)  # timeout of the ranks that wait for the slowest one
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OnceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    add = parser.add_argument
-    add("--image_dir", type=parse_path, default=ROOT / "dataset" / "eval_images",
-        help="folder of images to describe / 要描述的图像目录")  # fmt: skip
-    add("--prompt", default=DEFAULT_PROMPT,
-        help="question; without <image>, the image comes first / 提问")  # fmt: skip
-    add("--html", type=parse_path, help="write a gallery here / 生成 HTML 图集")
+    add_describe_arguments(parser)
     add_sampling_arguments(parser)
     parser.set_defaults(**dict.fromkeys(DESCRIBE_DEFAULTS))
-    add("--chat", action="store_true", help="talk in the terminal / 终端对话")
-    add("--data_path", type=parse_path, help="score these records instead / 改为对数据集评分")
-    add("--images_path", type=parse_path, help="their images / 其图像")
-    add("--max_seq_len", type=int, default=1536, help="longest record in tokens / 最大长度")
-    add("--num_records", type=int, help="score only the first so many / 只评前若干条")
-    add("--num_generate", type=int, default=100,
-        help="answers generated for BLEU, chrF, CIDEr-D and VQA accuracy / 生成数")  # fmt: skip
-    add("--num_wrong", type=int, default=9,
-        help="wrong captions beside the right one / 每图的错误描述数")  # fmt: skip
-    add("--choices", type=parse_path,
-        help="answer this .tsv or .parquet of multiple choice / 选择题文件")  # fmt: skip
-    add("--choice_by", choices=MODES, default="letter",
-        help="score the options' letters or their texts / 按选项字母或文本")  # fmt: skip
-    add("--circular", type=parse_bool, nargs="?", const=True, default=False,
-        help="right only under every order of options / 循环评测")  # fmt: skip
-    add("--compare", help="weight or transformers folder to score too / 与另一权重比较")
-    add("--batch_size", type=int, default=16, help="at a time / 批大小")
-    add("--json", type=parse_path, help="write the results here too / 结果写入 JSON")
+    add_score_arguments(parser)
     args = parser.parse_args(argv)
     defaults = SCORE_DEFAULTS if args.data_path else DESCRIBE_DEFAULTS
     for name, value in defaults.items():
@@ -89,8 +69,50 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def add_describe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The folder to describe, the question and the gallery."""
+    parser.add_argument(
+        "--image_dir",
+        type=parse_path,
+        default=ROOT / "dataset" / "eval_images",
+        help="folder of images to describe / 要描述的图像目录",
+    )
+    prompt_help = "question; without <image>, the image comes first / 提问"
+    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help=prompt_help)
+    parser.add_argument("--html", type=parse_path, help="write a gallery here / 生成 HTML 图集")
+
+
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """The other tasks, and what is common to all."""
+    add = parser.add_argument
+    add("--chat", action="store_true", help="talk in the terminal / 终端对话")
+    add("--data_path", type=parse_path, help="score these records instead / 改为对数据集评分")
+    add("--images_path", type=parse_path, help="their images / 其图像")
+    add("--max_seq_len", type=int, default=1536, help="longest record in tokens / 最大长度")
+    add("--num_records", type=int, help="score only the first so many / 只评前若干条")
+    generate_help = "answers generated for BLEU, chrF, CIDEr-D and VQA accuracy / 生成数"
+    add("--num_generate", type=int, default=100, help=generate_help)
+    wrong_help = "wrong captions beside the right one / 每图的错误描述数"
+    add("--num_wrong", type=int, default=9, help=wrong_help)
+    choices_help = "answer this .tsv or .parquet of multiple choice / 选择题文件"
+    add("--choices", type=parse_path, help=choices_help)
+    mode_help = "score the options' letters or their texts / 按选项字母或文本"
+    add("--choice_by", choices=MODES, default="letter", help=mode_help)
+    add(
+        "--circular",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="right only under every order of options / 循环评测",
+    )
+    add("--compare", help="weight or transformers folder to score too / 与另一权重比较")
+    add("--batch_size", type=int, default=16, help="at a time / 批大小")
+    add("--json", type=parse_path, help="write the results here too / 结果写入 JSON")
+
+
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse what does not go together, before anything is loaded."""
+    """Refuse flags that contradict each other or are out of range, before anything is loaded."""
     scored = [f"--{n}" for n in ("data_path", "choices") if getattr(args, n)]
     tasks = scored + ["--chat"] * args.chat
     if len(tasks) > 1:
@@ -111,9 +133,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(
             "--circular turns the list of options, which --choice_by text does not use"
         )
-    lowest = {"batch_size": 1, "max_seq_len": 1, "num_records": 1, "num_generate": 0,
-              "num_wrong": 1}  # fmt: skip
-    for name, low in lowest.items():
+    for name, low in LOWEST.items():
         value = getattr(args, name)
         if value is not None and value < low:
             raise ValueError(f"--{name} must be {low} or more, got {value}")
@@ -125,7 +145,7 @@ def check_outputs(args: argparse.Namespace, ranks: Ranks) -> None:
     results = {"--json": args.json, "--html": args.html}
     inputs = {"--data_path": args.data_path, "--choices": args.choices}
 
-    def check() -> list:
+    def check() -> list[None]:
         if ranks.rank == 0:
             check_result_files(results, inputs)
         return []
@@ -201,8 +221,8 @@ def open_data(args: argparse.Namespace, processor: VLMProcessor) -> EvalData:
     )
 
 
-def make_task(args: argparse.Namespace, ranks: Ranks) -> Task:
-    """The scoring task of the flags; here `dataset/` meets `model/`."""
+def make_task(args: argparse.Namespace, ranks: Ranks) -> Task[Any]:
+    """The scoring task of the flags: gives the data of `dataset/` to the tasks of `model/`."""
     if args.data_path:
         return RecordScores(
             partial(open_data, args),
@@ -290,7 +310,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if something could not be loaded, or an image described."""
     args = parse_args(argv)
-    # A character that the terminal lacks, or bytes that are none, end neither run nor chat.
+    # Characters that the terminal cannot show, or input that is not UTF-8, must not end the run.
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)

@@ -220,7 +220,7 @@ def choice_report(results: ChoiceResults, *, circular: bool) -> dict[str, Any]:
     }
 
 
-def compare_choices(first: list[ChoiceRow], second: list[ChoiceRow]) -> dict[str, float]:
+def compare_choices(first: list[ChoiceRow], second: list[ChoiceRow]) -> dict[str, Any]:
     """The second's accuracy minus the first's, with its interval, on the questions both have.
 
     Raises:

@@ -186,7 +186,7 @@ def _repeat_tag(prompt: str, num_images: int) -> str:
     return prompt.replace(IMAGE_TAG, "\n".join([IMAGE_TAG] * num_images)) if is_for_one else prompt
 
 
-def _check_tags(messages: list[dict], *, num_images: int) -> None:
+def _check_tags(messages: list[dict[str, Any]], *, num_images: int) -> None:
     num_tags = messages[0]["content"].count(IMAGE_TAG)
     if num_tags != num_images:
         raise ValueError(f"--prompt has {num_tags} {IMAGE_TAG} tag(s) but {num_images} image(s)")

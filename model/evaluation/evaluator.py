@@ -7,7 +7,7 @@ Shapes: I images, P patches, D hidden, S image side in pixels.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -22,9 +22,10 @@ from model.evaluation.likelihood import (
 from model.generation.engine import VLMEngine
 from model.generation.sampling import Sampling
 
-# The images: the record's own, another record's, plain grey ones, none (and no tags).
+# Images shown: the record's own, another record's, plain grey ones, none (and no image tags).
 CONDITIONS = ("right", "shuffled", "grey", "blind")
 GREY = (128, 128, 128)
+K = TypeVar("K")  # key of a picture
 
 
 class SampleLike(Protocol):
@@ -163,7 +164,7 @@ class Evaluator:
         self._grey = self.encode({"": self.processor.pixel_values([grey])[0]})[""]
 
     @torch.inference_mode()
-    def encode(self, pictures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, pictures: Mapping[K, Tensor]) -> dict[K, Tensor]:
         """(3, S, S) pictures to features (P, D), each picture once."""
         device, dtype = self.model.device, self.model.dtype
         pixels = list(pictures.values())
@@ -240,10 +241,10 @@ class Evaluator:
     def answer(
         self,
         questions: Sequence[QuestionLike],
-        conversations: Sequence[tuple[list[dict], list[bytes]]],
+        conversations: Sequence[tuple[list[dict[str, str]], list[bytes]]],
         sampling: Sampling,
     ) -> list[TextRow]:
-        """Generated answers, in batches of prompts of like length.
+        """Generated answers, in batches of prompts of similar length.
 
         Args:
             conversations: (messages, images) of each question.

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
 from model.image_fusion import check_image_count, fuse_images
 from model.model_minimind import IGNORE_INDEX
+from model.model_vlm import MiniMindVLM
 
 LOGITS_AT_ONCE = 2048  # supervised tokens whose logits are held together
 
@@ -46,7 +47,7 @@ class LabelledSequence:
 
 
 @torch.inference_mode()
-def score_answers(model: nn.Module, inputs: dict[str, Tensor]) -> list[list[AnswerScore]]:
+def score_answers(model: MiniMindVLM, inputs: dict[str, Tensor]) -> list[list[AnswerScore]]:
     """Score every answer of a batch in one forward pass.
 
     This is teacher forcing: each token is predicted from the reference tokens before it. An answer
@@ -68,7 +69,7 @@ def score_answers(model: nn.Module, inputs: dict[str, Tensor]) -> list[list[Answ
 
 
 def score_sequences(
-    model: nn.Module, sequences: list[LabelledSequence], *, batch_size: int
+    model: MiniMindVLM, sequences: list[LabelledSequence], *, batch_size: int
 ) -> list[list[AnswerScore]]:
     """Scores of each conversation's answers; conversations of similar length share a batch."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].input_ids))
@@ -82,7 +83,7 @@ def score_sequences(
 
 
 @torch.inference_mode()
-def score_candidates(model: nn.Module, sequences: list[LabelledSequence]) -> list[AnswerScore]:
+def score_candidates(model: MiniMindVLM, sequences: list[LabelledSequence]) -> list[AnswerScore]:
     """Score several answers to one prompt; the prompt, with its images, runs through the model
     only once and stays in the key-value cache.
 
@@ -115,7 +116,7 @@ def score_candidates(model: nn.Module, sequences: list[LabelledSequence]) -> lis
 
 
 def _embed(
-    model: nn.Module, input_ids: Tensor, image_mask: Tensor, features: Tensor | None
+    model: MiniMindVLM, input_ids: Tensor, image_mask: Tensor, features: Tensor | None
 ) -> Tensor:
     """(B, T) ids and the features of the batch's images to (B, T, D)."""
     embeds = model.model.embed_tokens(input_ids)
@@ -144,7 +145,7 @@ def _pad(sequences: list[LabelledSequence], *, device: torch.device) -> dict[str
     }
 
 
-def _score_hidden(model: nn.Module, hidden: Tensor, labels: Tensor) -> list[list[AnswerScore]]:
+def _score_hidden(model: MiniMindVLM, hidden: Tensor, labels: Tensor) -> list[list[AnswerScore]]:
     """Answers' scores from hidden states (B, T, D); only supervised tokens get logits."""
     labels = labels[:, 1:]
     is_target = labels != IGNORE_INDEX

@@ -7,6 +7,7 @@ its records and all of its figures, so differences between conditions and weight
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class Results:
     captions: list[CaptionRow] = field(default_factory=list)
     texts: list[TextRow] = field(default_factory=list)
     references: dict[str, list[list[str]]] = field(default_factory=dict)
-    left_out: Counter = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
 
     @cached_property
     def ciders(self) -> dict[str, CiderD]:
@@ -64,9 +65,9 @@ class Results:
         return ["all", *found] if len(found) > 1 else ["all"]
 
 
-def unit_sums(results: Results, language: str) -> dict[tuple, Counter]:
+def unit_sums(results: Results, language: str) -> dict[tuple[str, ...], Counter[str]]:
     """The counts and sums behind the figures, of each picture's rows in a language."""
-    sums: dict[tuple, Counter] = defaultdict(Counter)
+    sums: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     for row in results.answers:
         if language in ("all", row.language):
             own = sums[row.unit]
@@ -101,16 +102,21 @@ def figures(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     loss = ratio("loss", "tokens")
     gaps = {f"gap_{c}": ratio(f"gap_{c}", f"tokens_{c}") for c in CONDITIONS[1:]}
-    return {"loss": loss, "perplexity": np.exp(loss)} | gaps | {
+    return {
+        "loss": loss,
+        "perplexity": np.exp(loss),
+        **gaps,
         "exact_match": ratio("hits", "answers"),
         "recall": ratio("recall_right", "captions_right"),
         "recall_shuffled": ratio("recall_shuffled", "captions_shuffled"),
         "cider_d": ratio("cider", "texts"),
         "vqa_accuracy": ratio("vqa", "questions"),
-    }  # fmt: skip
+    }
 
 
-def _resampled(sums: dict[tuple, Counter], units: list[tuple]) -> tuple[dict, dict]:
+def _resampled(
+    sums: dict[tuple[str, ...], Counter[str]], units: list[tuple[str, ...]]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Figures of all units, and of each resample of them."""
     columns = sorted({name for counts in sums.values() for name in counts})
     table = np.array([[sums[unit][name] for name in columns] for unit in units], dtype=float)
@@ -119,11 +125,11 @@ def _resampled(sums: dict[tuple, Counter], units: list[tuple]) -> tuple[dict, di
     return figures(whole), figures(drawn)
 
 
-def language_figures(results: Results, language: str) -> dict:
+def language_figures(results: Results, language: str) -> dict[str, Any]:
     """Every figure of a language that has rows, with its interval but for BLEU-4 and chrF."""
     sums = unit_sums(results, language)
     whole, drawn = _resampled(sums, sorted(sums))
-    report = {n: interval(float(whole[n][0]), drawn[n]) for n in LABELS}
+    report: dict[str, Any] = {n: interval(float(whole[n][0]), drawn[n]) for n in LABELS}
     rows = [r for r in results.answers if language in ("all", r.language)]
     captions = [c for c in results.captions if language in ("all", c.language)]
     report |= {"num_answers": len(rows), "num_pictures": len(sums), "num_captions": len(captions)}
@@ -143,9 +149,9 @@ def language_figures(results: Results, language: str) -> dict:
     return {name: value for name, value in report.items() if value is not None}
 
 
-def totals_by_type(results: Results) -> dict[str, dict[str, dict]]:
+def totals_by_type(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
     """Sums by condition and question type, and over all: right, total, loss_sum, num_tokens."""
-    totals: dict = {c: defaultdict(lambda: dict.fromkeys(TOTALS, 0)) for c in CONDITIONS}
+    totals: dict[str, Any] = {c: defaultdict(lambda: dict.fromkeys(TOTALS, 0)) for c in CONDITIONS}
     for row in results.answers:
         for condition, score in row.scores.items():
             for name in ["all", *([row.type] if row.type else [])]:
@@ -157,7 +163,7 @@ def totals_by_type(results: Results) -> dict[str, dict[str, dict]]:
     return {condition: dict(cells) for condition, cells in totals.items()}
 
 
-def vqa_by_type(results: Results) -> dict[str, dict]:
+def vqa_by_type(results: Results) -> dict[str, dict[str, Any]]:
     """VQA accuracy of generated short answers by question type, and over all."""
     scores = defaultdict(list)
     for text in results.texts:
@@ -168,7 +174,7 @@ def vqa_by_type(results: Results) -> dict[str, dict]:
     return {name: {"accuracy": float(np.mean(s)), "total": len(s)} for name, s in scores.items()}
 
 
-def build_report(results: Results) -> dict:
+def build_report(results: Results) -> dict[str, Any]:
     """Everything that goes into the JSON."""
     languages = {name: language_figures(results, name) for name in results.languages}
     gap = languages["all"].get("gap_shuffled")
@@ -181,7 +187,7 @@ def build_report(results: Results) -> dict:
     }
 
 
-def compare(first: Results, second: Results) -> dict[str, dict]:
+def compare(first: Results, second: Results) -> dict[str, dict[str, Any]]:
     """The second's figures minus the first's, by language, on the answers that both have.
 
     Raises:
@@ -221,7 +227,7 @@ def _with_interval(figure: dict[str, float], form: str) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def print_figures(by_language: dict[str, dict]) -> None:
+def print_figures(by_language: dict[str, dict[str, Any]]) -> None:
     """A row for each figure, a column for each language."""
     print(f"\n{'[95% interval]':30}" + "".join(f"{name:>28}" for name in by_language))
     for name, label in (("num_answers", "answers"), ("num_generated", "answers generated")):
@@ -238,21 +244,33 @@ def print_figures(by_language: dict[str, dict]) -> None:
         print(f"{label:30}" + "".join(f"{text:>28}" for text in shown))
 
 
-def print_report(report: dict) -> None:
-    """Exact matches by type, with the 95% lower bound of the right images'; then the figures."""
+def print_report(report: dict[str, Any]) -> None:
+    """Exact matches by question type; then the figures.
+
+    Beside the share with the right images stand its one-sided 95% lower bound and the shares under
+    the other conditions.
+    """
     if report["left_out"]:
         reasons = ", ".join(f"{n} {reason}" for reason, n in report["left_out"].items())
         print(f"{sum(report['left_out'].values())} record(s) are left out: {reasons}")
-    print(f"{'type':14}{'answers':>8}{'right':>8}{'>= (95%)':>10}"
-          + "".join(f"{c:>10}" for c in CONDITIONS[1:]) + f"{'VQA':>8}")  # fmt: skip
-    for name, cell in sorted(report["right"].items(), key=lambda item: item[0] == "all"):
-        bound = wilson_lower_bound(cell["right"], cell["total"])
-        others = (report[c].get(name) for c in CONDITIONS[1:])
-        shares = [f"{o['right'] / o['total']:>10.1%}" if o else f"{'-':>10}" for o in others]
-        vqa = report["vqa_by_type"].get(name)
-        print(f"{name:14}{cell['total']:>8}{cell['right'] / cell['total']:>8.1%}{bound:>10.1%}"
-              + "".join(shares) + (f"{vqa['accuracy']:>8.1%}" if vqa else ""))  # fmt: skip
+    conditions = "".join(f"{c:>10}" for c in CONDITIONS[1:])
+    print(f"{'type':14}{'answers':>8}{'right':>8}{'>= (95%)':>10}{conditions}{'VQA':>8}")
+    for name in sorted(report["right"], key=lambda name: name == "all"):
+        print(_type_line(report, name))
     print_figures(report["languages"])
     gap = report["grounding_gap"]
-    print("grounding gap: " + ("no record has another one's image to compare with" if gap is None
-                               else f"{gap:.4f} nats per supervised token"))  # fmt: skip
+    if gap is None:
+        print("grounding gap: no record has another one's image to compare with")
+    else:
+        print(f"grounding gap: {gap:.4f} nats per supervised token")
+
+
+def _type_line(report: dict[str, Any], name: str) -> str:
+    """The row of a question type."""
+    cell = report["right"][name]
+    share, bound = cell["right"] / cell["total"], wilson_lower_bound(cell["right"], cell["total"])
+    others = (report[c].get(name) for c in CONDITIONS[1:])
+    shares = [f"{o['right'] / o['total']:>10.1%}" if o else f"{'-':>10}" for o in others]
+    vqa = report["vqa_by_type"].get(name)
+    line = f"{name:14}{cell['total']:>8}{share:>8.1%}{bound:>10.1%}" + "".join(shares)
+    return line + (f"{vqa['accuracy']:>8.1%}" if vqa else "")

@@ -106,4 +106,5 @@ def run_task(
 
 def progress(items: Iterable[T], group: Group, *, title: str | None = None) -> Iterable[T]:
     """The items, with a bar on the first rank where stderr is a terminal."""
-    return tqdm(items, desc=title, disable=True if group.rank else None)
+    bar: Iterable[T] = tqdm(items, desc=title, disable=True if group.rank else None)
+    return bar

@@ -21,9 +21,17 @@ def write_parquet(path, painted, *, as_struct: bool) -> None:
         options, answer = options_of(i)
         listed = ", ".join(f"{letter}: {text}" for letter, text in zip("ABC", options, strict=True))
         image = {"bytes": png(painted, i), "path": None} if as_struct else png(painted, i)
-        rows.append({"index": i, "question": f"What is in the picture?\nOptions: {listed}",
-                     "image": image, "answer": answer, "category": "perception",
-                     "l2_category": "colour", "meta_info": {"source": "painted"}})  # fmt: skip
+        rows.append(
+            {
+                "index": i,
+                "question": f"What is in the picture?\nOptions: {listed}",
+                "image": image,
+                "answer": answer,
+                "category": "perception",
+                "l2_category": "colour",
+                "meta_info": {"source": "painted"},
+            }
+        )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
@@ -85,7 +93,9 @@ def test_turned_options_keep_the_right_one():
 
 def test_options_inside_a_question():
     assert split_options("Which?\nOptions: A: On it., B: A. b. c., C: 1.5") == (
-        "Which?", ["On it.", "A. b. c.", "1.5"])  # fmt: skip
+        "Which?",
+        ["On it.", "A. b. c.", "1.5"],
+    )
     assert split_options("Q\nChoices:\n(A) 2\n(B) 3") == ("Q", ["2", "3"])
     assert split_options("什么？\n选项：A. 红色 B. 蓝色") == ("什么？", ["红色", "蓝色"])
     for text in ("Is A: or B: right?", "Which of these options: red or blue?"):

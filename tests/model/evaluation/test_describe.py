@@ -49,8 +49,13 @@ def photos(painted, tmp_path):
 
 
 def describe(assets, painted, photos, **values) -> dict:
-    values = {"image_dir": photos, "prompt": "<image>\nDescribe it.", "max_new_tokens": 48,
-              "temperature": 0, "json": photos / "out.json"} | values  # fmt: skip
+    values = {
+        "image_dir": photos,
+        "prompt": "<image>\nDescribe it.",
+        "max_new_tokens": 48,
+        "temperature": 0,
+        "json": photos / "out.json",
+    } | values
     eval_vlm.main(eval_flags(assets, painted, **values))
     return json.loads((photos / "out.json").read_text())
 
@@ -81,8 +86,9 @@ def test_answers_do_not_depend_on_the_batch(temperature, assets, painted, photos
 
 def test_gallery_stands_alone_and_is_escaped(assets, painted, photos):
     (photos / "a.png").rename(photos / "<script>a.png")
-    describe(assets, painted, photos, html=photos / "gallery.html",
-             prompt="<image> <b>What</b> & why?")  # fmt: skip
+    describe(
+        assets, painted, photos, html=photos / "gallery.html", prompt="<image> <b>What</b> & why?"
+    )
     page = Page((photos / "gallery.html").read_text(encoding="utf-8"))
     assert not page.tags & {"script", "b", "link"}
     assert len(page.images) == 5 and all(

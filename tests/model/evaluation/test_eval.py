@@ -73,8 +73,14 @@ def test_language_model_without_projection_runs_and_warns(assets, trained, capfd
 
 def test_server_of_a_language_model_warns(assets, trained, capfd):
     with socket.create_server(("127.0.0.1", 0)) as taken:  # so that it ends when it has begun
-        argv = [*model_flags(assets, trained / "out"), "--weight", "llm", "--api",
-                "--port", taken.getsockname()[1]]  # fmt: skip
+        argv = [
+            *model_flags(assets, trained / "out"),
+            "--weight",
+            "llm",
+            "--api",
+            "--port",
+            taken.getsockname()[1],
+        ]
         assert web_demo.main(list(map(str, argv))) == 1
     err = capfd.readouterr().err
     assert "warning: llm_32.pth has no projection, so this model cannot see" in err

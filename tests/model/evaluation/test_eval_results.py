@@ -62,8 +62,13 @@ def test_odd_names_are_written_printably_everywhere(assets, painted, photos, tmp
     assert eval_vlm.main(flags) == 1
     captured = capfd.readouterr()
     names = {sample["name"] for sample in json.loads(out.read_text(encoding="utf-8"))["samples"]}
-    assert names == {r"caf\udce9.png", "new\nline.png", "clear\x1b[2J.png", "照片.png",
-                     r"bro\udcffken.jpg"}  # fmt: skip
+    assert names == {
+        r"caf\udce9.png",
+        "new\nline.png",
+        "clear\x1b[2J.png",
+        "照片.png",
+        r"bro\udcffken.jpg",
+    }
     assert r"caf\udce9.png" in page.read_text(encoding="utf-8")
     starts = {line.split("] ")[0] for line in captured.out.splitlines() if line.startswith("[")}
     assert starts == {r"[caf\udce9.png", r"[new\nline.png", r"[clear\x1b[2J.png", "[照片.png"}
@@ -75,8 +80,14 @@ def test_weight_and_data_of_odd_names_are_scored(assets, painted, tmp_path, capf
     folder = tmp_path / os.fsdecode(b"out\xff")
     shutil.copytree(painted / "out", folder)
     data = shutil.copy(painted / "questions.jsonl", tmp_path / os.fsdecode(b"val\xff.jsonl"))
-    flags = score_flags(assets, painted, save_dir=folder, data_path=data, num_records=4,
-                        json=tmp_path / "scores.json")  # fmt: skip
+    flags = score_flags(
+        assets,
+        painted,
+        save_dir=folder,
+        data_path=data,
+        num_records=4,
+        json=tmp_path / "scores.json",
+    )
     assert eval_vlm.main(flags) == 0
     report = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert r"out\udcff/sft_vlm_32.pth" in report["weight"] and r"val\udcff" in report["data"]
@@ -86,8 +97,9 @@ def test_weight_and_data_of_odd_names_are_scored(assets, painted, tmp_path, capf
 def test_types_that_are_half_characters_are_no_end(assets, painted, tmp_path):
     lines = (painted / "questions.jsonl").read_text().replace('"colour"', r'"\ud800"')
     (tmp_path / "val.jsonl").write_text(lines)
-    flags = score_flags(assets, painted, data_path=tmp_path / "val.jsonl",
-                        json=tmp_path / "scores.json")  # fmt: skip
+    flags = score_flags(
+        assets, painted, data_path=tmp_path / "val.jsonl", json=tmp_path / "scores.json"
+    )
     assert eval_vlm.main(flags) == 0
     assert r"\ud800" in json.loads((tmp_path / "scores.json").read_text())["right"]
 
@@ -184,8 +196,14 @@ def test_first_scores_outlive_what_befalls_the_second(
         return real(self, number)
 
     monkeypatch.setattr(EvalData, "read_window", read_window)
-    flags = score_flags(assets, painted, save_dir=tmp_path / "out", num_records=4,
-                        compare="early", json=tmp_path / "scores.json")  # fmt: skip
+    flags = score_flags(
+        assets,
+        painted,
+        save_dir=tmp_path / "out",
+        num_records=4,
+        compare="early",
+        json=tmp_path / "scores.json",
+    )
     assert eval_vlm.main(flags) == 1
     report = json.loads((tmp_path / "scores.json").read_text())
     assert report["right"]["all"]["total"] == 8 and "compare" not in report
@@ -204,9 +222,12 @@ def test_stopped_run_keeps_what_is_described(assets, painted, tmp_path):
     many = many_photos(painted, tmp_path / "many", count=3000)
     flags = describe_flags(assets, painted, many, json=tmp_path / "out.json", batch_size=1)
     process = subprocess.Popen(
-        [sys.executable, ROOT / "eval_vlm.py", *flags], text=True, env=script_environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, ROOT / "eval_vlm.py", *flags],
+        text=True,
+        env=script_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     for line in process.stdout:
         if line.startswith("[0002.png]"):
             process.terminate()
@@ -223,9 +244,12 @@ def test_stopped_run_keeps_what_is_described(assets, painted, tmp_path):
 def read_one_line(flags) -> tuple[int, str]:
     """As `| head -1` does: exit status, and what stands on the terminal beside."""
     process = subprocess.Popen(
-        [sys.executable, ROOT / "eval_vlm.py", *flags], text=True, env=script_environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, ROOT / "eval_vlm.py", *flags],
+        text=True,
+        env=script_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     process.stdout.readline()
     process.stdout.close()
     err = process.stderr.read()

@@ -106,23 +106,34 @@ def test_nothing_is_generated_unless_wanted(assets, painted, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_give_the_same_numbers(assets, painted, tmp_path, captions):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    flags = eval_flags(assets, painted, data_path=painted / "captions.jsonl",
-                       json=tmp_path / "scores.json")  # fmt: skip
+    flags = eval_flags(
+        assets, painted, data_path=painted / "captions.jsonl", json=tmp_path / "scores.json"
+    )
     process = subprocess.run(
         [sys.executable, *torchrun, str(ROOT / "eval_vlm.py"), *flags],
-        env=script_environment(), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env=script_environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("grounding gap") == process.stdout.count("weights: ") == 1
     two = json.loads((tmp_path / "scores.json").read_text())
     assert_close(two, captions)
-    # Only one rank finds the fault, all of them end, and it is told once.
+    # Only one rank finds the fault, all of them end, and it is reported once.
     (tmp_path / "photos").mkdir()
     process = subprocess.run(
-        [sys.executable, *torchrun, str(ROOT / "eval_vlm.py"),
-         *eval_flags(assets, painted, image_dir=tmp_path / "photos")],
-        env=script_environment(), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        [
+            sys.executable,
+            *torchrun,
+            str(ROOT / "eval_vlm.py"),
+            *eval_flags(assets, painted, image_dir=tmp_path / "photos"),
+        ],
+        env=script_environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert process.returncode != 0 and process.stderr.count("holds no image") == 1
 
 
@@ -156,8 +167,9 @@ def test_transformers_folder_is_compared(assets, painted, engine, tmp_path):
     """The same model in the other format: no difference but rounding to fp16."""
     engine.model.save_pretrained(tmp_path / "folder")
     engine.processor.tokenizer.save_pretrained(tmp_path / "folder")
-    report = score(assets, painted, tmp_path, compare=tmp_path / "folder", num_generate=0,
-                   dtype="bfloat16")  # fmt: skip
+    report = score(
+        assets, painted, tmp_path, compare=tmp_path / "folder", num_generate=0, dtype="bfloat16"
+    )
     assert report["compare"]["weight"] == str(tmp_path / "folder")
     assert abs(report["compare"]["difference"]["all"]["loss"]["value"]) < 1e-3
 
@@ -165,8 +177,16 @@ def test_transformers_folder_is_compared(assets, painted, engine, tmp_path):
 def test_multiple_choice_of_two_weights(assets, painted, tmp_path, capfd):
 
     write_tsv(tmp_path / "bench.tsv", painted)
-    report = score(assets, painted, tmp_path, data_path=None, images_path=None, compare="early",
-                   choices=tmp_path / "bench.tsv", choice_by="text")  # fmt: skip
+    report = score(
+        assets,
+        painted,
+        tmp_path,
+        data_path=None,
+        images_path=None,
+        compare="early",
+        choices=tmp_path / "bench.tsv",
+        choice_by="text",
+    )
     gain = report["compare"]["difference"]
     right = [r["categories"]["all"]["right"] for r in (report["compare"], report)]
     assert gain["value"] == pytest.approx((right[0] - right[1]) / 10) and is_inside(gain)
@@ -176,8 +196,15 @@ def test_chance_of_being_right_in_every_order_of_the_options(assets, painted, tm
 
     write_tsv(tmp_path / "bench.tsv", painted, count=4)
     for circular, chance in ((0, 1 / 3), (1, 3**-3)):
-        report = score(assets, painted, tmp_path, data_path=None, images_path=None,
-                       choices=tmp_path / "bench.tsv", circular=circular)  # fmt: skip
+        report = score(
+            assets,
+            painted,
+            tmp_path,
+            data_path=None,
+            images_path=None,
+            choices=tmp_path / "bench.tsv",
+            circular=circular,
+        )
         assert report["categories"]["all"]["chance"] == pytest.approx(chance)
 
 
@@ -205,9 +232,9 @@ def test_control_images_and_wrong_captions_are_anothers(painted, engine):
     data = EvalData(dataset, num_records=None, num_wrong=3, seed=0, window=7)
     cases = [case for i in range(data.num_windows) for case in data.read_window(i).cases]
     assert len(cases) == 40 and all(case.others != case.card.images for case in cases)
-    told = [case for case in cases if case.candidates]
-    assert len(told) == 20
-    for case in told:
+    with_captions = [case for case in cases if case.candidates]
+    assert len(with_captions) == 20
+    for case in with_captions:
         texts = [engine.processor.tokenizer.decode(s.input_ids) for s in case.candidates]
         answers = [t.split("assistant\n")[1].split("<|im_end|>")[0] for t in texts]
         assert answers[0] == case.card.answers[0] and len(set(answers)) == len(answers) >= 2
@@ -218,8 +245,11 @@ def test_control_images_and_wrong_captions_are_anothers(painted, engine):
 
 def test_pictures_are_decoded_once_a_window(painted, engine, monkeypatch):
     decoded, real = [], engine.processor.pixel_values
-    monkeypatch.setattr(engine.processor, "pixel_values", lambda images: (
-        decoded.append(1) if isinstance(images, list) else None, real(images))[1])  # fmt: skip
+    monkeypatch.setattr(
+        engine.processor,
+        "pixel_values",
+        lambda images: (decoded.append(1) if isinstance(images, list) else None, real(images))[1],
+    )
     dataset = VLMDataset(painted / "captions.jsonl", painted / "images", engine.processor)
     data = EvalData(dataset, num_records=None, num_wrong=3, seed=0, window=16)
     assert not decoded
@@ -314,8 +344,13 @@ def test_weight_of_another_tokenizer_is_not_compared(assets, painted, tmp_path, 
     make_tower(tmp_path / "tower", image_size=32, patch_size=8)
     argv = train_flags(tmp_path, tmp_path, painted / "questions.jsonl", painted / "images")
     assert train_pretrain_vlm.main([*argv, "--save_weight", "other"]) == 0
-    flags = eval_flags(assets, painted, data_path=painted / "questions.jsonl", num_generate=0,
-                       compare=tmp_path / "out" / "other_32.pth")  # fmt: skip
+    flags = eval_flags(
+        assets,
+        painted,
+        data_path=painted / "questions.jsonl",
+        num_generate=0,
+        compare=tmp_path / "out" / "other_32.pth",
+    )
     assert eval_vlm.main(flags) == 1
     err = capfd.readouterr().err
     assert "is not the one this weight was trained with" in err and "Traceback" not in err

@@ -31,17 +31,30 @@ def seeing(assets, tmp_path_factory):
                 turns = conversation("Is it a picture?", "A picture.")["conversations"]
                 record["conversations"] += turns
                 print(json.dumps(record | {"types": ["colour", "known"]}), file=file)
-    argv = train_flags(assets, folder, folder / "train.jsonl", folder / "images", epochs=8,
-                       learning_rate=0.01, log_interval=50)  # fmt: skip
+    argv = train_flags(
+        assets,
+        folder,
+        folder / "train.jsonl",
+        folder / "images",
+        epochs=8,
+        learning_rate=0.01,
+        log_interval=50,
+    )
     assert train_pretrain_vlm.main([*argv, "--save_weight", "sft_vlm"]) == 0
     return folder
 
 
 def score_flags(assets, folder, **extra) -> list[str]:
-    values = {"save_dir": folder / "out", "vision_model_path": assets / "tower", "device": "cpu",
-              "tokenizer_path": assets / "tokenizer", "data_path": folder / "test.jsonl",
-              "images_path": folder / "images", "json": folder / "scores.json",
-              "batch_size": 5} | extra  # fmt: skip
+    values = {
+        "save_dir": folder / "out",
+        "vision_model_path": assets / "tower",
+        "device": "cpu",
+        "tokenizer_path": assets / "tokenizer",
+        "data_path": folder / "test.jsonl",
+        "images_path": folder / "images",
+        "json": folder / "scores.json",
+        "batch_size": 5,
+    } | extra
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 

@@ -55,7 +55,9 @@ def test_bleu_and_chrf_are_sacrebleus():
     streams = [[r[0] for r in references], [references[0][1], None]]
     expected = sacrebleu.corpus_bleu(answers, streams).score
     assert bleu_and_chrf(answers, references, language="en") == (
-        expected, sacrebleu.corpus_chrf(answers, streams).score)  # fmt: skip
+        expected,
+        sacrebleu.corpus_chrf(answers, streams).score,
+    )
     assert 30 < expected < 100
 
 
