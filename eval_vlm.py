@@ -8,7 +8,7 @@
     python eval_vlm.py --chat
 
 A sub-folder of images is one sample of several images. Scores compare the right images with those
-of another record, with grey ones and with none: what these lack is what the model sees.
+of another record, with grey ones and with none: the gap is what the model gains from seeing them.
 """
 
 import argparse
@@ -16,38 +16,25 @@ import contextlib
 import os
 import signal
 import sys
-from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch.distributed as dist
-from tqdm import tqdm
 
-from dataset.evaluation.eval_data import EvalData, spread
-from dataset.evaluation.multiple_choice import MODES, Choice, ChoiceFile
+from dataset.evaluation.eval_data import EvalData
+from dataset.evaluation.multiple_choice import MODES, ChoiceFile
 from dataset.lm_dataset import VLMDataset
-from model.evaluation.describe import (
-    Description,
-    describe,
-    find_samples,
-    gallery,
-    print_descriptions,
-    to_json,
-)
-from model.evaluation.evaluator import ChoiceRow, Evaluator
-from model.evaluation.report import (
-    Results,
-    build_report,
-    choice_report,
-    compare,
-    compare_choices,
-    print_choices,
-    print_difference,
-    print_report,
-)
+from model.evaluation.choices import Choices
+from model.evaluation.describe import Description, FolderDescriptions, find_samples, gallery
+from model.evaluation.record_scores import RecordScores
 from model.evaluation.result_files import check_result_files, write_html, write_json
+from model.evaluation.task import Task, run_task
 from model.generation.engine import VLMEngine
 from model.generation.sampling import add_sampling_arguments, sampling_from
 from model.machine.device import memory_guard
@@ -55,46 +42,25 @@ from model.machine.paths import ROOT
 from model.machine.terminal import Terminated, one_line, printing, sigterm_as_ctrl_c, silence_stdout
 from model.options import NATIVE, OnceParser, add_model_arguments, parse_bool, parse_path
 from model.serving.terminal_chat import chat
-from model.vlm_processor import tokenizer_sha256
+from model.vlm_processor import VLMProcessor, tokenizer_sha256
 from trainer.ranks.group import Logger, Ranks, init_distributed_mode, warn
 
 DEFAULT_PROMPT = "仔细看一下这张图：\n\n<image>\n\n描述一下这个图像的内容。"
 DESCRIBE_DEFAULTS = {"max_new_tokens": 512, "temperature": 0.65}
 SCORE_DEFAULTS = {"max_new_tokens": 64, "temperature": 0.0}
+LOWEST = {"batch_size": 1, "max_seq_len": 1, "num_records": 1, "num_generate": 0, "num_wrong": 1}
 WINDOW_BATCHES = 4  # batches of records that are read and sorted by length together
 READER_LEFT = 141  # exit status, as a shell has it for SIGPIPE (which Windows lacks)
-SLOWEST_RANK = timedelta(hours=12)  # how long the others wait for it
+SLOWEST_RANK = timedelta(hours=12)  # timeout of the ranks that wait for the slowest one
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OnceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    add = parser.add_argument
-    add("--image_dir", type=parse_path, default=ROOT / "dataset" / "eval_images",
-        help="folder of images to describe / 要描述的图像目录")  # fmt: skip
-    add("--prompt", default=DEFAULT_PROMPT,
-        help="question; without <image>, the image comes first / 提问")  # fmt: skip
-    add("--html", type=parse_path, help="write a gallery here / 生成 HTML 图集")
+    add_describe_arguments(parser)
     add_sampling_arguments(parser)
     parser.set_defaults(**dict.fromkeys(DESCRIBE_DEFAULTS))
-    add("--chat", action="store_true", help="talk in the terminal / 终端对话")
-    add("--data_path", type=parse_path, help="score these records instead / 改为对数据集评分")
-    add("--images_path", type=parse_path, help="their images / 其图像")
-    add("--max_seq_len", type=int, default=1536, help="longest record in tokens / 最大长度")
-    add("--num_records", type=int, help="score only the first so many / 只评前若干条")
-    add("--num_generate", type=int, default=100,
-        help="answers generated for BLEU, chrF, CIDEr-D and VQA accuracy / 生成数")  # fmt: skip
-    add("--num_wrong", type=int, default=9,
-        help="wrong captions beside the right one / 每图的错误描述数")  # fmt: skip
-    add("--choices", type=parse_path,
-        help="answer this .tsv or .parquet of multiple choice / 选择题文件")  # fmt: skip
-    add("--choice_by", choices=MODES, default="letter",
-        help="score the options' letters or their texts / 按选项字母或文本")  # fmt: skip
-    add("--circular", type=parse_bool, nargs="?", const=True, default=False,
-        help="right only under every order of options / 循环评测")  # fmt: skip
-    add("--compare", help="weight or transformers folder to score too / 与另一权重比较")
-    add("--batch_size", type=int, default=16, help="at a time / 批大小")
-    add("--json", type=parse_path, help="write the results here too / 结果写入 JSON")
+    add_score_arguments(parser)
     args = parser.parse_args(argv)
     defaults = SCORE_DEFAULTS if args.data_path else DESCRIBE_DEFAULTS
     for name, value in defaults.items():
@@ -103,8 +69,50 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def add_describe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The folder to describe, the question and the gallery."""
+    parser.add_argument(
+        "--image_dir",
+        type=parse_path,
+        default=ROOT / "dataset" / "eval_images",
+        help="folder of images to describe / 要描述的图像目录",
+    )
+    prompt_help = "question; without <image>, the image comes first / 提问"
+    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help=prompt_help)
+    parser.add_argument("--html", type=parse_path, help="write a gallery here / 生成 HTML 图集")
+
+
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """The other tasks, and what is common to all."""
+    add = parser.add_argument
+    add("--chat", action="store_true", help="talk in the terminal / 终端对话")
+    add("--data_path", type=parse_path, help="score these records instead / 改为对数据集评分")
+    add("--images_path", type=parse_path, help="their images / 其图像")
+    add("--max_seq_len", type=int, default=1536, help="longest record in tokens / 最大长度")
+    add("--num_records", type=int, help="score only the first so many / 只评前若干条")
+    generate_help = "answers generated for BLEU, chrF, CIDEr-D and VQA accuracy / 生成数"
+    add("--num_generate", type=int, default=100, help=generate_help)
+    wrong_help = "wrong captions beside the right one / 每图的错误描述数"
+    add("--num_wrong", type=int, default=9, help=wrong_help)
+    choices_help = "answer this .tsv or .parquet of multiple choice / 选择题文件"
+    add("--choices", type=parse_path, help=choices_help)
+    mode_help = "score the options' letters or their texts / 按选项字母或文本"
+    add("--choice_by", choices=MODES, default="letter", help=mode_help)
+    add(
+        "--circular",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="right only under every order of options / 循环评测",
+    )
+    add("--compare", help="weight or transformers folder to score too / 与另一权重比较")
+    add("--batch_size", type=int, default=16, help="at a time / 批大小")
+    add("--json", type=parse_path, help="write the results here too / 结果写入 JSON")
+
+
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse what does not go together, before anything is loaded."""
+    """Refuse flags that contradict each other or are out of range, before anything is loaded."""
     scored = [f"--{n}" for n in ("data_path", "choices") if getattr(args, n)]
     tasks = scored + ["--chat"] * args.chat
     if len(tasks) > 1:
@@ -125,9 +133,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(
             "--circular turns the list of options, which --choice_by text does not use"
         )
-    lowest = {"batch_size": 1, "max_seq_len": 1, "num_records": 1, "num_generate": 0,
-              "num_wrong": 1}  # fmt: skip
-    for name, low in lowest.items():
+    for name, low in LOWEST.items():
         value = getattr(args, name)
         if value is not None and value < low:
             raise ValueError(f"--{name} must be {low} or more, got {value}")
@@ -139,7 +145,7 @@ def check_outputs(args: argparse.Namespace, ranks: Ranks) -> None:
     results = {"--json": args.json, "--html": args.html}
     inputs = {"--data_path": args.data_path, "--choices": args.choices}
 
-    def check() -> list:
+    def check() -> list[None]:
         if ranks.rank == 0:
             check_result_files(results, inputs)
         return []
@@ -152,8 +158,13 @@ def has_files(args: argparse.Namespace) -> bool:
     return bool(args.json or args.html)
 
 
+def printing_of(args: argparse.Namespace) -> Callable[[], AbstractContextManager[None]]:
+    """The context in which results are printed."""
+    return partial(printing, is_extra=has_files(args))
+
+
 def load(args: argparse.Namespace) -> VLMEngine:
-    """The engine of the flags; says what it is."""
+    """The engine of the flags; prints which weight it is."""
     engine = VLMEngine.from_args(args)
     with printing(is_extra=has_files(args)):
         Logger(f"weights: {engine.path}")
@@ -164,200 +175,142 @@ def load(args: argparse.Namespace) -> VLMEngine:
 
 def describe_folder(args: argparse.Namespace, ranks: Ranks) -> int:
     """Describe every sample, naming those that cannot be; returns the exit status."""
-    samples = find_samples(args.image_dir)
-    engine, sampling = load(args), sampling_from(args)
-    so_far: list[Description] = []  # of this rank
-
-    def work() -> list[Description]:
-        for batch in ranks.batches(samples, args.batch_size):
-            described = describe(engine, batch, args.prompt, sampling,
-                                 with_thumbnails=bool(args.html))  # fmt: skip
-            so_far.extend(described)
-            if ranks.world_size == 1:
-                with printing(is_extra=has_files(args)):
-                    print_descriptions(described)
-        return so_far
-
+    task = FolderDescriptions(
+        find_samples(args.image_dir),
+        args.prompt,
+        sampling_from(args),
+        batch_size=args.batch_size,
+        with_thumbnails=bool(args.html),
+        group=ranks,
+        printing=printing_of(args),
+    )
+    engine = load(args)
     try:
-        found = sorted(ranks.collect(work), key=lambda d: d.name)
-    except BaseException:  # whatever ends it, what is described already is not lost
-        if so_far and ranks.rank == 0:
-            write_descriptions(so_far, len(samples), engine, args)
+        found = task.run(engine)
+    except BaseException:  # Ctrl-C too: the descriptions so far are written
+        if task.so_far and ranks.rank == 0:
+            write_descriptions(task, task.so_far, engine.path, args)
         raise
     if ranks.rank == 0:
-        write_descriptions(found, len(samples), engine, args)
+        write_descriptions(task, found, engine.path, args)
         if ranks.world_size > 1:
             with printing(is_extra=has_files(args)):
-                print_descriptions(found)
+                task.print_report(task.report(found))
     return int(any(d.error for d in found))
 
 
 def write_descriptions(
-    found: list[Description], num_samples: int, engine: VLMEngine, args: argparse.Namespace
+    task: FolderDescriptions, found: list[Description], weight: Path, args: argparse.Namespace
 ) -> None:
-    """Into the files of the flags; the JSON says how many samples are missing, if any."""
+    """Write the files of the flags."""
     if args.html:
-        write_html(args.html, gallery(found, weight=engine.path.name, prompt=args.prompt))
+        write_html(args.html, gallery(found, weight=weight.name, prompt=args.prompt))
     if args.json:
-        report = {"weight": str(engine.path), "prompt": args.prompt, "seed": args.seed}
-        if len(found) < num_samples:
-            report["not_described"] = num_samples - len(found)
-        write_json(args.json, report | {"samples": to_json(found)})
+        write_json(args.json, {"weight": str(weight)} | task.report(found))
 
 
-def score_data(engine: VLMEngine, args: argparse.Namespace, ranks: Ranks) -> Results:
-    """All scores of a data set with one weight, on every rank."""
-    dataset = VLMDataset(args.data_path, args.images_path, engine.processor,
-                         max_length=args.max_seq_len)  # fmt: skip
-    data = EvalData(dataset, num_records=args.num_records, num_wrong=args.num_wrong,
-                    seed=args.seed, window=WINDOW_BATCHES * args.batch_size)  # fmt: skip
-    evaluator = Evaluator(engine, batch_size=args.batch_size)
-    sampling = sampling_from(args)
-
-    def score_windows() -> list[tuple]:
-        numbers = range(ranks.rank, data.num_windows, ranks.world_size)
-        windows = map(data.read_window, tqdm(numbers, desc="scoring", disable=quiet(ranks)))
-        return [(*evaluator.score_window(window), window.left_out) for window in windows]
-
-    def answer() -> list:
-        some = list(ranks.batches(spread(questions, args.num_generate), data.window))
-        return [
-            row
-            for batch in tqdm(some, desc="answering", disable=quiet(ranks))
-            for row in evaluator.answer(batch, [data.messages(q) for q in batch], sampling)
-        ]
-
-    scored = ranks.collect(score_windows)
-    results = Results(
-        answers=sorted((r for s in scored for r in s[0]), key=lambda r: (r.index, r.turn)),
-        captions=sorted((r for s in scored for r in s[1]), key=lambda r: r.index),
-        left_out=data.left_out + Counter(reason for s in scored for reason, _ in s[2]),
+def open_data(args: argparse.Namespace, processor: VLMProcessor) -> EvalData:
+    """The records of --data_path."""
+    dataset = VLMDataset(args.data_path, args.images_path, processor, max_length=args.max_seq_len)
+    return EvalData(
+        dataset,
+        num_records=args.num_records,
+        num_wrong=args.num_wrong,
+        seed=args.seed,
+        window=WINDOW_BATCHES * args.batch_size,
     )
-    examples = data.examples | {reason: why for s in scored for reason, why in reversed(s[2])}
-    if not results.answers:
-        raise ValueError(f"{args.data_path}: no usable record with images "
-                         f"({next(iter(examples.values()))})")  # fmt: skip
-    if "broken" in examples:
-        warn(f"{results.left_out['broken']} broken record(s), as {examples['broken']}")
-    usable = {row.index for row in results.answers} if args.num_generate else set()
-    questions = sorted(data.questions(usable), key=lambda q: q.language)  # each gets its share
-    results.texts = sorted(ranks.collect(answer), key=lambda r: (r.index, r.turn))
-    for question in questions:
-        if question.is_caption:
-            results.references.setdefault(question.language, []).append(question.references)
-    return results
 
 
-def quiet(ranks: Ranks) -> bool | None:
-    """Whether to hide a progress bar; None hides it where there is no terminal."""
-    return True if ranks.rank else None
+def make_task(args: argparse.Namespace, ranks: Ranks) -> Task[Any]:
+    """The scoring task of the flags: gives the data of `dataset/` to the tasks of `model/`."""
+    if args.data_path:
+        return RecordScores(
+            partial(open_data, args),
+            sampling_from(args),
+            source=args.data_path,
+            batch_size=args.batch_size,
+            num_generate=args.num_generate,
+            group=ranks,
+            warn=warn,
+        )
+    return Choices(
+        partial(ChoiceFile, args.choices),
+        source=args.choices,
+        mode=args.choice_by,
+        circular=args.circular,
+        max_length=args.max_seq_len,
+        batch_size=args.batch_size,
+        group=ranks,
+        warn=warn,
+    )
 
 
-def choose(engine: VLMEngine, args: argparse.Namespace, ranks: Ranks
-           ) -> tuple[list[ChoiceRow], Counter]:  # fmt: skip
-    """All answers to a multiple-choice file with one weight, and why questions are left out."""
-    evaluator, file = Evaluator(engine, batch_size=args.batch_size), ChoiceFile(args.choices)
-
-    def work() -> list[tuple[list[ChoiceRow], list[str]]]:
-        found = []
-        for batch in tqdm(ranks.batches(file, args.batch_size), disable=quiet(ranks)):
-            rows, left_out = evaluator.choose_window(
-                [c for c in batch if isinstance(c, Choice)], mode=args.choice_by,
-                circular=args.circular, max_length=args.max_seq_len,
-            )  # fmt: skip
-            found.append((rows, [str(c) for c in batch if not isinstance(c, Choice)] + left_out))
-        return found
-
-    found = ranks.collect(work)
-    rows = sorted((row for rows, _ in found for row in rows), key=lambda row: row.index)
-    left_out = [reason for _, reasons in found for reason in reasons]
-    if not rows:
-        why = f" ({left_out[0]})" if left_out else ""
-        raise ValueError(f"{args.choices}: no usable question{why}")
-    if left_out:
-        warn(f"{len(left_out)} question(s) are left out, as {left_out[0]}")
-    return rows, Counter(["unusable"] * len(left_out))
-
-
-def run_scores(args: argparse.Namespace, ranks: Ranks) -> int:
+def score(args: argparse.Namespace, ranks: Ranks) -> int:
     """Score one weight or two, print the tables and write the JSON; returns the exit status."""
-    known = check_second(args) if args.compare else None
+    second_tokenizer = check_second(args) if args.compare else None
+    run_task(
+        make_task(args, ranks),
+        partial(load_first, args, second_tokenizer),
+        partial(load, second_args(args)) if args.compare else None,
+        head={"data": str(args.data_path or args.choices)},
+        printing=printing_of(args),
+        write=partial(write_json, args.json) if args.json else lambda report: None,
+        is_main=ranks.rank == 0,
+    )
+    return 0
+
+
+def load_first(args: argparse.Namespace, second_tokenizer: str | None) -> VLMEngine:
+    """Load the weight to score.
+
+    Raises:
+        ValueError: it does not take such long records, or has another tokenizer than the second.
+    """
     engine = load(args)
     name = engine.path.name
     if args.max_seq_len > engine.max_tokens:
         raise ValueError(f"--max_seq_len {args.max_seq_len}: {name} takes {engine.max_tokens}")
-    if known not in (None, tokenizer_sha256(engine.processor.tokenizer)):
+    if second_tokenizer not in (None, tokenizer_sha256(engine.processor.tokenizer)):
         raise ValueError(
             f"--compare {args.compare} has another tokenizer than {name}, so losses per token "
             "cannot be compared"
         )
-    report = {"weight": str(engine.path), "data": str(args.data_path or args.choices)}
-    find = score_data if args.data_path else choose
-    first = find(engine, args, ranks)
-    try:
-        report |= show(first, args, ranks)
-        if args.compare:
-            del engine
-            engine = load(second_args(args))
-            second = find(engine, args, ranks)
-            report["compare"] = {"weight": str(engine.path)} | show(second, args, ranks)
-            difference = (compare if args.data_path else compare_choices)(*pair(first, second))
-            report["compare"]["difference"] = difference
-            if ranks.rank == 0:
-                with printing(is_extra=has_files(args)):
-                    print(f"\n{engine.path.name} minus {name}, paired:")
-                    print_difference(difference)
-    finally:  # the first weight's scores are not lost to what befalls the second
-        if args.json and ranks.rank == 0:
-            write_json(args.json, report)
-    return 0
+    return engine
 
 
 def second_args(args: argparse.Namespace) -> argparse.Namespace:
     """The flags of the weight to compare with."""
     is_folder = (Path(args.compare) / "config.json").is_file()
-    changes = ({"load_from": args.compare} if is_folder
-               else {"load_from": NATIVE, "weight": args.compare})  # fmt: skip
+    if is_folder:
+        changes = {"load_from": args.compare}
+    else:
+        changes = {"load_from": NATIVE, "weight": args.compare}
     return argparse.Namespace(**(vars(args) | changes))
 
 
 def check_second(args: argparse.Namespace) -> str:
-    """Load the weight to compare with as it is loaded later, and let go of it, so that what is
-    wrong with it is said before the first one is scored; returns its tokenizer's digest."""
+    """Load the weight to compare with and let go of it, so that what is wrong with it is reported
+    before the first one is scored; returns its tokenizer's digest."""
     return tokenizer_sha256(VLMEngine.from_args(second_args(args)).processor.tokenizer)
 
 
-def pair(first, second) -> tuple:
-    """Results of a data set as they are; of multiple choice, the rows."""
-    return (first, second) if isinstance(first, Results) else (first[0], second[0])
-
-
-def show(found: Results | tuple, args: argparse.Namespace, ranks: Ranks) -> dict:
-    """The report of one weight; the first rank prints it."""
-    is_data = isinstance(found, Results)
-    report = build_report(found) if is_data else choice_report(*found, circular=args.circular)
-    if ranks.rank == 0:
-        with printing(is_extra=has_files(args)):
-            (print_report if is_data else print_choices)(report)
-    return report
-
-
-def run_task(args: argparse.Namespace, ranks: Ranks) -> int:
-    """What the flags ask for; returns the exit status."""
+def run(args: argparse.Namespace, ranks: Ranks) -> int:
+    """Do the task of the flags; returns the exit status."""
     if args.chat:
         return chat(load(args), sampling_from(args))
     check_outputs(args, ranks)
     is_scored = args.data_path or args.choices
-    # Ranks that wait for each other would not notice; torchrun ends them when one is gone.
+    # Not with several ranks: one that waits in a collective operation would not run the handler.
+    # torchrun ends the others when one is gone.
     is_alone = ranks.world_size == 1
     with sigterm_as_ctrl_c() if is_alone else contextlib.nullcontext():
-        return (run_scores if is_scored else describe_folder)(args, ranks)
+        return (score if is_scored else describe_folder)(args, ranks)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if something could not be loaded, or an image described."""
     args = parse_args(argv)
-    # A character that the terminal lacks, or bytes that are none, end neither run nor chat.
+    # Characters that the terminal cannot show, or input that is not UTF-8, must not end the run.
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)
@@ -366,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         ranks = init_distributed_mode(args.device, timeout=SLOWEST_RANK)
         args.device = str(ranks.device)
         with memory_guard("lower --batch_size"):
-            return run_task(args, ranks)
+            return run(args, ranks)
     except BrokenPipeError:
         silence_stdout()
         return READER_LEFT

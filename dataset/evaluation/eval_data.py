@@ -1,8 +1,8 @@
-"""Owns what evaluation asks of a data set: usable records, control images, wrong captions,
+"""Owns a data set prepared for evaluation: usable records, control images, wrong captions,
 questions with their references.
 
-Records are read once for their texts; pictures only when they are asked for, a window of records
-at a time.
+The texts of all records are read once, at the beginning. Pictures are read a window of records at
+a time.
 """
 
 import hashlib
@@ -14,31 +14,31 @@ from random import Random
 import torch
 from torch import Tensor
 
-from dataset.evaluation.language import language_of, num_words
+from dataset.evaluation.language import detect_language, num_words
 from dataset.lm_dataset import Sample, VLMDataset, make_sample
 from dataset.records.conversation import IMAGE_TAG, BadRecordError, Record
 
-SHORT_WORDS = 5  # a question whose answers have more on average asks for sentences
+SHORT_WORDS = 5  # longer answers on average: the question asks for sentences
 CAPTION = "caption"  # the type of such a question
-MAX_TRIES = 1000  # records looked at for one with other images
+MAX_TRIES = 1000  # records examined to find one with other images
 PICTURES_HELD = 64
 
 
 @dataclass(frozen=True)
 class Card:
-    """A record without its pictures; one entry per answer in the tuples behind `images`."""
+    """A record without its pictures; the tuples after `images` have one entry per answer."""
 
     index: int
     images: tuple[str, ...]  # names, or digests of the bytes
     questions: tuple[str, ...]
     answers: tuple[str, ...]
-    types: tuple[str, ...]  # "" where the record says none
+    types: tuple[str, ...]  # "" where the record has none
     languages: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A record ready to be scored; pictures are looked up in the window by their keys."""
+    """A record to score; its pictures are in its window, by their keys."""
 
     card: Card
     sample: Sample
@@ -48,8 +48,8 @@ class Case:
 
 
 @dataclass
-class Window:
-    """Records that are scored together: `pictures` (3, S, S) by key; `left_out` reason, where."""
+class RecordWindow:
+    """Records that are scored together: `pictures` (3, S, S) by key; `left_out` (reason, where)."""
 
     cases: list[Case] = field(default_factory=list)
     pictures: dict[str, Tensor] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Question:
-    """What the model is asked, with all answers the data set knows."""
+    """A question to the model, with all answers that the data set has for it."""
 
     card: Card
     turn: int
@@ -72,8 +72,8 @@ class EvalData:
 
     Args:
         num_records: only the first so many; None: all.
-        num_wrong: wrong captions beside a right one.
-        seed: of the choice of wrong captions.
+        num_wrong: wrong captions for each right one.
+        seed: chooses the wrong captions.
         window: records that are read together.
     Raises:
         ValueError: no usable record with images.
@@ -89,49 +89,53 @@ class EvalData:
         window: int,
     ):
         self.dataset, self.num_wrong, self.seed, self.window = dataset, num_wrong, seed, window
-        self.left_out: Counter = Counter()
-        self.cards: list[Card] = []
+        self.left_out: Counter[str] = Counter()
         self.examples: dict[str, str] = {}  # reason -> the first record left out for it
-        for index in range(min(len(dataset), num_records or len(dataset))):
-            try:
-                record = dataset.records[index]
-            except BadRecordError as error:
-                self._leave_out("broken", str(error))
-                continue
-            if record.images:
-                self.cards.append(_card(index, record))
-            else:
-                self._leave_out("no images", record.where)
+        self.cards = self._read_cards(num_records or len(dataset))
         if not self.cards:
             why = next(iter(self.examples.values()))
             raise ValueError(f"{dataset.data_path}: no usable record with images ({why})")
-        lengths = defaultdict(list)  # of the answers to each question
-        for card in self.cards:
-            for question, answer in zip(card.questions, card.answers, strict=True):
-                lengths[question].append(num_words(answer))
-        self._asks_for_sentences = {q for q, n in lengths.items() if sum(n) > SHORT_WORDS * len(n)}
+        self._asks_for_sentences = _sentence_questions(self.cards)
         self._where = {
             key: (card.index, number)
             for card in reversed(self.cards)
             for number, key in enumerate(card.images)
         }
         # The first record of each picture and language that describes it.
-        self._captions: dict[tuple, Card] = {}
+        self._captions: dict[tuple[tuple[str, ...], str], Card] = {}
         for card in self.cards:
             if self.is_caption(card, 0):
                 self._captions.setdefault((card.images, card.languages[0]), card)
-        self._pool = defaultdict(list)
+        self._pool: defaultdict[str, list[Card]] = defaultdict(list)
         for (_, language), card in self._captions.items():
             self._pool[language].append(card)
         self._pixels = lru_cache(PICTURES_HELD)(self._read_pixels)
+
+    def _read_cards(self, num_records: int) -> list[Card]:
+        """The cards of the first records, of those that have images."""
+        cards = []
+        for index in range(min(len(self.dataset), num_records)):
+            try:
+                record = self.dataset.records[index]
+            except BadRecordError as error:
+                self._leave_out("broken", str(error))
+                continue
+            if record.images:
+                cards.append(_card(index, record))
+            else:
+                self._leave_out("no images", record.where)
+        return cards
 
     def _leave_out(self, reason: str, example: str) -> None:
         self.left_out[reason] += 1
         self.examples.setdefault(reason, example)
 
     def is_caption(self, card: Card, turn: int) -> bool:
-        """Whether an answer describes the picture as others of the same picture do: by its type,
-        else if it is the only one of its record, to a question that is answered by sentences."""
+        """Whether an answer is a caption, so that other captions of the picture are references.
+
+        Its type decides; without one, the only answer of a record is a caption if its question is
+        answered by sentences.
+        """
         if card.types[turn]:
             return card.types[turn] == CAPTION
         return len(card.answers) == 1 and card.questions[0] in self._asks_for_sentences
@@ -140,9 +144,9 @@ class EvalData:
     def num_windows(self) -> int:
         return -(-len(self.cards) // self.window)
 
-    def read_window(self, number: int) -> Window:
-        """The usable records of a window with the pictures that they need."""
-        window, start = Window(), number * self.window
+    def read_window(self, number: int) -> RecordWindow:
+        """The usable records of a window with their pictures and control pictures."""
+        window, start = RecordWindow(), number * self.window
         for place in range(start, min(start + self.window, len(self.cards))):
             try:
                 case = self._case(place)
@@ -163,8 +167,10 @@ class EvalData:
         card = self.cards[place]
         record = self.dataset.records[card.index]
         pixels = self._pictures_of(card.images)
-        blind = [m | {"content": m["content"].replace(IMAGE_TAG, "").strip()}
-                 for m in record.messages]  # fmt: skip
+        blind = [
+            message | {"content": message["content"].replace(IMAGE_TAG, "").strip()}
+            for message in record.messages
+        ]
         return Case(
             card=card,
             sample=self._sample(card, record.messages, pixels, record),
@@ -173,9 +179,16 @@ class EvalData:
             candidates=self._candidates(card, record, pixels),
         )
 
-    def _sample(self, card: Card, messages: list[dict], pixels: Tensor, record: Record) -> Sample:
-        return make_sample(replace(record, messages=messages), pixels, self.dataset.processor,
-                           index=card.index, max_length=self.dataset.max_length)  # fmt: skip
+    def _sample(
+        self, card: Card, messages: list[dict[str, str]], pixels: Tensor, record: Record
+    ) -> Sample:
+        return make_sample(
+            replace(record, messages=messages),
+            pixels,
+            self.dataset.processor,
+            index=card.index,
+            max_length=self.dataset.max_length,
+        )
 
     def _read_pixels(self, key: str, index: int, number: int) -> Tensor:
         record = self.dataset.records[index]
@@ -190,7 +203,7 @@ class EvalData:
         return torch.stack([self._pixels(key, *self._where[key]) for key in keys])
 
     def _other_images(self, place: int) -> tuple[str, ...] | None:
-        """The images of a record half the data set away: as many, and all of them others."""
+        """Images of a record half the data set away: as many, and none of them the record's own."""
         card, half = self.cards[place], len(self.cards) // 2
         for step in range(min(len(self.cards), MAX_TRIES)):
             other = self.cards[(place + half + step) % len(self.cards)]
@@ -204,12 +217,27 @@ class EvalData:
         return None
 
     def _candidates(self, card: Card, record: Record, pixels: Tensor) -> list[Sample]:
-        """The caption of a picture and those of others in the same language.
+        """The caption of a picture, then captions of other pictures in the same language.
 
-        Only for the first record of its images and language.
+        Empty but for the first record of its images and language.
         """
         if self._captions.get((card.images, card.languages[0])) is not card:
             return []
+        texts = self._caption_texts(card)
+        if len(texts) == 1:
+            return []
+        first = next(i for i, m in enumerate(record.messages) if m["role"] == "assistant")
+        prompt = record.messages[:first]
+        if sum(m["content"].count(IMAGE_TAG) for m in prompt) != len(pixels):
+            return []
+        samples = [
+            self._sample(card, [*prompt, {"role": "assistant", "content": text}], pixels, record)
+            for text in texts
+        ]
+        return [] if any(sample.is_truncated for sample in samples) else samples
+
+    def _caption_texts(self, card: Card) -> list[str]:
+        """The right caption, then up to `num_wrong` different ones of other pictures."""
         pool = self._pool[card.languages[0]]
         rng, texts = Random(f"{self.seed}/{card.index}"), [card.answers[0]]
         for other in rng.sample(pool, min(len(pool), MAX_TRIES)):
@@ -217,23 +245,15 @@ class EvalData:
                 break
             if not set(other.images) & set(card.images) and other.answers[0] not in texts:
                 texts.append(other.answers[0])
-        if len(texts) == 1:
-            return []
-        first = next(i for i, m in enumerate(record.messages) if m["role"] == "assistant")
-        prompt = record.messages[:first]
-        if sum(m["content"].count(IMAGE_TAG) for m in prompt) != len(pixels):
-            return []
-        samples = [self._sample(card, [*prompt, {"role": "assistant", "content": text}], pixels,
-                                record) for text in texts]  # fmt: skip
-        return [] if any(s.is_truncated for s in samples) else samples
+        return texts
 
     def questions(self, usable: set[int]) -> list[Question]:
-        """What to ask for generated answers about the records of these indices.
+        """The questions about the records of these indices, for generated answers.
 
-        Captions of the same images in the same language are references of one another; so are
-        answers to the same question about the same images.
+        Captions of the same images in the same language are the references of one question; so
+        are answers to the same question about the same images.
         """
-        groups: dict[tuple, Question] = {}
+        groups: dict[tuple[tuple[str, ...], str, bool, str], Question] = {}
         for card in (card for card in self.cards if card.index in usable):
             for turn, answer in enumerate(card.answers):
                 language, is_caption = card.languages[turn], self.is_caption(card, turn)
@@ -245,8 +265,8 @@ class EvalData:
                     groups[key] = Question(card, turn, language, is_caption, [answer])
         return list(groups.values())
 
-    def messages(self, question: Question) -> tuple[list[dict], list[bytes]]:
-        """The conversation up to an answer, and the images in it."""
+    def messages(self, question: Question) -> tuple[list[dict[str, str]], list[bytes]]:
+        """The conversation before an answer, and the images in it."""
         record = self.dataset.records[question.card.index]
         ends = [i for i, m in enumerate(record.messages) if m["role"] == "assistant"]
         before = record.messages[: ends[question.turn]]
@@ -255,13 +275,17 @@ class EvalData:
         return before, [read(image) for image in record.images[:num_images]]
 
 
-def spread(items: list, num: int) -> list:
-    """So many of the items at equal distances, or all of them."""
-    return [items[i * len(items) // num] for i in range(num)] if num < len(items) else items
+def _sentence_questions(cards: list[Card]) -> set[str]:
+    """The questions whose answers have more than `SHORT_WORDS` words on average."""
+    lengths: defaultdict[str, list[int]] = defaultdict(list)
+    for card in cards:
+        for question, answer in zip(card.questions, card.answers, strict=True):
+            lengths[question].append(num_words(answer))
+    return {question for question, n in lengths.items() if sum(n) > SHORT_WORDS * len(n)}
 
 
 def _card(index: int, record: Record) -> Card:
-    """What is kept of a record."""
+    """The texts of a record and the keys of its images."""
     questions, answers, asked = [], [], ""
     for message in record.messages:
         if message["role"] == "assistant":
@@ -270,7 +294,7 @@ def _card(index: int, record: Record) -> Card:
         else:
             asked = message["content"]
     types = (*record.types, *[""] * len(answers))[: len(answers)]
-    languages = tuple(language_of(a, q) for a, q in zip(answers, questions, strict=True))
+    languages = tuple(detect_language(a, q) for a, q in zip(answers, questions, strict=True))
     images = tuple(
         image if isinstance(image, str) else hashlib.sha1(image).hexdigest()
         for image in record.images

@@ -1,4 +1,4 @@
-"""Owns the language and the length of a text: English or Chinese, by its script."""
+"""Owns the language and the number of words of a text: English or Chinese, by its script."""
 
 import re
 
@@ -6,8 +6,8 @@ HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 LATIN_WORD = re.compile(r"[A-Za-zÀ-ɏ]+")
 
 
-def language_of(*texts: str) -> str:
-    """The language of the first text that has one, by its script: "zh", "en" or "other"."""
+def detect_language(*texts: str) -> str:
+    """The language of the first text with Chinese or Latin letters: "zh", "en", else "other"."""
     for text in texts:
         num_han, num_latin = len(HAN.findall(text)), len(LATIN_WORD.findall(text))
         if num_han or num_latin:

@@ -1,7 +1,7 @@
 """Owns multiple-choice files: the TSV and Parquet layouts of MMBench and MMStar, row by row.
 
 MMBench: columns index, question, hint, A, B, C, D (empty where there are fewer), answer, category,
-l2-category, image (base64, or the index of the row that has it). MMStar: index, question with its
+l2-category, image (base64, or the index of the row that holds it). MMStar: index, question with its
 options inside ("... Options: A: red, B: blue"), image (bytes), answer, category, l2_category.
 """
 
@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from torch import Tensor
 
-from dataset.evaluation.language import language_of
+from dataset.evaluation.language import detect_language
 from dataset.lm_dataset import Sample, make_sample
 from dataset.records.conversation import IMAGE_TAG, BadRecordError, Record
 
@@ -37,7 +37,7 @@ INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A question about a picture with its options; `answer` is the place of the right one."""
+    """A question about a picture with its options; `answer` is the position of the right one."""
 
     index: int  # row of the file
     where: str
@@ -50,17 +50,17 @@ class Choice:
     image: bytes
 
     def turned(self, shift: int) -> "Choice":
-        """The same question with its options moved on by so many places, for circular scoring."""
+        """The same question with its options rotated by `shift`, for circular scoring."""
         num = len(self.options)
         options = tuple(self.options[(i + shift) % num] for i in range(num))
         return replace(self, options=options, answer=(self.answer - shift) % num)
 
     def prompt(self, mode: str) -> str:
-        """The question as the model is asked."""
+        """The text of the user's message."""
         lines = [IMAGE_TAG, *([self.hint] if self.hint else []), self.question]
         if mode == "letter":
             lines += [f"{LETTERS[i]}. {text}" for i, text in enumerate(self.options)]
-            lines.append(INSTRUCTIONS["zh" if language_of(self.question) == "zh" else "en"])
+            lines.append(INSTRUCTIONS["zh" if detect_language(self.question) == "zh" else "en"])
         return "\n".join(lines)
 
     def candidates(
@@ -73,8 +73,8 @@ class Choice:
         """
         prompt, samples = {"role": "user", "content": self.prompt(mode)}, []
         for letter, text in zip(LETTERS, self.options, strict=False):
-            said = {"role": "assistant", "content": letter if mode == "letter" else text}
-            record = Record([prompt, said], [self.image], self.where)
+            reply = {"role": "assistant", "content": letter if mode == "letter" else text}
+            record = Record([prompt, reply], [self.image], self.where)
             sample = make_sample(record, pixels, processor, index=self.index, max_length=max_length)
             if sample.is_truncated:
                 raise BadRecordError(
@@ -98,12 +98,15 @@ class ChoiceFile:
         self.path = path
         if not path.is_file():
             raise FileNotFoundError(f"no multiple-choice file {path}; name it by --choices")
-        readers: dict[str, Callable] = {".tsv": self._tsv_rows, ".parquet": self._parquet_rows}
+        readers: dict[str, Callable[[], Iterator[dict[str | None, Any]]]] = {
+            ".tsv": self._tsv_rows,
+            ".parquet": self._parquet_rows,
+        }
         if path.suffix not in readers:
             raise ValueError(f"--choices {path}: expected a .tsv or .parquet file")
         self._rows = readers[path.suffix]
         self._check_columns(self._columns())
-        # Either reads all of it once, so that damage is found before hours go into its beginning.
+        # This reads the whole file once, so that damage is found before hours of scoring.
         self._shared_images = self._read_shared_images()
 
     def _columns(self) -> list[str]:
@@ -126,7 +129,7 @@ class ChoiceFile:
                 "(question with its options, answer, image)"
             )
 
-    def _tsv_rows(self) -> Iterator[dict]:
+    def _tsv_rows(self) -> Iterator[dict[str | None, Any]]:
         rows = self._tsv_cells()
         columns = next(rows)
         for cells in filter(None, rows):
@@ -134,11 +137,11 @@ class ChoiceFile:
             yield row | {None: cells[len(columns) :]}  # as `csv.DictReader` has it
 
     def _tsv_cells(self) -> Iterator[list[str]]:
-        """The cells of each row, the heads first; quoted as `pandas.DataFrame.to_csv` does, so
-        that a cell may hold tabs and line breaks.
+        """The cells of each row, the header first; quoted as `pandas.DataFrame.to_csv` does, so
+        that a cell may contain tabs and line breaks.
 
         Raises:
-            ValueError: naming the line of what is no TSV, or of a quote that swallows rows.
+            ValueError: names the line that is no TSV, or has an unclosed quote that swallows rows.
         """
         csv.field_size_limit(MAX_CELL)
         with self._open_tsv() as file:
@@ -170,15 +173,18 @@ class ChoiceFile:
             yield line
 
     def _check_quotes(self, cells: list[str], num_columns: int, *, line: int) -> None:
-        """A cell that holds as many tabs as a row, over several lines, has swallowed rows; where
-        it ends in another column, the row has another number of cells."""
+        """Raise if an unclosed quote has swallowed rows.
+
+        Then a cell spans several lines and has as many tabs as a row, or, where the quote ends in
+        another column, the row has another number of cells.
+        """
         for cell in cells:
             num_tabs = cell.count("\t")
             has_rows = "\n" in cell and num_tabs >= num_columns - 1
             if has_rows or (num_tabs and len(cells) != num_columns):
                 raise ValueError(self._wrong_quote(line, "it swallows what follows"))
 
-    def _wrong_quote(self, line: int, reason) -> str:
+    def _wrong_quote(self, line: int, reason: str | csv.Error) -> str:
         with self._open_tsv() as file:
             text = next(islice(file, line - 1, None))
         return (
@@ -187,7 +193,7 @@ class ChoiceFile:
             "its ends, as pandas writes them"
         )
 
-    def _parquet_rows(self) -> Iterator[dict]:
+    def _parquet_rows(self) -> Iterator[dict[str | None, Any]]:
         import pyarrow
         import pyarrow.parquet
 
@@ -199,7 +205,7 @@ class ChoiceFile:
             raise ValueError(f"{self.path}: a damaged Parquet file ({error})") from error
 
     def _read_shared_images(self) -> dict[str, str]:
-        """The pictures that other rows point to, by the index of the row that has them."""
+        """The pictures that other rows refer to, by the index of the row that holds them."""
         wanted = {
             image
             for row in self._rows()
@@ -216,7 +222,7 @@ class ChoiceFile:
             except BadRecordError as error:
                 yield error
 
-    def _choice(self, number: int, row: dict) -> Choice:
+    def _choice(self, number: int, row: dict[str | None, Any]) -> Choice:
         where = f"{self.path.name}:row {number}"
         if any(row.get(None, ())):
             raise BadRecordError(f"{where}: has more cells than the file has columns")
@@ -249,7 +255,7 @@ class ChoiceFile:
             image=self._image(row["image"], where=where),
         )
 
-    def _image(self, cell, *, where: str) -> bytes:
+    def _image(self, cell: Any, *, where: str) -> bytes:
         """A picture as base64, the index of another row, bytes, or a dictionary that holds them."""
         if isinstance(cell, dict):
             cell = cell.get("bytes")
@@ -267,22 +273,23 @@ class ChoiceFile:
             raise BadRecordError(f"{where}: its image is not base64 ({error})") from None
 
 
-def _text(cell) -> str:
+def _text(cell: Any) -> str:
     """A cell as text; an empty one, which some writers call nan, is ""."""
     text = "" if cell is None or cell != cell else str(cell).strip()
     return "" if text.lower() == "nan" else text
 
 
 def split_options(question: str) -> tuple[str, list[str]]:
-    """A question and the options that stand in it, in the order of their letters."""
+    """A question split from the options written in its text, in the order of their letters."""
     heading = list(OPTIONS.finditer(question))
     if not heading:
         return question, []
-    listed, marks = question[heading[-1].end() :], []
+    listed = question[heading[-1].end() :]
+    marks: list[re.Match[str]] = []
     for mark in MARK.finditer(listed):
         if mark[1] == LETTERS[len(marks)]:  # a later "A." within an option is text
             marks.append(mark)
-    if not marks:  # the word stands in the question itself
+    if not marks:  # the word is part of the question itself
         return question, []
     ends = [mark.start() for mark in marks[1:]] + [len(listed)]
     options = [

@@ -4,20 +4,25 @@ import base64
 import html
 import io
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from model.evaluation.task import Group
 from model.generation.engine import VLMEngine, ask
 from model.generation.sampling import Sampling
 from model.machine.terminal import one_line, shown
 from model.pictures import open_image
 from model.vlm_processor import IMAGE_TAG, VLMProcessor
 
-IMAGE_SUFFIXES = {  # those of HEIC and AVIF too: they are told apart and how to convert them
+IMAGE_SUFFIXES = {  # HEIC and AVIF too: the error says how to convert them
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif",
 }  # fmt: skip
 THUMBNAIL_SIDE = 224
@@ -40,7 +45,7 @@ class FolderSample:
 
 @dataclass(frozen=True)
 class Description:
-    """What the model says about a sample; `error` says why it says nothing."""
+    """The model's answer about a sample; `error` says why there is none."""
 
     name: str
     images: tuple[str, ...]
@@ -77,7 +82,68 @@ def _images_in(folder: Path) -> tuple[Path, ...]:
     return tuple(p for p in sorted(folder.iterdir()) if not p.is_dir() and _images_of(p))
 
 
-def describe(
+class FolderDescriptions:
+    """The task of describing a folder: `Task[list[Description]]`.
+
+    One rank alone prints each batch when it is described; several print all at the end.
+
+    Args:
+        samples: as `find_samples` gives them.
+        with_thumbnails: keep a small picture of each image, for the gallery.
+        printing: a context in which to print.
+    """
+
+    def __init__(
+        self,
+        samples: list[FolderSample],
+        prompt: str,
+        sampling: Sampling,
+        *,
+        batch_size: int,
+        with_thumbnails: bool,
+        group: Group,
+        printing: Callable[[], AbstractContextManager[None]],
+    ):
+        self.samples, self.prompt, self.sampling = samples, prompt, sampling
+        self.batch_size, self.with_thumbnails = batch_size, with_thumbnails
+        self.group, self.printing = group, printing
+        self.so_far: list[Description] = []  # of this rank; remains if the run is interrupted
+
+    def run(self, engine: VLMEngine) -> list[Description]:
+        """All descriptions, in order of their names."""
+        self.so_far = []
+        found = self.group.collect(partial(self._describe_share, engine))
+        return sorted(found, key=lambda d: d.name)
+
+    def _describe_share(self, engine: VLMEngine) -> list[Description]:
+        for batch in self.group.batches(self.samples, self.batch_size):
+            described = describe_samples(
+                engine, batch, self.prompt, self.sampling, with_thumbnails=self.with_thumbnails
+            )
+            self.so_far.extend(described)
+            if self.group.world_size == 1:
+                with self.printing():
+                    print_descriptions(to_json(described))
+        return self.so_far
+
+    def report(self, result: list[Description]) -> dict[str, Any]:
+        """The descriptions, and how many samples are missing, if any."""
+        report: dict[str, Any] = {"prompt": self.prompt, "seed": self.sampling.seed}
+        if len(result) < len(self.samples):
+            report["not_described"] = len(self.samples) - len(result)
+        return report | {"samples": to_json(result)}
+
+    def print_report(self, report: dict[str, Any]) -> None:
+        print_descriptions(report["samples"])
+
+    def compare(self, first: list[Description], second: list[Description]) -> NoReturn:
+        raise ValueError("descriptions have no figures to compare")
+
+    def print_difference(self, difference: dict[str, Any]) -> None:
+        """There is none."""
+
+
+def describe_samples(
     engine: VLMEngine,
     samples: list[FolderSample],
     prompt: str,
@@ -86,7 +152,8 @@ def describe(
     with_thumbnails: bool = False,
 ) -> list[Description]:
     """Answers to a batch of samples; a sample that cannot be asked about has an error instead."""
-    asked, found = [], {}
+    found: dict[int, Description] = {}
+    asked, conversations = [], []
     for place, sample in enumerate(samples):
         names = tuple(path.name for path in sample.images)
         try:
@@ -100,21 +167,27 @@ def describe(
         except (ValueError, OSError) as error:
             found[place] = Description(sample.name, names, error=str(error))
             continue
-        asked.append((place, names, (messages, pixels), thumbnails))
-    answers = engine.generate([a[2] for a in asked], sampling) if asked else []
-    for (place, names, _, thumbnails), answer in zip(asked, answers, strict=True):
-        found[place] = Description(samples[place].name, names, answer.text, answer.finish_reason,
-                                   thumbnails=thumbnails)  # fmt: skip
+        asked.append((place, names, thumbnails))
+        conversations.append((messages, pixels))
+    answers = engine.generate(conversations, sampling) if asked else []
+    for (place, names, thumbnails), answer in zip(asked, answers, strict=True):
+        found[place] = Description(
+            samples[place].name,
+            names,
+            answer.text,
+            answer.finish_reason,
+            thumbnails=thumbnails,
+        )
     return [found[place] for place in range(len(samples))]
 
 
 def _repeat_tag(prompt: str, num_images: int) -> str:
-    """A prompt made for one image asks about all of a sample's."""
+    """A prompt with one tag gets one for each image of the sample."""
     is_for_one = prompt.count(IMAGE_TAG) == 1
     return prompt.replace(IMAGE_TAG, "\n".join([IMAGE_TAG] * num_images)) if is_for_one else prompt
 
 
-def _check_tags(messages: list[dict], *, num_images: int) -> None:
+def _check_tags(messages: list[dict[str, Any]], *, num_images: int) -> None:
     num_tags = messages[0]["content"].count(IMAGE_TAG)
     if num_tags != num_images:
         raise ValueError(f"--prompt has {num_tags} {IMAGE_TAG} tag(s) but {num_images} image(s)")
@@ -125,7 +198,7 @@ def _read_images(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """The (I, 3, S, S) pixel values of pictures, and their thumbnails.
 
-    One after another: decoded in full size, the photos of a folder could fill the memory.
+    One picture after another: together, the decoded photos of a folder could fill the memory.
     """
     pixels, thumbnails = [], []
     for path in paths:
@@ -142,31 +215,31 @@ def _read_images(
 
 
 def _thumbnail(image: Image.Image) -> str:
-    """A small JPEG of a picture, in base64; the picture is used up."""
+    """A small JPEG of a picture, in base64; shrinks the picture in place."""
     file = io.BytesIO()
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     image.save(file, "JPEG", quality=85)
     return base64.b64encode(file.getvalue()).decode()
 
 
-def print_descriptions(descriptions: list[Description]) -> None:
-    """Answers to the standard output, errors to the other one, a line each."""
-    for d in descriptions:
-        if d.error is None:
-            print(f"[{one_line(d.name)}] {shown(d.answer)}\n", flush=True)
-        else:
-            line = one_line(f"{d.name}: {d.error}")
+def print_descriptions(samples: list[dict[str, Any]]) -> None:
+    """Print answers to stdout and errors to stderr, as `to_json` has them."""
+    for sample in samples:
+        if "error" in sample:
+            line = one_line(f"{sample['name']}: {sample['error']}")
             print(f"error: {line}", file=sys.stderr, flush=True)
+        else:
+            print(f"[{one_line(sample['name'])}] {shown(sample['answer'])}\n", flush=True)
 
 
-def to_json(descriptions: list[Description]) -> list[dict]:
-    """As JSON holds them: without pictures and without what is not there."""
+def to_json(descriptions: list[Description]) -> list[dict[str, Any]]:
+    """Descriptions for JSON, without thumbnails and without fields that are None."""
     kept = ({k: v for k, v in asdict(d).items() if k != "thumbnails"} for d in descriptions)
     return [{k: v for k, v in entry.items() if v is not None} for entry in kept]
 
 
 def gallery(descriptions: list[Description], *, weight: str, prompt: str) -> str:
-    """An HTML page with every picture and what the model says; it needs no other file."""
+    """An HTML page with every picture and its answer; it needs no other file."""
     figures = []
     for d in descriptions:
         pictures = "".join(

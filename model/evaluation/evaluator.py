@@ -1,32 +1,124 @@
-"""Owns what a model makes of evaluation data: losses under control images, captions told apart,
-answers generated, options chosen. It takes built objects and knows no data set.
+"""Owns running a model on evaluation data: losses under control images, the right caption ranked
+among wrong ones, generated answers. It knows the shape of the data's objects, but no data set.
 
 Shapes: I images, P patches, D hidden, S image side in pixels.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from model.evaluation.likelihood import AnswerScore, Row, score_candidates, score_rows
+from model.evaluation.likelihood import (
+    AnswerScore,
+    LabelledSequence,
+    score_candidates,
+    score_sequences,
+)
 from model.generation.engine import VLMEngine
 from model.generation.sampling import Sampling
 
-# The images: the record's own, another record's, plain grey ones, none (and no tags).
+# Images shown: the record's own, another record's, plain grey ones, none (and no image tags).
 CONDITIONS = ("right", "shuffled", "grey", "blind")
 GREY = (128, 128, 128)
+K = TypeVar("K")  # key of a picture
+
+
+class SampleLike(Protocol):
+    """A tokenized conversation: ids and labels (T,) int64, image_mask (T,) bool."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def image_mask(self) -> Tensor: ...
+
+
+class CardLike(Protocol):
+    """A record's texts and the keys of its images; answers, types, languages go together."""
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def images(self) -> tuple[str, ...]: ...
+
+    @property
+    def answers(self) -> tuple[str, ...]: ...
+
+    @property
+    def types(self) -> tuple[str, ...]: ...
+
+    @property
+    def languages(self) -> tuple[str, ...]: ...
+
+
+class CaseLike(Protocol):
+    """A record to score, the same without images, and the keys of another record's images."""
+
+    @property
+    def card(self) -> CardLike: ...
+
+    @property
+    def sample(self) -> SampleLike: ...
+
+    @property
+    def blind(self) -> SampleLike: ...
+
+    @property
+    def others(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def candidates(self) -> Sequence[SampleLike]: ...
+
+
+class WindowLike(Protocol):
+    """Records that are scored together, their pictures (3, S, S) by key, and (reason, where) of
+    those left out."""
+
+    @property
+    def cases(self) -> Sequence[CaseLike]: ...
+
+    @property
+    def pictures(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def left_out(self) -> list[tuple[str, str]]: ...
+
+
+class QuestionLike(Protocol):
+    """A question about a record, with all answers that the data set holds."""
+
+    @property
+    def card(self) -> CardLike: ...
+
+    @property
+    def turn(self) -> int: ...
+
+    @property
+    def language(self) -> str: ...
+
+    @property
+    def is_caption(self) -> bool: ...
+
+    @property
+    def references(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """An answer of the data set: how well the model foretells it under each condition."""
+    """An answer of the data set, scored under each condition."""
 
     index: int
     turn: int
-    unit: tuple[str, ...]  # the images: records of the same ones are resampled together
+    unit: tuple[str, ...]  # keys of the images; the bootstrap draws their records together
     language: str
     type: str
     scores: dict[str, AnswerScore]
@@ -34,7 +126,7 @@ class AnswerRow:
 
 @dataclass(frozen=True)
 class CaptionRow:
-    """Whether the right caption of a picture is likelier than all wrong ones."""
+    """Whether the right caption of a picture has a lower loss than every wrong one."""
 
     index: int
     unit: tuple[str, ...]
@@ -57,19 +149,6 @@ class TextRow:
     references: list[str]
 
 
-@dataclass(frozen=True)
-class ChoiceRow:
-    """The option chosen; in circular scoring it is right if it was under every order."""
-
-    index: int
-    category: str
-    l2_category: str
-    num_options: int
-    answer: int
-    chosen: int
-    is_right: bool
-
-
 class Evaluator:
     """Scores with one model.
 
@@ -85,7 +164,7 @@ class Evaluator:
         self._grey = self.encode({"": self.processor.pixel_values([grey])[0]})[""]
 
     @torch.inference_mode()
-    def encode(self, pictures: dict[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, pictures: Mapping[K, Tensor]) -> dict[K, Tensor]:
         """(3, S, S) pictures to features (P, D), each picture once."""
         device, dtype = self.model.device, self.model.dtype
         pixels = list(pictures.values())
@@ -95,16 +174,16 @@ class Evaluator:
         ]
         return dict(zip(pictures, chain.from_iterable(batches), strict=True))
 
-    def score_window(self, window) -> tuple[list[AnswerRow], list[CaptionRow]]:
+    def score_window(self, window: WindowLike) -> tuple[list[AnswerRow], list[CaptionRow]]:
         """All answers of a window's records under all conditions, and their captions."""
         features = self.encode(window.pictures)
-        rows, meant = [], []
+        sequences, keys = [], []
         for case in window.cases:
-            for condition, row in self._rows(case, features).items():
-                rows.append(row)
-                meant.append((case.card.index, condition))
-        scored = score_rows(self.model, rows, batch_size=self.batch_size)
-        by_case = dict(zip(meant, scored, strict=True))
+            for condition, sequence in self._sequences(case, features).items():
+                sequences.append(sequence)
+                keys.append((case.card.index, condition))
+        scored = score_sequences(self.model, sequences, batch_size=self.batch_size)
+        by_case = dict(zip(keys, scored, strict=True))
         answers = [
             AnswerRow(
                 index=card.index,
@@ -121,38 +200,54 @@ class Evaluator:
             for card in (case.card for case in window.cases)
             for turn in range(len(card.answers))
         ]
-        told = [self._tell_captions(case, features) for case in window.cases if case.candidates]
-        return answers, told
+        captions = [self._rank_caption(case, features) for case in window.cases if case.candidates]
+        return answers, captions
 
-    def _rows(self, case, features: dict[str, Tensor]) -> dict[str, Row]:
-        """A record under each condition that there is."""
+    def _sequences(
+        self, case: CaseLike, features: dict[str, Tensor]
+    ) -> dict[str, LabelledSequence]:
+        """A record under each condition; "shuffled" is missing where no other record has images."""
         images = {
             "right": [features[key] for key in case.card.images],
             "shuffled": [features[key] for key in case.others or ()],
             "grey": [self._grey] * len(case.card.images),
         }
-        rows = {c: _row(case.sample, torch.stack(i)) for c, i in images.items() if i}
-        return rows | {"blind": _row(case.blind, None)}
+        sequences = {
+            condition: labelled_sequence(case.sample, torch.stack(some))
+            for condition, some in images.items()
+            if some
+        }
+        return sequences | {"blind": labelled_sequence(case.blind, None)}
 
-    def _tell_captions(self, case, features: dict[str, Tensor]) -> CaptionRow:
+    def _rank_caption(self, case: CaseLike, features: dict[str, Tensor]) -> CaptionRow:
         is_right = {}
         for condition, keys in (("right", case.card.images), ("shuffled", case.others)):
             if keys:
                 images = torch.stack([features[key] for key in keys])
-                losses = [s.loss for s in self._score_candidates(case.candidates, images)]
+                losses = [s.loss for s in self.score_candidates(case.candidates, images)]
                 is_right[condition] = losses[0] < min(losses[1:])
-        return CaptionRow(case.card.index, case.card.images, case.card.languages[0],
-                          len(case.candidates), is_right)  # fmt: skip
+        card = case.card
+        return CaptionRow(
+            card.index, card.images, card.languages[0], len(case.candidates), is_right
+        )
 
-    def _score_candidates(self, samples: list, images: Tensor) -> list[AnswerScore]:
-        return score_candidates(self.model, [_row(sample, images) for sample in samples])
+    def score_candidates(
+        self, samples: Sequence[SampleLike], features: Tensor
+    ) -> list[AnswerScore]:
+        """Scores of several answers to one prompt about images with these features (I, P, D)."""
+        sequences = [labelled_sequence(sample, features) for sample in samples]
+        return score_candidates(self.model, sequences)
 
-    def answer(self, questions: list, conversations: list, sampling: Sampling) -> list[TextRow]:
-        """Generated answers, in batches of prompts of like length.
+    def answer(
+        self,
+        questions: Sequence[QuestionLike],
+        conversations: Sequence[tuple[list[dict[str, str]], list[bytes]]],
+        sampling: Sampling,
+    ) -> list[TextRow]:
+        """Generated answers, in batches of prompts of similar length.
 
         Args:
-            questions: with card, turn, language, is_caption, references.
-            conversations: (messages, images) of each.
+            conversations: (messages, images) of each question.
         """
         order = sorted(
             range(len(questions)), key=lambda i: sum(len(m["content"]) for m in conversations[i][0])
@@ -162,68 +257,22 @@ class Evaluator:
             some = order[start : start + self.batch_size]
             answers = self.engine.generate([conversations[i] for i in some], sampling)
             for question, answer in zip((questions[i] for i in some), answers, strict=True):
-                card = question.card
-                rows.append(
-                    TextRow(
-                        card.index,
-                        question.turn,
-                        card.images,
-                        question.language,
-                        card.types[question.turn],
-                        question.is_caption,
-                        answer.text,
-                        question.references,
-                    )  # fmt: skip
-                )
+                rows.append(_text_row(question, answer.text))
         return rows
 
-    def choose_window(
-        self, questions: list, *, mode: str, circular: bool, max_length: int
-    ) -> tuple[list[ChoiceRow], list[str]]:
-        """The likeliest options, per token of the option, of multiple-choice questions.
 
-        Args:
-            questions: `Choice` each. mode: as their `candidates` takes it.
-            circular: ask with the options in every rotation; all must be right.
-        Returns:
-            The rows, and why the other questions could not be asked.
-        """
-        rows, left_out, pictures = [], [], {}
-        for question in questions:
-            try:
-                pictures[question.index] = self.processor.pixel_values([question.image])[0]
-            except ValueError as error:
-                left_out.append(f"{question.where}: {error}")
-        features = self.encode(pictures)
-        for question in (q for q in questions if q.index in pictures):
-            chosen = []
-            try:
-                for shift in range(len(question.options) if circular else 1):
-                    samples = question.turned(shift).candidates(
-                        self.processor, pictures[question.index][None], mode=mode,
-                        max_length=max_length,
-                    )  # fmt: skip
-                    scores = self._score_candidates(samples, features[question.index][None])
-                    losses = [score.loss for score in scores]
-                    chosen.append((losses.index(min(losses)) + shift) % len(losses))
-            except ValueError as error:
-                left_out.append(str(error))
-                continue
-            rows.append(_choice_row(question, chosen))
-        return rows, left_out
-
-
-def _choice_row(question, chosen: list[int]) -> ChoiceRow:
-    return ChoiceRow(
-        index=question.index,
-        category=question.category,
-        l2_category=question.l2_category,
-        num_options=len(question.options),
-        answer=question.answer,
-        chosen=chosen[0],
-        is_right=all(option == question.answer for option in chosen),
+def _text_row(question: QuestionLike, answer: str) -> TextRow:
+    return TextRow(
+        index=question.card.index,
+        turn=question.turn,
+        unit=question.card.images,
+        language=question.language,
+        type=question.card.types[question.turn],
+        is_caption=question.is_caption,
+        answer=answer,
+        references=question.references,
     )
 
 
-def _row(sample, features: Tensor | None) -> Row:
-    return Row(sample.input_ids, sample.labels, sample.image_mask, features)
+def labelled_sequence(sample: SampleLike, features: Tensor | None) -> LabelledSequence:
+    return LabelledSequence(sample.input_ids, sample.labels, sample.image_mask, features)

@@ -7,21 +7,22 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
 from model.image_fusion import check_image_count, fuse_images
 from model.model_minimind import IGNORE_INDEX
+from model.model_vlm import MiniMindVLM
 
 LOGITS_AT_ONCE = 2048  # supervised tokens whose logits are held together
 
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """One answer of a conversation, given what stands before it."""
+    """The score of one answer, given the conversation before it."""
 
-    is_right: bool  # greedy decoding would have given exactly this answer
+    is_right: bool  # greedy decoding would generate exactly this answer
     loss_sum: float  # nats
     num_tokens: int
 
@@ -32,9 +33,12 @@ class AnswerScore:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One conversation to score: input_ids, labels (T,) int64; image_mask (T,) bool; features
-    (I, P, D) as `encode_images` gives them, or None without images."""
+class LabelledSequence:
+    """A conversation whose answers are scored: input_ids, labels (T,) int64, image_mask (T,) bool.
+
+    Answers are the tokens with labels. Features (I, P, D) are of `encode_images`, None without
+    images.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -43,15 +47,15 @@ class Row:
 
 
 @torch.inference_mode()
-def score_answers(model: nn.Module, inputs: dict[str, Tensor]) -> list[list[AnswerScore]]:
+def score_answers(model: MiniMindVLM, inputs: dict[str, Tensor]) -> list[list[AnswerScore]]:
     """Score every answer of a batch in one forward pass.
 
-    Each answer is judged given the true answers before it. It is right if each of its tokens, up
-    to and with its end, is the likeliest one after the true ones before: that is when greedy
-    decoding gives it.
+    This is teacher forcing: each token is predicted from the reference tokens before it. An answer
+    is right if each of its tokens, the end token included, is the most likely one; exactly then
+    greedy decoding would generate it.
 
     Args:
-        inputs: of a collator, with `labels` (B, T); `features` (I, P, D) may stand for
+        inputs: a collator's, with `labels` (B, T); `features` (I, P, D) may replace
             `pixel_values`.
     Returns:
         For each row, its answers in order.
@@ -64,51 +68,55 @@ def score_answers(model: nn.Module, inputs: dict[str, Tensor]) -> list[list[Answ
     return _score_hidden(model, hidden, inputs["labels"])
 
 
-def score_rows(model: nn.Module, rows: list[Row], *, batch_size: int) -> list[list[AnswerScore]]:
-    """Score conversations, those of like length together; the results keep the rows' order."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
-    scores: list[list[AnswerScore]] = [[] for _ in rows]
-    for start in range(0, len(rows), batch_size):
+def score_sequences(
+    model: MiniMindVLM, sequences: list[LabelledSequence], *, batch_size: int
+) -> list[list[AnswerScore]]:
+    """Scores of each conversation's answers; conversations of similar length share a batch."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].input_ids))
+    scores: list[list[AnswerScore]] = [[] for _ in sequences]
+    for start in range(0, len(sequences), batch_size):
         some = order[start : start + batch_size]
-        batch = _pad([rows[i] for i in some], device=model.device)
-        for i, row_scores in zip(some, score_answers(model, batch), strict=True):
-            scores[i] = row_scores
+        batch = _pad([sequences[i] for i in some], device=model.device)
+        for i, answers in zip(some, score_answers(model, batch), strict=True):
+            scores[i] = answers
     return scores
 
 
 @torch.inference_mode()
-def score_candidates(model: nn.Module, rows: list[Row]) -> list[AnswerScore]:
-    """Score several answers to one prompt; the prompt, with its images, is read only once.
+def score_candidates(model: MiniMindVLM, sequences: list[LabelledSequence]) -> list[AnswerScore]:
+    """Score several answers to one prompt; the prompt, with its images, runs through the model
+    only once and stays in the key-value cache.
 
     Args:
-        rows: conversations with the same images that differ from the last answer on, which is
-            the only one with labels.
+        sequences: conversations with the same images that differ from the last answer on, which
+            is the only one with labels.
     """
-    texts = [row.input_ids.tolist() for row in rows]
-    first = min(int((row.labels != IGNORE_INDEX).nonzero()[0]) for row in rows)
+    texts = [sequence.input_ids.tolist() for sequence in sequences]
+    first = min(int((s.labels != IGNORE_INDEX).nonzero()[0]) for s in sequences)
     shared = next(
         (i for i, tokens in enumerate(zip(*texts, strict=False)) if len(set(tokens)) > 1),
         min(map(len, texts)),
     )
-    # The last shared token is read with the answers: what it foretells is their first token.
+    # The last shared token belongs to the second pass: its logits predict each answer's first one.
     split = min(shared, first) - 1
-    head, device = rows[0], model.device
+    head, device = sequences[0], model.device
     prompt, mask = (x[None, :split].to(device) for x in (head.input_ids, head.image_mask))
     cache = DynamicCache(config=model.config)
     embeds = _embed(model, prompt, mask, head.features)
     model.model(embeds, past_key_values=cache, is_right_padded=True)
-    cache.batch_repeat_interleave(len(rows))
-    tails = _pad(
-        [Row(r.input_ids[split:], r.labels[split:], r.image_mask[split:], None) for r in rows],
-        device=device,
-    )
-    embeds = model.model.embed_tokens(tails["input_ids"])
+    cache.batch_repeat_interleave(len(sequences))
+    tails = [
+        LabelledSequence(s.input_ids[split:], s.labels[split:], s.image_mask[split:], None)
+        for s in sequences
+    ]
+    batch = _pad(tails, device=device)
+    embeds = model.model.embed_tokens(batch["input_ids"])
     hidden, _ = model.model(embeds, past_key_values=cache, is_right_padded=True)
-    return [scores[0] for scores in _score_hidden(model, hidden, tails["labels"])]
+    return [scores[0] for scores in _score_hidden(model, hidden, batch["labels"])]
 
 
 def _embed(
-    model: nn.Module, input_ids: Tensor, image_mask: Tensor, features: Tensor | None
+    model: MiniMindVLM, input_ids: Tensor, image_mask: Tensor, features: Tensor | None
 ) -> Tensor:
     """(B, T) ids and the features of the batch's images to (B, T, D)."""
     embeds = model.model.embed_tokens(input_ids)
@@ -119,28 +127,32 @@ def _embed(
     return fuse_images(embeds, image_mask, features)
 
 
-def _pad(rows: list[Row], *, device: torch.device) -> dict[str, Tensor | None]:
-    """Rows as a batch, padded behind the text."""
-    lengths = torch.tensor([len(row.input_ids) for row in rows])
-    images = [row.features for row in rows if row.features is not None]
-    labels = pad_sequence([r.labels for r in rows], batch_first=True, padding_value=IGNORE_INDEX)
+def _pad(sequences: list[LabelledSequence], *, device: torch.device) -> dict[str, Tensor | None]:
+    """Sequences as a batch, padded on the right."""
+    lengths = torch.tensor([len(s.input_ids) for s in sequences])
+    images = [s.features for s in sequences if s.features is not None]
+    input_ids = pad_sequence([s.input_ids for s in sequences], batch_first=True)
+    labels = pad_sequence(
+        [s.labels for s in sequences], batch_first=True, padding_value=IGNORE_INDEX
+    )
+    image_mask = pad_sequence([s.image_mask for s in sequences], batch_first=True)
     return {
-        "input_ids": pad_sequence([r.input_ids for r in rows], batch_first=True).to(device),
+        "input_ids": input_ids.to(device),
         "labels": labels.to(device),
-        "image_mask": pad_sequence([r.image_mask for r in rows], batch_first=True).to(device),
+        "image_mask": image_mask.to(device),
         "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long().to(device),
         "features": torch.cat(images) if images else None,
     }
 
 
-def _score_hidden(model: nn.Module, hidden: Tensor, labels: Tensor) -> list[list[AnswerScore]]:
-    """Answers' scores from hidden states (B, T, D); logits are made of supervised tokens only."""
+def _score_hidden(model: MiniMindVLM, hidden: Tensor, labels: Tensor) -> list[list[AnswerScore]]:
+    """Answers' scores from hidden states (B, T, D); only supervised tokens get logits."""
     labels = labels[:, 1:]
     is_target = labels != IGNORE_INDEX
     losses, hits = [], []
-    chosen, targets = hidden[:, :-1][is_target], labels[is_target]
-    for some, wanted in zip(chosen.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE),
-                            strict=True):  # fmt: skip
+    chosen = hidden[:, :-1][is_target].split(LOGITS_AT_ONCE)
+    targets = labels[is_target].split(LOGITS_AT_ONCE)
+    for some, wanted in zip(chosen, targets, strict=True):
         logits = model.lm_head(some).float()
         losses.append(F.cross_entropy(logits, wanted, reduction="none").cpu())
         hits.append((logits.argmax(-1) == wanted).cpu())
@@ -153,19 +165,14 @@ def _score_hidden(model: nn.Module, hidden: Tensor, labels: Tensor) -> list[list
             position += end - start
             answer = row_labels[start:end]
             length = answer.index(eos) + 1 if eos in answer else len(answer)
-            row.append(
-                AnswerScore(
-                    is_right=bool(hit[span][:length].all()),
-                    loss_sum=float(loss[span].sum()),
-                    num_tokens=end - start,
-                )
-            )
+            is_right, loss_sum = bool(hit[span][:length].all()), float(loss[span].sum())
+            row.append(AnswerScore(is_right, loss_sum, num_tokens=end - start))
         scores.append(row)
     return scores
 
 
 def _runs(labels: list[int]) -> list[tuple[int, int]]:
-    """Where supervised runs begin and end."""
+    """Start and end of each run of supervised tokens."""
     runs, start = [], None
     for i, label in enumerate([*labels, IGNORE_INDEX]):
         if label != IGNORE_INDEX and start is None:

@@ -1,16 +1,17 @@
-"""Owns what is said of scores: figures with intervals, the tables, the comparison of two weights.
+"""Owns the report of scored records: figures with intervals, tables, the comparison of two weights.
 
-Intervals hold 95% of a bootstrap that draws pictures, each with all of its records and all of its
-figures, so differences between conditions and between weights are paired.
+Intervals are the middle 95% of a bootstrap. It draws pictures with replacement, each with all of
+its records and all of its figures, so differences between conditions and weights are paired.
 """
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from model.evaluation.evaluator import CONDITIONS, AnswerRow, CaptionRow, ChoiceRow, TextRow
+from model.evaluation.evaluator import CONDITIONS, AnswerRow, CaptionRow, TextRow
 from model.evaluation.statistics import NUM_RESAMPLES, interval, resample, wilson_lower_bound
 from model.evaluation.text_metrics import CiderD, bleu_and_chrf, vqa_accuracy
 
@@ -41,18 +42,20 @@ PLAIN_LABELS = {"bleu_4": ("BLEU-4", ".2f"), "chrf": ("chrF", ".2f")}  # without
 class Results:
     """All rows of a data set, from every rank, in order.
 
-    `references` are those of every captioned picture, by language: CIDEr-D weighs words by them.
+    Args:
+        references: of every captioned picture, by language; the document frequencies of CIDEr-D
+            come from them.
     """
 
     answers: list[AnswerRow]
     captions: list[CaptionRow] = field(default_factory=list)
     texts: list[TextRow] = field(default_factory=list)
     references: dict[str, list[list[str]]] = field(default_factory=dict)
-    left_out: Counter = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
 
     @cached_property
     def ciders(self) -> dict[str, CiderD]:
-        """What judges captions in each language that has two pictures at least."""
+        """CIDEr-D of each language that has two captioned pictures or more."""
         return {k: CiderD(texts) for k, texts in self.references.items() if len(texts) > 1}
 
     @property
@@ -62,9 +65,9 @@ class Results:
         return ["all", *found] if len(found) > 1 else ["all"]
 
 
-def unit_sums(results: Results, language: str) -> dict[tuple, Counter]:
-    """What the figures are made of, summed over each picture's rows of a language."""
-    sums: dict[tuple, Counter] = defaultdict(Counter)
+def unit_sums(results: Results, language: str) -> dict[tuple[str, ...], Counter[str]]:
+    """The counts and sums behind the figures, of each picture's rows in a language."""
+    sums: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     for row in results.answers:
         if language in ("all", row.language):
             own = sums[row.unit]
@@ -90,7 +93,7 @@ def unit_sums(results: Results, language: str) -> dict[tuple, Counter]:
 
 
 def figures(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Figures of summed columns: of all units, or of each resample."""
+    """The figures of summed columns: of all units, or of each resample."""
     nothing = np.zeros_like(sums["answers"])
 
     def ratio(top: str, bottom: str) -> np.ndarray:
@@ -99,16 +102,21 @@ def figures(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     loss = ratio("loss", "tokens")
     gaps = {f"gap_{c}": ratio(f"gap_{c}", f"tokens_{c}") for c in CONDITIONS[1:]}
-    return {"loss": loss, "perplexity": np.exp(loss)} | gaps | {
+    return {
+        "loss": loss,
+        "perplexity": np.exp(loss),
+        **gaps,
         "exact_match": ratio("hits", "answers"),
         "recall": ratio("recall_right", "captions_right"),
         "recall_shuffled": ratio("recall_shuffled", "captions_shuffled"),
         "cider_d": ratio("cider", "texts"),
         "vqa_accuracy": ratio("vqa", "questions"),
-    }  # fmt: skip
+    }
 
 
-def _resampled(sums: dict[tuple, Counter], units: list[tuple]) -> tuple[dict, dict]:
+def _resampled(
+    sums: dict[tuple[str, ...], Counter[str]], units: list[tuple[str, ...]]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Figures of all units, and of each resample of them."""
     columns = sorted({name for counts in sums.values() for name in counts})
     table = np.array([[sums[unit][name] for name in columns] for unit in units], dtype=float)
@@ -117,30 +125,33 @@ def _resampled(sums: dict[tuple, Counter], units: list[tuple]) -> tuple[dict, di
     return figures(whole), figures(drawn)
 
 
-def language_figures(results: Results, language: str) -> dict:
-    """Every figure of a language that the rows allow, most of them with their interval."""
+def language_figures(results: Results, language: str) -> dict[str, Any]:
+    """Every figure of a language that has rows, with its interval but for BLEU-4 and chrF."""
     sums = unit_sums(results, language)
     whole, drawn = _resampled(sums, sorted(sums))
-    report = {n: interval(float(whole[n][0]), drawn[n]) for n in LABELS}
+    report: dict[str, Any] = {n: interval(float(whole[n][0]), drawn[n]) for n in LABELS}
     rows = [r for r in results.answers if language in ("all", r.language)]
-    told = [c for c in results.captions if language in ("all", c.language)]
-    report |= {"num_answers": len(rows), "num_pictures": len(sums), "num_captions": len(told)}
-    if told:
-        report["recall_chance"] = float(np.mean([1 / c.num_candidates for c in told]))
+    captions = [c for c in results.captions if language in ("all", c.language)]
+    report |= {"num_answers": len(rows), "num_pictures": len(sums), "num_captions": len(captions)}
+    if captions:
+        report["recall_chance"] = float(np.mean([1 / c.num_candidates for c in captions]))
     texts = [t for t in results.texts if t.is_caption and t.language == language]
     if results.languages == ["all"]:
         texts = [t for t in results.texts if t.is_caption]
     if texts:
-        bleu, chrf = bleu_and_chrf([t.answer for t in texts], [t.references for t in texts],
-                                   language=texts[0].language)  # fmt: skip
+        bleu, chrf = bleu_and_chrf(
+            [t.answer for t in texts],
+            [t.references for t in texts],
+            language=texts[0].language,
+        )
         report |= {"bleu_4": bleu, "chrf": chrf}
     report["num_generated"] = sum(language in ("all", t.language) for t in results.texts)
     return {name: value for name, value in report.items() if value is not None}
 
 
-def totals_by_type(results: Results) -> dict[str, dict[str, dict]]:
+def totals_by_type(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
     """Sums by condition and question type, and over all: right, total, loss_sum, num_tokens."""
-    totals: dict = {c: defaultdict(lambda: dict.fromkeys(TOTALS, 0)) for c in CONDITIONS}
+    totals: dict[str, Any] = {c: defaultdict(lambda: dict.fromkeys(TOTALS, 0)) for c in CONDITIONS}
     for row in results.answers:
         for condition, score in row.scores.items():
             for name in ["all", *([row.type] if row.type else [])]:
@@ -152,7 +163,7 @@ def totals_by_type(results: Results) -> dict[str, dict[str, dict]]:
     return {condition: dict(cells) for condition, cells in totals.items()}
 
 
-def vqa_by_type(results: Results) -> dict[str, dict]:
+def vqa_by_type(results: Results) -> dict[str, dict[str, Any]]:
     """VQA accuracy of generated short answers by question type, and over all."""
     scores = defaultdict(list)
     for text in results.texts:
@@ -163,7 +174,7 @@ def vqa_by_type(results: Results) -> dict[str, dict]:
     return {name: {"accuracy": float(np.mean(s)), "total": len(s)} for name, s in scores.items()}
 
 
-def build_report(results: Results) -> dict:
+def build_report(results: Results) -> dict[str, Any]:
     """Everything that goes into the JSON."""
     languages = {name: language_figures(results, name) for name in results.languages}
     gap = languages["all"].get("gap_shuffled")
@@ -176,8 +187,12 @@ def build_report(results: Results) -> dict:
     }
 
 
-def compare(first: Results, second: Results) -> dict[str, dict]:
-    """What the second scores more than the first on the records that both have, by language."""
+def compare(first: Results, second: Results) -> dict[str, dict[str, Any]]:
+    """The second's figures minus the first's, by language, on the answers that both have.
+
+    Raises:
+        ValueError: there is no such answer.
+    """
     common = {(r.index, r.turn) for r in first.answers} & {
         (r.index, r.turn) for r in second.answers
     }
@@ -198,19 +213,21 @@ def compare(first: Results, second: Results) -> dict[str, dict]:
 
 
 def _only(results: Results, indices: set[int]) -> Results:
-    kept = ([r for r in rows if r.index in indices]
-            for rows in (results.answers, results.captions, results.texts))  # fmt: skip
-    return Results(*kept, references=results.references)
+    """The rows of these records."""
+    return Results(
+        answers=[r for r in results.answers if r.index in indices],
+        captions=[r for r in results.captions if r.index in indices],
+        texts=[r for r in results.texts if r.index in indices],
+        references=results.references,
+    )
 
 
-def _show(figure: dict | float, form: str) -> str:
-    if isinstance(figure, dict):
-        value, low, high = (format(figure[k], form) for k in ("value", "low", "high"))
-        return f"{value} [{low}, {high}]"
-    return format(figure, form)
+def _with_interval(figure: dict[str, float], form: str) -> str:
+    value, low, high = (format(figure[k], form) for k in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
-def print_figures(by_language: dict[str, dict]) -> None:
+def print_figures(by_language: dict[str, dict[str, Any]]) -> None:
     """A row for each figure, a column for each language."""
     print(f"\n{'[95% interval]':30}" + "".join(f"{name:>28}" for name in by_language))
     for name, label in (("num_answers", "answers"), ("num_generated", "answers generated")):
@@ -222,91 +239,38 @@ def print_figures(by_language: dict[str, dict]) -> None:
             continue
         if name == "recall" and (chance := by_language["all"].get("recall_chance")):
             label += f" ({chance:.1%})"
-        shown = ("" if cell is None else _show(cell, form) for cell in cells)
+        show = format if name in PLAIN_LABELS else _with_interval
+        shown = ("" if cell is None else show(cell, form) for cell in cells)
         print(f"{label:30}" + "".join(f"{text:>28}" for text in shown))
 
 
-def print_report(report: dict) -> None:
-    """Exact matches by type, with the 95% lower bound of the right images'; then the figures."""
+def print_report(report: dict[str, Any]) -> None:
+    """Exact matches by question type; then the figures.
+
+    Beside the share with the right images stand its one-sided 95% lower bound and the shares under
+    the other conditions.
+    """
     if report["left_out"]:
         reasons = ", ".join(f"{n} {reason}" for reason, n in report["left_out"].items())
         print(f"{sum(report['left_out'].values())} record(s) are left out: {reasons}")
-    print(f"{'type':14}{'answers':>8}{'right':>8}{'>= (95%)':>10}"
-          + "".join(f"{c:>10}" for c in CONDITIONS[1:]) + f"{'VQA':>8}")  # fmt: skip
-    for name, cell in sorted(report["right"].items(), key=lambda item: item[0] == "all"):
-        bound = wilson_lower_bound(cell["right"], cell["total"])
-        others = (report[c].get(name) for c in CONDITIONS[1:])
-        shares = [f"{o['right'] / o['total']:>10.1%}" if o else f"{'-':>10}" for o in others]
-        vqa = report["vqa_by_type"].get(name)
-        print(f"{name:14}{cell['total']:>8}{cell['right'] / cell['total']:>8.1%}{bound:>10.1%}"
-              + "".join(shares) + (f"{vqa['accuracy']:>8.1%}" if vqa else ""))  # fmt: skip
+    conditions = "".join(f"{c:>10}" for c in CONDITIONS[1:])
+    print(f"{'type':14}{'answers':>8}{'right':>8}{'>= (95%)':>10}{conditions}{'VQA':>8}")
+    for name in sorted(report["right"], key=lambda name: name == "all"):
+        print(_type_line(report, name))
     print_figures(report["languages"])
     gap = report["grounding_gap"]
-    print("grounding gap: " + ("no record has another one's image to compare with" if gap is None
-                               else f"{gap:.4f} nats per supervised token"))  # fmt: skip
-
-
-def choice_report(rows: list[ChoiceRow], left_out: Counter, *, circular: bool = False) -> dict:
-    """Accuracy of multiple-choice answers by category, with chance.
-
-    Chance is that of guessing among n options: 1 / n; in circular scoring n**-n, as each of the n
-    orders is guessed on its own and all must be right.
-    """
-
-    def chance(num_options: int) -> float:
-        return (1 / num_options) ** (num_options if circular else 1)
-
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row.category].append(row)
-        if row.l2_category:
-            groups[f"{row.category} / {row.l2_category}"].append(row)
-    groups["all"] = rows
-    cells = {}
-    for name, members in sorted(groups.items(), key=lambda item: item[0] == "all"):
-        cells[name] = {
-            "right": sum(r.is_right for r in members),
-            "total": len(members),
-            "chance": float(np.mean([chance(r.num_options) for r in members])),
-        }
-    return {
-        "categories": cells,
-        "predictions": [[r.index, r.answer, r.chosen, r.is_right] for r in rows],
-        "left_out": dict(left_out),
-    }
-
-
-def compare_choices(first: list[ChoiceRow], second: list[ChoiceRow]) -> dict[str, float]:
-    """What share more of the questions the second answers, with its interval.
-
-    Raises:
-        ValueError: there is no question that both could be asked.
-    """
-    before, after = ({r.index: r.is_right for r in rows} for rows in (first, second))
-    gains = np.array([[float(after[i]) - before[i], 1.0] for i in before if i in after])
-    if not len(gains):
-        raise ValueError("no question could be answered with both weights; see what was left out")
-    drawn = resample(gains, seed=BOOTSTRAP_SEED)
-    return interval(float(gains[:, 0].mean()), drawn[:, 0] / drawn[:, 1])
-
-
-def print_choices(report: dict) -> None:
-    """A row for each category."""
-    if report["left_out"]:
-        reasons = ", ".join(f"{n} ({why})" for why, n in report["left_out"].items())
-        print(f"left out: {reasons}")
-    width = max(map(len, report["categories"])) + 2
-    print(f"{'category':{width}}{'questions':>10}{'right':>8}{'>= (95%)':>10}{'chance':>8}")
-    for name, cell in report["categories"].items():
-        bound = wilson_lower_bound(cell["right"], cell["total"])
-        print(f"{name:{width}}{cell['total']:>10}{cell['right'] / cell['total']:>8.1%}"
-              f"{bound:>10.1%}{cell['chance']:>8.1%}")  # fmt: skip
-
-
-def print_difference(difference: dict) -> None:
-    """What `compare` or `compare_choices` found."""
-    if "all" in difference:
-        print_figures(difference)
+    if gap is None:
+        print("grounding gap: no record has another one's image to compare with")
     else:
-        print(f"right: {difference['value']:+.1%} [{difference['low']:+.1%}, "
-              f"{difference['high']:+.1%}]")  # fmt: skip
+        print(f"grounding gap: {gap:.4f} nats per supervised token")
+
+
+def _type_line(report: dict[str, Any], name: str) -> str:
+    """The row of a question type."""
+    cell = report["right"][name]
+    share, bound = cell["right"] / cell["total"], wilson_lower_bound(cell["right"], cell["total"])
+    others = (report[c].get(name) for c in CONDITIONS[1:])
+    shares = [f"{o['right'] / o['total']:>10.1%}" if o else f"{'-':>10}" for o in others]
+    vqa = report["vqa_by_type"].get(name)
+    line = f"{name:14}{cell['total']:>8}{share:>8.1%}{bound:>10.1%}" + "".join(shares)
+    return line + (f"{vqa['accuracy']:>8.1%}" if vqa else "")

@@ -1,4 +1,4 @@
-"""Owns how sure a mean is: Wilson bounds of shares, bootstrap intervals of everything else."""
+"""Owns uncertainty: Wilson bounds of shares, bootstrap intervals of all other figures."""
 
 import math
 
@@ -25,7 +25,7 @@ def wilson_lower_bound(num_right: int, num_all: int) -> float:
 def resample(values: np.ndarray, *, seed: int) -> np.ndarray:
     """Bootstrap: sums of the columns over units drawn with replacement.
 
-    All columns are drawn together, so statistics of them that are compared are paired.
+    A draw of units serves all columns, so that differences between them are paired.
 
     Args:
         values: (units, columns).
@@ -43,7 +43,7 @@ def resample(values: np.ndarray, *, seed: int) -> np.ndarray:
 
 
 def interval(value: float, resampled: np.ndarray) -> dict[str, float] | None:
-    """A figure with the middle 95% of its resampled ones; None where it has no value."""
+    """A figure with the middle 95% of its resampled values; None where the figure is NaN."""
     if math.isnan(value):
         return None
     low, high = np.nanpercentile(resampled, [2.5, 97.5])

@@ -1,6 +1,6 @@
-"""Owns how near a text comes to references: BLEU-4, chrF, CIDEr-D and VQA accuracy.
+"""Owns metrics of a text against references: BLEU-4, chrF, CIDEr-D and VQA accuracy.
 
-Nothing here needs a model: texts go in, numbers come out.
+No model is involved: texts go in, numbers come out.
 """
 
 import math
@@ -12,6 +12,7 @@ HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{HAN}]|[^\W{HAN}_]+(?:'[^\W{HAN}_]+)*")
 NUM_NGRAMS = 4  # orders of BLEU-4 and of CIDEr-D
 CIDER_SIGMA = 6.0  # width of CIDEr-D's penalty for another length, in words
+Gram = tuple[str, ...]
 ARTICLES = {"a", "an", "the"}
 NUMBER_WORDS = (
     "zero one two three four five six seven eight nine ten".split(),
@@ -43,8 +44,8 @@ def bleu_and_chrf(
     return bleu_score, CHRF().corpus_score(answers, streams).score
 
 
-def _ngrams(tokens: list[str]) -> list[Counter]:
-    """How often each n-gram stands in a text, for n from 1 to 4."""
+def _ngrams(tokens: list[str]) -> list[Counter[Gram]]:
+    """Counts of a text's n-grams, for n from 1 to 4."""
     return [
         Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
         for n in range(1, NUM_NGRAMS + 1)
@@ -54,29 +55,29 @@ def _ngrams(tokens: list[str]) -> list[Counter]:
 class CiderD:
     """Consensus of an answer with the references of its image.
 
-    The weight of an n-gram is its count times the logarithm of the number of images over the
-    number of images whose references hold it. As in the authors' published program the counts are
-    not divided by the text's length, so the figures compare with published ones.
+    The weight of an n-gram is TF-IDF: its count times log(images / images whose references contain
+    it). As in the authors' published program, counts are not divided by the text's length, so the
+    figures are comparable with published ones.
 
     Source: Vedantam, Zitnick, Parikh, "CIDEr: Consensus-based Image Description Evaluation"
     (CVPR 2015), section 6 for CIDEr-D.
 
     Args:
-        references: of every image of the data set; what is rare is judged by them.
+        references: of every image of the data set, for the document frequencies.
     Raises:
-        ValueError: fewer than two images: then nothing is rarer than anything else.
+        ValueError: fewer than two images, where every inverse document frequency is 0.
     """
 
     def __init__(self, references: list[list[str]]):
         if len(references) < 2:
             raise ValueError(f"CIDEr-D needs references of two images; got {len(references)}")
         self._num_images = len(references)
-        self._num_holding: Counter = Counter()  # n-gram -> images
+        self._num_holding: Counter[Gram] = Counter()  # n-gram -> images
         for texts in references:
             seen = {g for text in texts for counts in _ngrams(words(text)) for g in counts}
             self._num_holding.update(seen)
 
-    def _vectors(self, tokens: list[str]) -> list[dict]:
+    def _vectors(self, tokens: list[str]) -> list[dict[Gram, float]]:
         """TF-IDF of the n-grams, for each n."""
         return [
             {
@@ -99,13 +100,14 @@ class CiderD:
         return 10 * total / (NUM_NGRAMS * len(references))
 
 
-def _clipped_cosine(answer: dict, reference: dict) -> float:
-    """Cosine in which saying a word more often than the reference does not help."""
+def _clipped_cosine(answer: dict[Gram, float], reference: dict[Gram, float]) -> float:
+    """Cosine similarity; a count above the reference's is clipped to it, so repeating a word does
+    not help."""
     norms = [math.sqrt(sum(x * x for x in vector.values())) for vector in (answer, reference)]
     if not all(norms):
         return 0.0
-    dot = sum(min(x, reference.get(gram, 0.0)) * reference.get(gram, 0.0)
-              for gram, x in answer.items())  # fmt: skip
+    pairs = ((weight, reference.get(gram, 0.0)) for gram, weight in answer.items())
+    dot = sum(min(ours, theirs) * theirs for ours, theirs in pairs)
     return dot / (norms[0] * norms[1])
 
 
@@ -117,9 +119,9 @@ def _plain(answer: str) -> str:
 def vqa_accuracy(answer: str, references: list[str]) -> float:
     """Agreement with people's answers, 0 to 1.
 
-    With ten references this is the measure of VQA: the mean, over leaving each one out, of a
-    third for each of the others that says the same, at most 1. With few references as many are
-    asked for as are left; with one it is equality.
+    With ten references this is VQA accuracy: min(1, n / 3), where n of the references agree,
+    averaged over leaving out each reference in turn. Where fewer than three are left, n is divided
+    by their number instead; a single reference is compared for equality.
 
     Source: Antol et al., "VQA: Visual Question Answering" (ICCV 2015); https://visualqa.org.
     """

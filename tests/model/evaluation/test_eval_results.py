@@ -18,6 +18,7 @@ from support.tiny_vlm import make_loaded, save_tiny
 
 import eval_vlm
 from dataset.evaluation.eval_data import EvalData
+from model.evaluation import describe as describe_module
 from model.evaluation.evaluator import Evaluator
 
 ODD_NAMES = (b"caf\xe9.png", b"new\nline.png", b"clear\x1b[2J.png", "照片.png".encode())
@@ -287,14 +288,14 @@ def test_bytes_that_are_no_text_lose_no_question_of_a_chat(assets, painted, monk
 
 
 def test_ctrl_c_keeps_what_is_described(assets, painted, tmp_path, monkeypatch, capfd):
-    many, real = many_photos(painted, tmp_path / "many", count=5), eval_vlm.describe
+    many, real = many_photos(painted, tmp_path / "many", count=5), describe_module.describe_samples
 
     def describe(engine, batch, *args, **kwargs):
         if batch[0].name == "0003.png":
             signal.raise_signal(signal.SIGINT)
         return real(engine, batch, *args, **kwargs)
 
-    monkeypatch.setattr(eval_vlm, "describe", describe)
+    monkeypatch.setattr(describe_module, "describe_samples", describe)
     places = {"json": tmp_path / "out.json", "html": tmp_path / "page.html"}
     assert eval_vlm.main(describe_flags(assets, painted, many, batch_size=1, **places)) == 130
     report = json.loads(places["json"].read_text())

@@ -16,11 +16,11 @@ from support.painted import eval_flags
 
 import eval_vlm
 from dataset.evaluation.eval_data import EvalData
-from dataset.evaluation.language import language_of
+from dataset.evaluation.language import detect_language
 from dataset.lm_dataset import VLMDataset
-from model.evaluation.evaluator import CONDITIONS, ChoiceRow
-from model.evaluation.likelihood import Row, score_candidates, score_rows
-from model.evaluation.report import compare_choices
+from model.evaluation.choices import ChoiceRow, compare_choices
+from model.evaluation.evaluator import CONDITIONS, labelled_sequence
+from model.evaluation.likelihood import score_candidates, score_sequences
 from model.evaluation.statistics import interval, resample
 from model.generation.engine import VLMEngine
 
@@ -122,7 +122,7 @@ def test_two_ranks_give_the_same_numbers(assets, painted, tmp_path, captions):
     assert process.stdout.count("grounding gap") == process.stdout.count("weights: ") == 1
     two = json.loads((tmp_path / "scores.json").read_text())
     assert_close(two, captions)
-    # Only one rank finds the fault, all of them end, and it is told once.
+    # Only one rank finds the fault, all of them end, and it is reported once.
     (tmp_path / "photos").mkdir()
     process = subprocess.run(
         [
@@ -234,13 +234,13 @@ def test_control_images_and_wrong_captions_are_anothers(painted, engine):
     data = EvalData(dataset, num_records=None, num_wrong=3, seed=0, window=7)
     cases = [case for i in range(data.num_windows) for case in data.read_window(i).cases]
     assert len(cases) == 40 and all(case.others != case.card.images for case in cases)
-    told = [case for case in cases if case.candidates]
-    assert len(told) == 20
-    for case in told:
+    with_captions = [case for case in cases if case.candidates]
+    assert len(with_captions) == 20
+    for case in with_captions:
         texts = [engine.processor.tokenizer.decode(s.input_ids) for s in case.candidates]
         answers = [t.split("assistant\n")[1].split("<|im_end|>")[0] for t in texts]
         assert answers[0] == case.card.answers[0] and len(set(answers)) == len(answers) >= 2
-        assert {language_of(a) for a in answers} == {case.card.languages[0]}
+        assert {detect_language(a) for a in answers} == {case.card.languages[0]}
     questions = data.questions({case.card.index for case in cases})
     assert len(questions) == 20 and all(len(q.references) == 2 for q in questions)
 
@@ -265,8 +265,8 @@ def test_candidates_with_a_shared_prompt_score_as_whole_conversations(painted, e
     case = next(c for c in data.read_window(0).cases if c.candidates)
     with torch.no_grad():
         features = engine.model.encode_images(case.sample.pixel_values)
-    rows = [Row(s.input_ids, s.labels, s.image_mask, features) for s in case.candidates]
-    whole = [scores[0] for scores in score_rows(engine.model, rows, batch_size=2)]
+    rows = [labelled_sequence(sample, features) for sample in case.candidates]
+    whole = [scores[0] for scores in score_sequences(engine.model, rows, batch_size=2)]
     assert len(whole) > 1 and len({s.num_tokens for s in whole}) >= 1
     for one, other in zip(score_candidates(engine.model, rows), whole, strict=True):
         assert one.loss_sum == pytest.approx(other.loss_sum, rel=1e-4)
@@ -302,9 +302,11 @@ def test_real_captions_have_two_references_in_each_language(shared, engine):
 
 
 def test_languages_by_script():
-    assert language_of("A dog.") == "en" and language_of("一只狗") == "zh"
-    assert language_of("用 iPhone 拍的照片") == "zh" and language_of("3", "有几个？") == "zh"
-    assert language_of("3", "How many?") == "en" and language_of("3") == "other"
+    assert detect_language("A dog.") == "en" and detect_language("一只狗") == "zh"
+    assert (
+        detect_language("用 iPhone 拍的照片") == "zh" and detect_language("3", "有几个？") == "zh"
+    )
+    assert detect_language("3", "How many?") == "en" and detect_language("3") == "other"
 
 
 @pytest.mark.parametrize(
