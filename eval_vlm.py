@@ -34,7 +34,7 @@ from model.evaluation.choices import Choices
 from model.evaluation.describe import Description, FolderDescriptions, find_samples, gallery
 from model.evaluation.record_scores import RecordScores
 from model.evaluation.result_files import check_result_files, write_html, write_json
-from model.evaluation.task import Task, run_task
+from model.evaluation.task import Output, Task, run_task
 from model.generation.engine import VLMEngine
 from model.generation.sampling import add_sampling_arguments, sampling_from
 from model.machine.device import memory_guard
@@ -253,9 +253,11 @@ def score(args: argparse.Namespace, ranks: Ranks) -> int:
         partial(load_first, args, second_tokenizer),
         partial(load, second_args(args)) if args.compare else None,
         head={"data": str(args.data_path or args.choices)},
-        printing=printing_of(args),
-        write=partial(write_json, args.json) if args.json else lambda report: None,
-        is_main=ranks.rank == 0,
+        output=Output(
+            printing_of(args),
+            write=partial(write_json, args.json) if args.json else lambda report: None,
+            is_main=ranks.rank == 0,
+        ),
     )
     return 0
 

@@ -5,6 +5,7 @@ This package knows neither `dataset/` nor `trainer/`: a task is given what it ne
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
@@ -55,15 +56,28 @@ class Task(Protocol[R]):
     def print_difference(self, difference: dict[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True)
+class Output:
+    """Where a report goes.
+
+    Args:
+        printing: a context in which to print.
+        write: stores a report.
+        is_main: this rank prints and writes.
+    """
+
+    printing: Callable[[], AbstractContextManager[None]]
+    write: Callable[[dict[str, Any]], None]
+    is_main: bool
+
+
 def run_task(
     task: Task[R],
     load_first: Callable[[], VLMEngine],
     load_second: Callable[[], VLMEngine] | None = None,
     *,
     head: dict[str, Any],
-    printing: Callable[[], AbstractContextManager[None]],
-    write: Callable[[dict[str, Any]], None],
-    is_main: bool,
+    output: Output,
 ) -> None:
     """Evaluate one weight, or two and their difference; print the tables and write the report.
 
@@ -71,37 +85,36 @@ def run_task(
 
     Args:
         head: what the report says of the data.
-        printing: a context in which to print.
-        is_main: this rank prints and writes.
     """
-
-    def report_of(result: R) -> dict[str, Any]:
-        report = task.report(result)
-        if is_main:
-            with printing():
-                task.print_report(report)
-        return report
-
     engine = load_first()
     name = engine.path.name
     report = {"weight": str(engine.path)} | head
     first = task.run(engine)
     try:
-        report |= report_of(first)
+        report |= _printed_report(task, first, output)
         if load_second:
             del engine
             engine = load_second()
             second = task.run(engine)
-            report["compare"] = {"weight": str(engine.path)} | report_of(second)
+            weight = {"weight": str(engine.path)}
+            report["compare"] = weight | _printed_report(task, second, output)
             difference = task.compare(first, second)
             report["compare"]["difference"] = difference
-            if is_main:
-                with printing():
+            if output.is_main:
+                with output.printing():
                     print(f"\n{engine.path.name} minus {name}, paired:")
                     task.print_difference(difference)
     finally:  # if the second weight fails, the scores of the first are still written
-        if is_main:
-            write(report)
+        if output.is_main:
+            output.write(report)
+
+
+def _printed_report(task: Task[R], result: R, output: Output) -> dict[str, Any]:
+    report = task.report(result)
+    if output.is_main:
+        with output.printing():
+            task.print_report(report)
+    return report
 
 
 def progress(items: Iterable[T], group: Group, *, title: str | None = None) -> Iterable[T]:
