@@ -59,7 +59,7 @@ def join_process_group(
                 device_id=device,
             )
             dist.barrier()
-        except RuntimeError as problem:  # DistError and its kind
+        except RuntimeError as problem:  # DistError and its subclasses
             error = problem
         prefix.set(f"is connected {rank}", str(error is None))
         answers = [prefix.get(f"is connected {other}") for other in range(world_size)]
@@ -68,9 +68,13 @@ def join_process_group(
             return
         if dist.is_initialized():
             dist.destroy_process_group()
+    raise _cannot_connect(world_size, error)
+
+
+def _cannot_connect(world_size: int, error: Exception | None) -> ConnectionError:
     lines = str(error).partition(CPP_TRACE)[0].splitlines()
     why = "; ".join(filter(None, map(str.strip, lines)))
-    raise ConnectionError(
+    return ConnectionError(
         f"the {world_size} ranks met, but could not connect with one another: {why}; see that "
         "nothing between their machines blocks the ports, and name the network by "
         "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
@@ -115,9 +119,13 @@ def meet(store: Store, rank: int, world_size: int, *, timeout: timedelta) -> Sto
             if opened == proposal[0]:
                 return PrefixStore(opened, store)
         time.sleep(POLL_S)
-    missing = [r for r, found in enumerate(read(store, id_keys)) if found is None]
-    raise ConnectionError(
-        f"the {world_size} ranks did not all come within {timeout}"
+    raise _did_not_meet(read(store, id_keys), timeout)
+
+
+def _did_not_meet(ids: list[Any], timeout: timedelta) -> ConnectionError:
+    missing = [r for r, found in enumerate(ids) if found is None]
+    return ConnectionError(
+        f"the {len(ids)} ranks did not all come within {timeout}"
         + (f": {', '.join(f'rank {r}' for r in missing)} never did" if missing else "")
     )
 
