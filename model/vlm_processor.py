@@ -19,7 +19,7 @@ from model.model_vlm import VLMConfig
 from model.pictures import Picture, open_image
 
 Message = dict[str, str]  # role and content
-Conversation = tuple[list[Message], Sequence[Picture]]
+Conversation = tuple[list[Message], Sequence[Picture] | Tensor]
 
 IMAGE_TAG = "<image>"
 MODEL_DIR = Path(__file__).resolve().parent

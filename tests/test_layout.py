@@ -43,7 +43,7 @@ ALLOWED = {
     "trainer/loop": f"{MODEL} trainer/train_args.py trainer/ranks trainer/tracking",
     "trainer/saving": f"{MODEL} {TRAINER}",
     "trainer/run": f"{MODEL} {DATASET} {TRAINER}",
-    "trainer/chain": "model model/machine",
+    "trainer/chain": f"{MODEL} model/generation dataset/synthetic trainer/tracking",
     "trainer/trainer_utils.py": f"{TRAINER} trainer/run",  # a face for readers of the original
 }
 # Commands may import any of their own package, and these may introduce strangers to one another;
@@ -62,7 +62,7 @@ COMMANDS = {
     "trainer/train_clip_tiny.py": f"{MODEL} dataset/synthetic {TRAINER} trainer/run",
     "trainer/benchmark_saving.py": f"{MODEL} {TRAINER} trainer/run",
     "trainer/plot.py": "model model/machine trainer/tracking",
-    "trainer/demo.py": f"{MODEL} model/generation dataset/synthetic trainer/tracking trainer/chain",
+    "trainer/demo.py": "model model/machine trainer/chain",
 }
 MAX_LINES = 400
 

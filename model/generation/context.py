@@ -8,10 +8,9 @@ from bisect import bisect_left, bisect_right
 from functools import cache
 from itertools import accumulate
 
-from model.vlm_processor import IMAGE_TAG, VLMProcessor
+from model.vlm_processor import IMAGE_TAG, Message, VLMProcessor
 
 RESERVED_SHARE = 4  # turns are dropped for an answer of up to 1/4 of the context
-Message = dict[str, str]  # "role" and "content"
 
 
 class Context:

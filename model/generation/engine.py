@@ -6,23 +6,23 @@ the same answer everywhere.
 
 import argparse
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.generation.attention_map import image_attention
-from model.generation.context import Context, Message
+from model.generation.context import Context
 from model.generation.decoding import AnswerState, Decoder, TextPieces
 from model.generation.sampling import Sampling
 from model.machine.device import memory_guard
-from model.vlm_processor import IMAGE_TAG
+from model.pictures import Picture
+from model.vlm_processor import IMAGE_TAG, Message
 from model.weights.build_model import LoadedModel, load_model
 
 NO_ROOM_ADVICE = "ask more briefly, with fewer pictures, or lower --batch_size or --concurrency"
-Images = list[Any] | Tensor  # PIL images, encoded bytes or paths; or `pixel_values` (I, 3, S, S)
+Images = Sequence[Picture] | Tensor  # `pixel_values` (I, 3, S, S) where preprocessed already
 
 
 @dataclass(frozen=True)

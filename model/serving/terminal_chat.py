@@ -8,13 +8,12 @@ from dataclasses import replace
 
 from PIL import Image
 
-from model.generation.context import Message
 from model.generation.engine import VLMEngine, ask
 from model.generation.sampling import Sampling
 from model.machine.terminal import shown
 from model.options import parse_path
 from model.pictures import open_image
-from model.vlm_processor import IMAGE_TAG
+from model.vlm_processor import IMAGE_TAG, Message
 
 try:
     import readline  # noqa: F401 (arrow keys and history in input())

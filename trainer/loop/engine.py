@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.machine.device import heeds_found_inf
 from model.weights.strict_loading import VISION_PREFIX
+from trainer.ranks.group import Ranks
 
 
 class Engine:
@@ -93,3 +95,33 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[None]:
     """Mixed precision for the forward pass; float32 means none."""
     return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
+
+
+def wrap_for_ranks(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """DDP over several ranks; the frozen tower is not broadcast."""
+    if ranks.world_size == 1:
+        return model
+    named = [*model.named_parameters(), *model.named_buffers()]
+    frozen = [n for n, _ in named if n.startswith(VISION_PREFIX)]
+    model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
+    wrapped = DistributedDataParallel(
+        model, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
+    if ranks.device.type == "cpu":
+        wrapped.register_comm_hook(None, average_each_gradient)
+    return wrapped
+
+
+def average_each_gradient(
+    _state: object, bucket: dist.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
+    """Average the gradients of a bucket one by one.
+
+    DDP cuts its buckets anew after its first step, and with three ranks or more the cut decides in
+    which order numbers are summed: a resumed run would differ from an uninterrupted one by a bit.
+    """
+    for work in [dist.all_reduce(gradient, async_op=True) for gradient in bucket.gradients()]:
+        work.wait()
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer().div_(dist.get_world_size()))
+    return future

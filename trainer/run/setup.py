@@ -11,13 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from model.machine.device import out_of_memory_line
-from model.weights.strict_loading import VISION_PREFIX
 from trainer.loop import zero_engine as zero
-from trainer.loop.engine import Engine
+from trainer.loop.engine import Engine, wrap_for_ranks
 from trainer.loop.loading import DataFault
 from trainer.loop.loop_state import Progress, Run
 from trainer.loop.optimizers import make_optimizer, set_trainable
@@ -248,34 +245,6 @@ def make_engine(state: RunState, zero_config: dict[str, Any] | None) -> Engine |
         scaler=state.scaler,
         grad_clip=state.args.grad_clip,
     )
-
-
-def wrap_for_ranks(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """DDP over several ranks; the frozen tower is not broadcast."""
-    if ranks.world_size == 1:
-        return model
-    named = [*model.named_parameters(), *model.named_buffers()]
-    frozen = [n for n, _ in named if n.startswith(VISION_PREFIX)]
-    model._ddp_params_and_buffers_to_ignore = frozen
-    wrapped = DistributedDataParallel(
-        model, forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
-    if ranks.device.type == "cpu":
-        wrapped.register_comm_hook(None, average_each_gradient)
-    return wrapped
-
-
-def average_each_gradient(_state, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Average the gradients of a bucket one by one.
-
-    DDP cuts its buckets anew after its first step, and with three ranks or more the cut decides in
-    which order numbers are summed: a resumed run would differ from an uninterrupted one by a bit.
-    """
-    for work in [dist.all_reduce(gradient, async_op=True) for gradient in bucket.gradients()]:
-        work.wait()
-    future = torch.futures.Future()
-    future.set_result(bucket.buffer().div_(dist.get_world_size()))
-    return future
 
 
 def make_metrics(state: RunState, *, num_samples: int, is_resumed: bool) -> Metrics:

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from model.generation.context import Message
 from model.generation.engine import VLMEngine, ask
 from model.generation.sampling import Sampling
 from model.pictures import picture_size
-from model.vlm_processor import IMAGE_TAG
+from model.vlm_processor import IMAGE_TAG, Message
 
 MAX_IMAGES = 16
 MAX_IMAGE_PIXELS = 50_000_000

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model.generation.context import Message
 from model.generation.engine import VLMEngine, ask
 from model.pictures import open_image
 from model.serving.web.protection.privacy import without_paths
+from model.vlm_processor import Message
 
 MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; a 48-megapixel photo is fine

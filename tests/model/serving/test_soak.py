@@ -10,7 +10,6 @@ from support.soak import MAX_GROWTH, Soak
 
 SITES = [api_in_soak]  # each: (assets, folder) -> a context of a process id and behaviours
 WARM_ACTS = 80
-# The tokenizer remembers the last 10,000 words it met: the long form starts with that filled.
 LONG_WARM_ACTS = 1600
 NUM_READINGS = 5  # a peak passes between them, a leak does not
 MINUTES = float(os.environ.get("SOAK_MINUTES", 30))
