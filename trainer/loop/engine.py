@@ -113,8 +113,9 @@ def wrap_for_ranks(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def average_each_gradient(
-    _state: object, bucket: dist.GradBucket
-) -> torch.futures.Future[torch.Tensor]:
+    _state: object,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     """Average the gradients of a bucket one by one.
 
     DDP cuts its buckets anew after its first step, and with three ranks or more the cut decides in
