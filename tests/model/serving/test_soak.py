@@ -6,9 +6,14 @@ import os
 
 import pytest
 from support.api_soak import api_in_soak
+from support.page_soak import page_in_soak
 from support.soak import MAX_GROWTH, Soak
 
-SITES = [api_in_soak]  # each: (assets, folder) -> a context of a process id and behaviours
+# Each is (assets, folder) -> a context of a process id and behaviours.
+SITES = [api_in_soak, page_in_soak]
+    api_in_soak,
+    page_in_soak,
+]  # each: (assets, folder) -> a context of a process id and behaviours
 WARM_ACTS = 80
 LONG_WARM_ACTS = 1600
 NUM_READINGS = 5  # a peak passes between them, a leak does not
