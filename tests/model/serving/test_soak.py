@@ -11,9 +11,6 @@ from support.soak import MAX_GROWTH, Soak
 
 # Each is (assets, folder) -> a context of a process id and behaviours.
 SITES = [api_in_soak, page_in_soak]
-    api_in_soak,
-    page_in_soak,
-]  # each: (assets, folder) -> a context of a process id and behaviours
 WARM_ACTS = 80
 LONG_WARM_ACTS = 1600
 NUM_READINGS = 5  # a peak passes between them, a leak does not

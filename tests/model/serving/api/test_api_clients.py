@@ -64,7 +64,7 @@ def test_reader_that_reads_slowly_gets_all(engine):
             reader.sendall(whole(body))
             start, said = time.monotonic(), b""
             while b"[DONE]" not in said:
-                piece = reader.recv(8192)
+                piece = reader.recv(2048)  # some 60 times
                 assert piece
                 said += piece
                 time.sleep(0.05)
