@@ -58,9 +58,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
         return
     with file:
-        file.truncate(0)
-        file.write(json.dumps(_who_we_are()).encode())
-        file.flush()
+        path.write_text(json.dumps(_who_we_are()), encoding="utf-8")
         try:
             yield
         finally:
@@ -73,7 +71,9 @@ def _locked(path: Path) -> Iterator[None]:
 def _take(path: Path) -> IO[bytes] | None:
     """The open file, locked; None, with a warning, where the file system has no locks."""
     while True:
-        file = open(path, "a+b")  # noqa: SIM115, the caller closes it
+        path.touch()
+        # Read only: a file system with a file open for writing could not be made read-only.
+        file = open(path, "rb")  # noqa: SIM115, the caller closes it
         try:
             _lock(file)
         except HELD:
@@ -97,8 +97,8 @@ def _lock(file: IO[bytes]) -> None:
     if sys.platform == "win32":
         file.seek(1 << 30)  # behind the text: on Windows nobody else may read locked bytes
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:  # not flock: forked data workers would inherit that lock, and keep it if they outlive us
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:  # forked data workers share it: they end with this process, however it ends
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _who_we_are() -> dict[str, Any]:

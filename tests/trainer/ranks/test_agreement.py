@@ -185,7 +185,7 @@ def test_file_system_without_locks_is_said(assets, tmp_path, data, monkeypatch, 
     def refuse(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("trainer.saving.lock.fcntl.lockf", refuse)
+    monkeypatch.setattr("trainer.saving.lock.fcntl.flock", refuse)
     assert train_pretrain_vlm.main(train_flags(assets, tmp_path, *data, batch_size=24)) == 0
     assert "knows no locks" in capfd.readouterr().err
 
