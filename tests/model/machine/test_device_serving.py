@@ -146,7 +146,10 @@ def test_every_rank_hears_of_one_that_ran_out_of_memory(monkeypatch):
         raise torch.OutOfMemoryError(CUDA_ERROR)
 
     shared = []
-    monkeypatch.setattr(Ranks, "gather", lambda _self, value: shared.append(value) or [[], value])
+    monkeypatch.setattr(
+        Ranks, "gather", lambda _self, value: shared.append(value) or [([], None), value]
+    )
     with pytest.raises(ValueError, match=SIZES):
         Ranks(1, 2, torch.device("cpu")).collect(work)
-    assert isinstance(shared[0], OutOfMemory)
+    ((_, failure),) = shared
+    assert isinstance(failure, OutOfMemory)

@@ -279,7 +279,7 @@ def test_nccl_is_given_its_device_and_fails_in_one_line(monkeypatch):
         )
 
     store = dist.HashStore()
-    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
+    monkeypatch.setattr(rank_meeting, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
     monkeypatch.setattr(dist, "init_process_group", connect)
     monkeypatch.setattr(rank_meeting, "CONNECT_TRIES", 1)
     with pytest.raises(ConnectionError) as told:

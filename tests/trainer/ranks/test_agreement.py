@@ -136,7 +136,7 @@ def test_state_of_an_earlier_version_resumes(assets, tmp_path, data, capfd):
     torch.save(state, path)
     (path.parent / f"{STATE}.previous").unlink(missing_ok=True)
     assert train_pretrain_vlm.main([*argv, "--from_resume", "1"]) == 0
-    assert "its data was told by an earlier version" in capfd.readouterr().out
+    assert "its data is as an earlier version computed it" in capfd.readouterr().out
     edit_middle(data[0], "picture", "drawing")
     state["identity"]["data"] = "0" * 16
     torch.save(state, path)
