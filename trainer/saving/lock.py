@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from trainer.ranks.group import Ranks, is_main_process, warn
 
+LEFT_BEHIND_S = 10  # how long the data workers of a run that was killed may share its lock
 HELD = (BlockingIOError, PermissionError)  # raised where another process has the lock
 if sys.platform == "win32":
     import msvcrt
@@ -70,6 +71,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _take(path: Path) -> IO[bytes] | None:
     """The open file, locked; None, with a warning, where the file system has no locks."""
+    deadline = time.monotonic() + LEFT_BEHIND_S
     while True:
         path.touch()
         # Read only: a file system with a file open for writing could not be made read-only.
@@ -77,8 +79,11 @@ def _take(path: Path) -> IO[bytes] | None:
         try:
             _lock(file)
         except HELD:
-            holder = _read(file)
+            holder, is_dead = _read(file), _is_dead(file)
             file.close()
+            if is_dead and time.monotonic() < deadline:  # its data workers are about to end
+                time.sleep(0.1)
+                continue
             raise ValueError(
                 f"another run writes {path.name[1:-5]} in {path.parent}: {holder}; wait for its "
                 "end, or choose another --save_weight, or other folders by --save_dir and "
@@ -108,6 +113,21 @@ def _who_we_are() -> dict[str, Any]:
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": shlex.join(sys.argv),
     }
+
+
+def _is_dead(file: IO[bytes]) -> bool:
+    """Whether the holder was a process of this machine that is no more."""
+    file.seek(0)
+    try:
+        about = json.loads(file.read())
+        if sys.platform == "win32" or about["host"] != socket.gethostname():
+            return False
+        os.kill(about["process"], 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, KeyError, TypeError, OSError):
+        return False
+    return False
 
 
 def _read(file: IO[bytes]) -> str:
