@@ -4,8 +4,9 @@ Shapes: B batch, T tokens, D hidden, H query heads, K head dim, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.utils.deprecation import deprecate_kwarg
 
 from model.feed_forward import FeedForward, MoEFeedForward, MoEGate
 from model.rope import apply_rope, rope_tables
@@ -25,6 +27,8 @@ from model.rope import apply_rope, rope_tables
 YARN_FACTOR = 4.0  # `inference_rope_scaling`: four times the 2048 positions of pretraining
 YARN_ORIGINAL_POSITIONS = 2048
 IGNORE_INDEX = -100  # label of a position that is not supervised
+
+ForwardT = TypeVar("ForwardT", bound=Callable[..., Any])
 
 
 class MiniMindConfig(PreTrainedConfig):
@@ -42,7 +46,7 @@ class MiniMindConfig(PreTrainedConfig):
     """
 
     model_type = "minimind"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
 
     def __init__(
         self,
@@ -278,13 +282,13 @@ class MiniMindModel(MiniMindPreTrainedModel):
         *,
         attention_mask: Tensor | None = None,  # (B, past + T)
         position_ids: Tensor | None = None,  # (B, T)
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         is_right_padded: bool = False,
         output_positions: Tensor | None = None,  # (N,) into the flattened (B, T); None: all
     ) -> tuple[Tensor, Tensor]:
         """Returns hidden states (B, T, D) or (N, D), and the aux loss summed over layers."""
         num_tokens = inputs_embeds.shape[1]
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = cache.get_seq_length() if cache is not None else 0
         is_2d = attention_mask is not None and attention_mask.ndim == 2
         padding_mask = attention_mask if is_2d else None  # (B, past + T)
         token_mask = None if padding_mask is None else padding_mask[:, -num_tokens:]
@@ -297,7 +301,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
             inputs_embeds=inputs_embeds,
             # Causality alone hides padding after the text; without a mask the fast kernel runs.
             attention_mask=None if is_right_padded or inputs_embeds.is_meta else attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             position_ids=None,
         )
         cos, sin = rope_tables(self.config, position_ids)
@@ -309,12 +313,17 @@ class MiniMindModel(MiniMindPreTrainedModel):
                 hidden,
                 rope=rope,
                 attention_mask=causal_mask,
-                cache=past_key_values,
+                cache=cache,
                 token_mask=token_mask,
                 output_positions=output_positions if layer is self.layers[-1] else None,
             )
             aux_loss = aux_loss + layer_aux_loss
         return self.norm(hidden), aux_loss
+
+
+def takes_past_key_values(forward: ForwardT) -> ForwardT:
+    """`cache` may also be given by the name it had before transformers 5.24, with a warning."""
+    return cast(ForwardT, deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward))
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -328,6 +337,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_past_key_values
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, T)
@@ -336,7 +346,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,  # (B, T, D) instead of input_ids
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,  # (B, T) like input_ids, -100 where not supervised
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         target_positions: Tensor | None = None,  # (N,) into the flattened (B, T)
@@ -363,13 +373,13 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None and not self.training:
+            cache = DynamicCache(config=self.config)
         hidden, aux_loss = self.model(
             inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             is_right_padded=is_right_padded,
             output_positions=target_positions,
         )
@@ -378,7 +388,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         return MiniMindOutput(
             loss=None if labels is None else next_token_loss(logits, labels, target_positions),
             logits=logits,
-            past_key_values=past_key_values,
+            cache=cache,
             aux_loss=aux_loss,
         )
 

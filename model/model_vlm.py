@@ -20,7 +20,12 @@ from model.image_fusion import (
     images_per_sample,
     placeholder_mask,
 )
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput
+from model.model_minimind import (
+    MiniMindConfig,
+    MiniMindForCausalLM,
+    MiniMindOutput,
+    takes_past_key_values,
+)
 from model.vision_tower import (
     count_image_tokens,
     find_vision_dir,
@@ -157,13 +162,14 @@ class MiniMindVLM(MiniMindForCausalLM):
             self.vision_encoder.eval()
         return self
 
+    @takes_past_key_values
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, T)
         attention_mask: Tensor | None = None,  # (B, past + T)
         pixel_values: Tensor | None = None,  # (I, 3, S, S), (B, N, 3, S, S) or (B, N, 1, 3, S, S)
         labels: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         *,
@@ -190,7 +196,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             attention_mask,
             inputs_embeds=inputs_embeds,
             labels=labels,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **kwargs,

@@ -103,7 +103,7 @@ def score_candidates(model: MiniMindVLM, sequences: list[LabelledSequence]) -> l
     prompt, mask = (x[None, :split].to(device) for x in (head.input_ids, head.image_mask))
     cache = DynamicCache(config=model.config)
     embeds = _embed(model, prompt, mask, head.features)
-    model.model(embeds, past_key_values=cache, is_right_padded=True)
+    model.model(embeds, cache=cache, is_right_padded=True)
     cache.batch_repeat_interleave(len(sequences))
     tails = [
         LabelledSequence(s.input_ids[split:], s.labels[split:], s.image_mask[split:], None)
@@ -111,7 +111,7 @@ def score_candidates(model: MiniMindVLM, sequences: list[LabelledSequence]) -> l
     ]
     batch = _pad(tails, device=device)
     embeds = model.model.embed_tokens(batch["input_ids"])
-    hidden, _ = model.model(embeds, past_key_values=cache, is_right_padded=True)
+    hidden, _ = model.model(embeds, cache=cache, is_right_padded=True)
     return [scores[0] for scores in _score_hidden(model, hidden, batch["labels"])]
 
 

@@ -56,7 +56,7 @@ def _mean_attention(model: MiniMindVLM, embeds: Tensor, first: int, *, layer: in
     cos, sin = rope_tables(model.config, positions)
     rope = cos.to(embeds.dtype), sin.to(embeds.dtype)
     causal_mask = create_causal_mask(
-        config=model.config, inputs_embeds=embeds, attention_mask=None, past_key_values=None
+        config=model.config, inputs_embeds=embeds, attention_mask=None, cache=None
     )
     layers = model.model.layers if layer is None else model.model.layers[: layer + 1]
     hidden, weights = embeds, list[Tensor]()

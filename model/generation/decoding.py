@@ -127,10 +127,10 @@ class Decoder:
             inputs = {
                 "inputs_embeds": embeds,
                 "attention_mask": self._mask,
-                "past_key_values": self._cache,
+                "cache": self._cache,
             }
         output = self._model(**inputs, use_cache=True, logits_to_keep=1)
-        self._inputs, self._cache = {}, output.past_key_values
+        self._inputs, self._cache = {}, output.cache
         logits: Tensor = output.logits[:, -1].float().cpu()
         return logits
 

@@ -134,7 +134,7 @@ def test_prompt_and_next_token_stay_on_the_device(use_moe, dtype, attention, mod
             inputs_embeds=embeds,
             attention_mask=mask,
             use_cache=True,
-            past_key_values=output.past_key_values,
+            cache=output.cache,
             logits_to_keep=1,
         )
     assert output.logits.shape == (3, 1, model.config.vocab_size) and output.logits.device == CUDA

@@ -112,12 +112,23 @@ def test_attention_chunked_prefill_equals_one_forward(use_moe, attention):
     whole = model(ids, attention_mask=mask).logits
     cache, parts = None, []
     for start, end in ((0, 6), (6, 10), (10, 11), (11, 13)):
-        output = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
-        cache = output.past_key_values
+        output = model(ids[:, start:end], attention_mask=mask[:, :end], cache=cache)
+        cache = output.cache
         parts.append(output.logits)
     chunked = torch.cat(parts, 1)
     real = mask.bool()
     torch.testing.assert_close(chunked[real], whole[real], atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_cache_may_be_given_by_its_older_name():
+    model = make_model()
+    ids, _ = pad_rows(rows_of_lengths(9), side="left")
+    whole = model(ids).logits[:, -1]
+    cache = model(ids[:, :-1]).cache
+    with pytest.warns(FutureWarning, match="Use `cache`"):
+        last = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(last, whole, atol=TOLERANCE, rtol=0)
 
 
 @torch.no_grad()
