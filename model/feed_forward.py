@@ -19,11 +19,11 @@ class FeedForward(nn.Module):
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
     """
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PreTrainedConfig, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
         self.dropout = config.dropout
 
@@ -33,7 +33,7 @@ class FeedForward(nn.Module):
 
 
 class MoEGate(nn.Module):
-    """Router: which experts a token goes to, with what weight, and the load-balance loss."""
+    """Router: which experts a token goes to, with what weight, and how evenly they are used."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -41,39 +41,64 @@ class MoEGate(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
     def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns expert ids (B, T, k), their weights (B, T, k) and the scalar aux loss."""
+        """Returns expert ids (B, T, k), their weights (B, T, k) and the balance.
+
+        The balance is the scalar load-balance loss if that is a mean over sequences (`seq_aux`),
+        else `expert_use` (2, E), of which `balance_loss` makes the loss of a whole step; zero
+        outside training.
+        """
         config = self.config
         probs = F.linear(hidden, self.weight).softmax(dim=-1, dtype=torch.float32)  # (B, T, E)
         top_probs, top_ids = probs.topk(config.num_experts_per_tok, dim=-1, sorted=False)
-        if config.norm_topk_prob and config.num_experts_per_tok > 1:
+        if config.norm_topk_prob and (config.num_experts_per_tok > 1 or config.generation > 2):
             top_probs = top_probs / (top_probs.sum(dim=-1, keepdim=True) + 1e-20)
         if not (self.training and config.aux_loss_alpha > 0):
             return top_ids, top_probs, probs.new_zeros(())
-        return (
-            top_ids,
-            top_probs,
-            config.aux_loss_alpha * self._imbalance(probs, top_ids, token_mask),
-        )
-
-    def _imbalance(self, probs: Tensor, top_ids: Tensor, token_mask: Tensor | None) -> Tensor:
-        """E * sum_i f_i * P_i, averaged over sequences: 1 when the experts are evenly used.
-
-        f_i is the fraction of routed slots that go to expert i, P_i the mean router probability
-        of expert i. Padding is left out of both; a sequence that is all padding adds 0.
-        Source: Fedus et al., "Switch Transformers" (2021), per sequence as in DeepSeek-V2 (2024).
-        """
         if token_mask is None:
             token_mask = probs.new_ones(probs.shape[:2])
         token_mask = token_mask.to(probs.dtype).unsqueeze(-1)  # (B, T, 1)
         slots = F.one_hot(top_ids, probs.shape[-1]).sum(2) * token_mask  # (B, T, E)
         probs = probs * token_mask
-        if not self.config.seq_aux:  # the whole batch counts as one sequence
-            slots, probs, token_mask = (t.flatten(0, 1)[None] for t in (slots, probs, token_mask))
-        num_tokens = token_mask.sum(1)  # (B, 1)
-        fraction = slots.sum(1) / (num_tokens * top_ids.shape[-1]).clamp(min=1)
-        mean_prob = probs.sum(1) / num_tokens.clamp(min=1)
-        per_sequence = probs.shape[-1] * (fraction * mean_prob).sum(-1)  # (B,)
-        return per_sequence.sum() / (num_tokens > 0).sum().clamp(min=1)
+        if config.seq_aux:
+            balance = config.aux_loss_alpha * _imbalance(slots, probs, token_mask)
+        else:
+            slots = slots * (config.slots_per_token / config.num_experts_per_tok)
+            balance = torch.stack((slots.sum((0, 1)), probs.sum((0, 1))))
+        return top_ids, top_probs, balance
+
+
+def _imbalance(slots: Tensor, probs: Tensor, token_mask: Tensor) -> Tensor:
+    """E * sum_i f_i * P_i, averaged over sequences: 1 when the experts are evenly used.
+
+    f_i is the fraction of routed slots that go to expert i, P_i the mean router probability
+    of expert i. Padding is left out of both; a sequence that is all padding adds 0.
+    Source: Fedus et al., "Switch Transformers" (2021), per sequence as in DeepSeek-V2 (2024).
+
+    Args:
+        slots, probs: (B, T, E), 0 at padding. token_mask: (B, T, 1).
+    """
+    num_tokens = token_mask.sum(1)  # (B, 1)
+    fraction = slots.sum(1) / slots.sum((1, 2))[:, None].clamp(min=1)
+    mean_prob = probs.sum(1) / num_tokens.clamp(min=1)
+    per_sequence = probs.shape[-1] * (fraction * mean_prob).sum(-1)  # (B,)
+    return per_sequence.sum() / (num_tokens > 0).sum().clamp(min=1)
+
+
+def balance_loss(slots: Tensor, prob_sums: Tensor, *, num_tokens: int | Tensor) -> Tensor:
+    """The load-balance loss over all tokens of a step, summed over layers, without its factor.
+
+    E * sum_i f_i * P_i of a layer, with f_i the routed slots per token that go to expert i, and
+    P_i its mean router probability. The tokens may come in parts: f_i is of all of them, and the
+    losses of the parts' `prob_sums` add up to the loss.
+
+    Args:
+        slots: (L, E), how often all tokens were routed to each expert.
+        prob_sums: (L, E), router probabilities summed over the tokens, or over a part of them.
+        num_tokens: of all parts, without padding.
+    Source: Fedus et al., "Switch Transformers" (2021).
+    """
+    share = slots.detach() / num_tokens
+    return slots.shape[-1] * (share * prob_sums / num_tokens).sum()
 
 
 class MoEFeedForward(nn.Module):
@@ -81,16 +106,19 @@ class MoEFeedForward(nn.Module):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
+        width = config.moe_intermediate_size
+        self.experts = nn.ModuleList(
+            FeedForward(config, width) for _ in range(config.n_routed_experts)
+        )
         self.gate = MoEGate(config)
         self.act = ACT2FN[config.hidden_act]
         self.shared_experts = nn.ModuleList(
-            FeedForward(config) for _ in range(config.n_shared_experts)
+            FeedForward(config, width) for _ in range(config.n_shared_experts)
         )
         self.dropout = config.dropout
 
     def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        top_ids, top_probs, aux_loss = self.gate(hidden, token_mask)
+        top_ids, top_probs, balance = self.gate(hidden, token_mask)
         device_type, dtype = hidden.device.type, hidden.dtype
         # Not every product of stacked matrices is an autocast operation: cast them here.
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -108,7 +136,7 @@ class MoEFeedForward(nn.Module):
         mixed = F.dropout(mixed, self.dropout, self.training).view_as(hidden)
         for expert in self.shared_experts:
             mixed = mixed + expert(hidden, token_mask)[0]
-        return mixed, aux_loss
+        return mixed, balance
 
     def _grouped(self, tokens: Tensor, ids: Tensor, probs: Tensor, stacked: list[Tensor]) -> Tensor:
         """Sort the routed rows by expert, then multiply each group by its expert's matrices.

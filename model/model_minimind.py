@@ -1,9 +1,9 @@
-"""Owns the MiniMind language model: config, RMSNorm, attention, decoder, causal LM.
+"""Owns the MiniMind language model: config, decoder, causal LM.
 
-Shapes: B batch, T tokens, D hidden, H query heads, K head dim, V vocabulary.
+Shapes: B batch, T tokens, N selected positions, D hidden, K head dim, V vocabulary, L layers,
+E experts.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -17,108 +17,108 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.deprecation import deprecate_kwarg
 
-from model.feed_forward import FeedForward, MoEFeedForward, MoEGate
-from model.rope import apply_rope, rope_tables
+from model.attention import Attention, RMSNorm, select_positions
+from model.feed_forward import FeedForward, MoEFeedForward, MoEGate, balance_loss
+from model.generations import DEFAULT_GENERATION, GENERATIONS
+from model.rope import rope_tables
 
-YARN_FACTOR = 4.0  # `inference_rope_scaling`: four times the 2048 positions of pretraining
-YARN_ORIGINAL_POSITIONS = 2048
+YARN_ORIGINAL_POSITIONS = 2048  # of pretraining
 IGNORE_INDEX = -100  # label of a position that is not supervised
 
 ForwardT = TypeVar("ForwardT", bound=Callable[..., Any])
 
 
+def of_generation() -> Any:
+    """Default of a config field that follows from the generation."""
+    return None
+
+
 class MiniMindConfig(PreTrainedConfig):
-    """Sizes and options of the language model; the defaults are the 26M model.
+    """Sizes and options of the language model; the defaults are those of the generation.
 
     Args:
-        intermediate_size: F; None means `64 * ceil(int(hidden_size * 8 / 3) / 64)`.
+        generation: 2 or 3, see `model.generations`; it decides the defaults of the other fields.
+        head_dim: K; None means `hidden_size / num_attention_heads`.
+        intermediate_size: F; None means the generation's multiple of `hidden_size`.
         initializer_range: standard deviation of new weights; None means that of `nn.Linear`,
             `(3 * hidden_size) ** -0.5`: a fixed value would be too small for narrow models.
-        inference_rope_scaling: YaRN by a factor of 4 over 2048 positions.
+        inference_rope_scaling: YaRN by the generation's factor over 2048 positions.
         use_moe: experts instead of one MLP; the fields below it are ignored otherwise.
-        seq_aux: balance experts within each sequence (True) or over the whole batch.
+        n_routed_experts, aux_loss_alpha: also `num_experts` and `router_aux_loss_coef`.
+        moe_intermediate_size: width of an expert; None means `intermediate_size`.
+        seq_aux: balance experts within each sequence (True) or over the whole step.
     Raises:
-        ValueError: sizes that do not divide, or an unknown `scoring_func`.
+        ValueError: sizes that do not divide, an unknown generation or `scoring_func`.
     """
 
     model_type = "minimind"
     keys_to_ignore_at_inference = ["cache"]
+    attribute_map = {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}
 
-    def __init__(
-        self,
-        hidden_size: int = 512,
-        num_hidden_layers: int = 8,
-        num_attention_heads: int = 8,
-        num_key_value_heads: int = 2,
-        intermediate_size: int | None = None,
-        hidden_act: str = "silu",
-        vocab_size: int = 6400,
-        max_position_embeddings: int = 32768,
-        rms_norm_eps: float = 1e-5,
-        rope_theta: float = 1e6,
-        inference_rope_scaling: bool = False,
-        dropout: float = 0.0,
-        initializer_range: float | None = None,
-        use_moe: bool = False,
-        n_routed_experts: int = 4,
-        num_experts_per_tok: int = 2,
-        n_shared_experts: int = 1,
-        scoring_func: str = "softmax",
-        aux_loss_alpha: float = 0.01,
-        seq_aux: bool = True,
-        norm_topk_prob: bool = True,
-        bos_token_id: int = 1,
-        eos_token_id: int = 2,
-        pad_token_id: int = 0,
-        tie_word_embeddings: bool = True,
-        use_cache: bool = True,
-        **kwargs: Any,
-    ):
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = hidden_size // num_attention_heads
-        self.intermediate_size = intermediate_size or 64 * math.ceil(int(hidden_size * 8 / 3) / 64)
-        self.hidden_act = hidden_act
-        self.vocab_size = vocab_size
-        self.max_position_embeddings = max_position_embeddings
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        self.inference_rope_scaling = inference_rope_scaling
-        self.dropout = dropout
-        self.initializer_range = initializer_range or (3 * hidden_size) ** -0.5
-        self.use_moe = use_moe
-        self.n_routed_experts = n_routed_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.n_shared_experts = n_shared_experts
-        self.scoring_func = scoring_func
-        self.aux_loss_alpha = aux_loss_alpha
-        self.seq_aux = seq_aux
-        self.norm_topk_prob = norm_topk_prob
-        self.use_cache = use_cache
-        for derived in ("head_dim", "rope_parameters"):  # follow from the fields above
-            kwargs.pop(derived, None)
-        self.rope_parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope_theta}
-        if inference_rope_scaling:
+    generation: int = DEFAULT_GENERATION
+    hidden_size: int = of_generation()
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = of_generation()
+    head_dim: int = of_generation()
+    intermediate_size: int = of_generation()
+    hidden_act: str = "silu"
+    vocab_size: int = 6400
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = of_generation()
+    rope_theta: float = 1e6
+    rope_parameters: dict[str, Any] | None = None
+    inference_rope_scaling: bool = False
+    dropout: float = 0.0
+    initializer_range: float = of_generation()
+    use_moe: bool = False
+    n_routed_experts: int = 4
+    num_experts_per_tok: int = of_generation()
+    n_shared_experts: int = of_generation()
+    moe_intermediate_size: int = of_generation()
+    scoring_func: str = "softmax"
+    aux_loss_alpha: float = of_generation()
+    seq_aux: bool = of_generation()
+    norm_topk_prob: bool = True
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.generation not in GENERATIONS:
+            known = " and ".join(map(str, GENERATIONS))
+            raise ValueError(f"generation {self.generation} is unknown; there are {known}")
+        for alias in self.attribute_map.keys() & kwargs.keys():
+            setattr(self, alias, kwargs.pop(alias))
+        generation = GENERATIONS[self.generation]
+        for name, value in generation.config.items():
+            if getattr(self, name, value) is None:
+                setattr(self, name, value)
+        self._check_sizes()
+        hidden = self.hidden_size
+        self.head_dim = self.head_dim or hidden // self.num_attention_heads
+        self.intermediate_size = self.intermediate_size or generation.intermediate_size(hidden)
+        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
+        self.initializer_range = self.initializer_range or (3 * hidden) ** -0.5
+        self.rope_parameters = {"rope_type": "default", "rope_theta": self.rope_theta}
+        if self.inference_rope_scaling:
             self.rope_parameters |= {
                 "rope_type": "yarn",
-                "factor": YARN_FACTOR,
+                "factor": generation.yarn_factor,
                 "original_max_position_embeddings": YARN_ORIGINAL_POSITIONS,
                 "attention_factor": 1.0,
             }
-        self._check_sizes()
-        super().__init__(  # type: ignore[call-arg]  # it takes these four through **kwargs
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        super().__post_init__(**kwargs)
+
+    @property
+    def slots_per_token(self) -> int:
+        """What a token counts in the load-balance loss over a whole step: generation 2 takes the
+        mean over its experts, generation 3 their sum."""
+        return 1 if self.generation == 2 else self.num_experts_per_tok
 
     def _check_sizes(self) -> None:
         def must_divide(name: str, multiple_of: int) -> None:
@@ -126,7 +126,10 @@ class MiniMindConfig(PreTrainedConfig):
                 raise ValueError(f"{name} {getattr(self, name)} is no multiple of {multiple_of}")
 
         must_divide("num_attention_heads", self.num_key_value_heads)
-        must_divide("hidden_size", 2 * self.num_attention_heads)  # RoPE rotates halves of a head
+        if self.head_dim is not None:
+            must_divide("head_dim", 2)  # RoPE rotates halves of a head
+        else:
+            must_divide("hidden_size", 2 * self.num_attention_heads)
         if self.use_moe and self.scoring_func != "softmax":
             raise ValueError(f"scoring_func {self.scoring_func!r} is unknown; only 'softmax' is")
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
@@ -136,78 +139,13 @@ class MiniMindConfig(PreTrainedConfig):
 @dataclass
 class MiniMindOutput(CausalLMOutputWithPast):
     """`loss` is the mean cross entropy per supervised token, without `aux_loss`, the MoE
-    load-balance loss (a scalar tensor, zero for a dense model or outside training)."""
+    load-balance loss (a scalar tensor, zero for a dense model or outside training).
+
+    `expert_use` (L, 2, E) is what the load-balance loss of a whole step is made of, if it is one
+    over all tokens: routed slots, and sums of router probabilities (see `balance_loss`)."""
 
     aux_loss: Tensor | None = None
-
-
-class RMSNorm(nn.Module):
-    """`x / rms(x) * weight`, rms in float32. Source: Zhang and Sennrich, "RMSNorm" (2019)."""
-
-    def __init__(self, dim: int, *, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., D)
-        wide = hidden.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(hidden.dtype)
-
-
-def select_positions(states: Tensor, positions: Tensor | None) -> Tensor:
-    """(B, T, D) to (N, D): the rows at positions (N,) of the flattened (B, T); None selects all."""
-    return states if positions is None else states.flatten(0, 1).index_select(0, positions)
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with RoPE.
-
-    Source: Ainslie et al., "GQA" (2023).
-    """
-
-    is_causal = True
-
-    def __init__(self, config: MiniMindConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        kv_dim = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden: Tensor,  # (B, T, D)
-        rope: tuple[Tensor, Tensor],  # 2 x (B, T, K/2)
-        attention_mask: Tensor | None,
-        cache: Cache | None,
-        output_positions: Tensor | None = None,  # (N,) into the flattened (B, T); None: all
-    ) -> Tensor:  # (B, T, D), or (N, D)
-        def heads(projected: Tensor) -> Tensor:  # (B, T, H * K) -> (B, H, T, K)
-            return projected.view(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
-
-        query, key = heads(self.q_proj(hidden)), heads(self.k_proj(hidden))
-        value = heads(self.v_proj(hidden))
-        query = apply_rope(query, *rope).to(value.dtype)
-        key = apply_rope(key, *rope).to(value.dtype)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.config.dropout if self.training else 0.0
-        mixed, _ = attend(
-            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout
-        )
-        mixed = mixed.reshape(*hidden.shape[:2], -1)  # (B, T, H * K)
-        mixed = self.o_proj(select_positions(mixed, output_positions))
-        return F.dropout(mixed, self.config.dropout, self.training)
+    expert_use: Tensor | None = None
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -216,9 +154,10 @@ class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MiniMindConfig, layer_idx: int):
         super().__init__()
         self.self_attn = Attention(config, layer_idx)
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
+        width = config.intermediate_size
+        self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config, width)
 
     def forward(
         self,
@@ -230,7 +169,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         token_mask: Tensor | None,  # (B, T)
         output_positions: Tensor | None = None,  # (N,) into the flattened (B, T); None: all
     ) -> tuple[Tensor, Tensor]:
-        """Returns hidden states (B, T, D), or (N, D) at `output_positions`, and the aux loss.
+        """Returns hidden states (B, T, D), or (N, D) at `output_positions`, and the balance of the
+        experts (see `MoEGate`).
 
         Attention is computed at every position. A dense layer computes what follows it at
         `output_positions` only. An MoE layer selects them last: its load-balance loss needs the
@@ -241,8 +181,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         normed = self.input_layernorm(hidden)
         mixed = self.self_attn(normed, rope, attention_mask, cache, before_mlp)
         hidden = select_positions(hidden, before_mlp) + mixed
-        mixed, aux_loss = self.mlp(self.post_attention_layernorm(hidden), token_mask)
-        return select_positions(hidden + mixed, after_mlp), aux_loss
+        mixed, balance = self.mlp(self.post_attention_layernorm(hidden), token_mask)
+        return select_positions(hidden + mixed, after_mlp), balance
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):
@@ -273,7 +213,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self.layers = nn.ModuleList(
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
         self.post_init()
 
     def forward(
@@ -285,8 +225,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
         cache: Cache | None = None,
         is_right_padded: bool = False,
         output_positions: Tensor | None = None,  # (N,) into the flattened (B, T); None: all
-    ) -> tuple[Tensor, Tensor]:
-        """Returns hidden states (B, T, D) or (N, D), and the aux loss summed over layers."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Returns hidden states (B, T, D) or (N, D), and each layer's balance (see `MoEGate`)."""
         num_tokens = inputs_embeds.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
         is_2d = attention_mask is not None and attention_mask.ndim == 2
@@ -307,9 +247,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
         cos, sin = rope_tables(self.config, position_ids)
         rope = (cos.to(inputs_embeds.dtype), sin.to(inputs_embeds.dtype))
         hidden = F.dropout(inputs_embeds, self.config.dropout, self.training)
-        aux_loss = inputs_embeds.new_zeros((), dtype=torch.float32)
+        balances = []
         for layer in self.layers:
-            hidden, layer_aux_loss = layer(
+            hidden, balance = layer(
                 hidden,
                 rope=rope,
                 attention_mask=causal_mask,
@@ -317,8 +257,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
                 token_mask=token_mask,
                 output_positions=output_positions if layer is self.layers[-1] else None,
             )
-            aux_loss = aux_loss + layer_aux_loss
-        return self.norm(hidden), aux_loss
+            balances.append(balance)
+        return self.norm(hidden), balances
 
 
 def takes_past_key_values(forward: ForwardT) -> ForwardT:
@@ -375,7 +315,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and cache is None and not self.training:
             cache = DynamicCache(config=self.config)
-        hidden, aux_loss = self.model(
+        hidden, balances = self.model(
             inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -383,6 +323,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             is_right_padded=is_right_padded,
             output_positions=target_positions,
         )
+        aux_loss, expert_use = self._balance(balances)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, keep] if target_positions is None else hidden)
         return MiniMindOutput(
@@ -390,7 +331,20 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             logits=logits,
             cache=cache,
             aux_loss=aux_loss,
+            expert_use=expert_use,
         )
+
+    def _balance(self, balances: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The aux loss of this batch, and the `expert_use` it was made of, if it was."""
+        if balances[0].ndim == 0:
+            total = balances[0].new_zeros((), dtype=torch.float32)
+            for balance in balances:
+                total = total + balance
+            return total, None
+        use = torch.stack(balances)  # (L, 2, E)
+        num_tokens = (use[0, 0].sum() / self.config.slots_per_token).clamp(min=1)
+        loss = balance_loss(use[:, 0], use[:, 1], num_tokens=num_tokens)
+        return self.config.aux_loss_alpha * loss, use
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:

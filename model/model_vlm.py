@@ -13,17 +13,20 @@ from torch import LongTensor, Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 from transformers.cache_utils import Cache
 
+from model.generations import GENERATIONS
 from model.image_fusion import (
     check_image_count,
     check_placeholder,
     fuse_images,
     images_per_sample,
+    merge_patches,
     placeholder_mask,
 )
 from model.model_minimind import (
     MiniMindConfig,
     MiniMindForCausalLM,
     MiniMindOutput,
+    of_generation,
     takes_past_key_values,
 )
 from model.vision_tower import (
@@ -34,48 +37,106 @@ from model.vision_tower import (
     load_vision_tower,
 )
 
+PROJECTORS = ("linear", "mlp")
+
 
 class VLMConfig(MiniMindConfig):
     """A `MiniMindConfig` and how images enter it.
 
     Args:
-        image_special_token: the text that stands for one image.
-        image_ids: its token ids; their number is the number of image tokens P.
-        vision_hidden_size: V.
+        image_special_token: the text that stands for one image, or the token that is repeated.
+        image_ids: its token ids.
+        image_token_len: the number of image tokens P: as many as `image_ids`, or how often the one
+            id is repeated.
+        vision_hidden_size: V; also `image_hidden_size`.
         keep_cls: whether the tower's CLS token is the first of the image tokens.
+        vision_layer: which of the tower's hidden states is read; None means its last output.
+        projector: "linear", or "mlp": LayerNorm and two layers.
+        token_merge: m; m x m neighbouring patches become one image token.
     """
 
     model_type = "minimind-v"
+    attribute_map = MiniMindConfig.attribute_map | {"image_hidden_size": "vision_hidden_size"}
 
-    def __init__(
-        self,
-        image_special_token: str = "@" * 196,
-        image_ids: list[int] | None = None,
-        vision_hidden_size: int = 768,
-        keep_cls: bool = False,
-        **kwargs: Any,
-    ):
-        self.image_special_token = image_special_token
-        self.image_ids = list(image_ids) if image_ids is not None else [34] * 196
-        self.vision_hidden_size = vision_hidden_size
-        self.keep_cls = keep_cls
+    image_special_token: str = of_generation()
+    image_ids: list[int] = of_generation()
+    image_token_len: int = of_generation()
+    vision_hidden_size: int = 768
+    keep_cls: bool = False
+    vision_layer: int | None = None
+    projector: str = of_generation()
+    token_merge: int = 1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.image_ids is not None and self.image_token_len is None and len(self.image_ids) > 1:
+            self.image_token_len = len(self.image_ids)
+        super().__post_init__(**kwargs)
+        if self.image_special_token is None:
+            token = GENERATIONS[self.generation].image_token
+            self.image_special_token = token * len(self.image_ids)
         check_placeholder(self.image_ids)
-        super().__init__(**kwargs)
+        if len(self.image_ids) not in (1, self.image_token_len):
+            raise ValueError(
+                f"image_ids has {len(self.image_ids)} ids but image_token_len is "
+                f"{self.image_token_len}; give one id, or as many"
+            )
+        if self.projector not in PROJECTORS:
+            raise ValueError(
+                f"projector {self.projector!r} is unknown; there are {', '.join(PROJECTORS)}"
+            )
+        if self.token_merge > 1 and self.keep_cls:
+            raise ValueError("token_merge joins patches; it cannot keep the CLS token: keep_cls 0")
 
     @property
     def num_image_tokens(self) -> int:
-        return len(self.image_ids)
+        """P."""
+        return self.image_token_len
+
+    @property
+    def placeholder(self) -> str:
+        """The text that stands for one image."""
+        return self.image_special_token * (self.image_token_len // len(self.image_ids))
+
+    @property
+    def placeholder_ids(self) -> list[int]:
+        """The P ids of one image's placeholder."""
+        return self.image_ids * (self.image_token_len // len(self.image_ids))
 
 
 class VisionProj(nn.Module):
-    """One linear layer from the tower's width to the language model's."""
+    """From the tower's patches to the language model's width.
 
-    def __init__(self, vision_hidden_size: int = 768, hidden_size: int = 512):
+    Generation 2 has one linear layer, generation 3 a LayerNorm and two layers. With `token_merge`
+    m > 1, m x m neighbouring patches are first joined to one that is m * m times as wide.
+    Source: Shi et al., "Real-Time Single Image and Video Super-Resolution" (2016).
+    """
+
+    def __init__(
+        self,
+        vision_hidden_size: int = 768,
+        hidden_size: int = 512,
+        *,
+        projector: str = "linear",
+        token_merge: int = 1,
+    ):
         super().__init__()
-        self.vision_proj = nn.Sequential(nn.Linear(vision_hidden_size, hidden_size))
+        self.token_merge = token_merge
+        width = vision_hidden_size * token_merge**2
+        if projector == "mlp":
+            self.mlp = nn.Sequential(
+                nn.LayerNorm(width),
+                nn.Linear(width, hidden_size),
+                nn.GELU(),
+                nn.Linear(hidden_size, hidden_size),
+            )
+        else:
+            self.vision_proj = nn.Sequential(nn.Linear(width, hidden_size))
 
-    def forward(self, patches: Tensor) -> Tensor:  # (..., V) -> (..., D)
-        features: Tensor = self.vision_proj(patches)
+    def forward(self, patches: Tensor) -> Tensor:  # (..., P * m * m, V) -> (..., P, D)
+        if self.token_merge > 1:
+            patches = merge_patches(patches, self.token_merge)
+        layers = self.mlp if hasattr(self, "mlp") else self.vision_proj
+        features: Tensor = layers(patches)
         return features
 
 
@@ -97,7 +158,12 @@ class MiniMindVLM(MiniMindForCausalLM):
         super().__init__(config)
         self.vision_encoder: CLIPVisionModel | None = None
         self.image_processor: CLIPImageProcessorPil | None = None
-        self.vision_proj = VisionProj(config.vision_hidden_size, config.hidden_size)
+        self.vision_proj = VisionProj(
+            config.vision_hidden_size,
+            config.hidden_size,
+            projector=config.projector,
+            token_merge=config.token_merge,
+        )
         self.post_init()
         if vision_model_path is not None:
             self.load_vision_encoder(vision_model_path)
@@ -210,7 +276,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         images, per_sample = _flat_images(pixel_values, batch_size=input_ids.shape[0])
         is_counted = image_mask is not None and not input_ids.is_cpu
         if image_mask is None:
-            image_mask = placeholder_mask(input_ids, self.config.image_ids)
+            image_mask = placeholder_mask(input_ids, self.config.placeholder_ids)
         may_hold_images = images is not None or input_ids.shape[1] >= self.config.num_image_tokens
         if may_hold_images and not is_counted and not input_ids.is_meta:
             counts = images_per_sample(image_mask, self.config.num_image_tokens)
@@ -219,7 +285,8 @@ class MiniMindVLM(MiniMindForCausalLM):
             if self.training and torch.is_grad_enabled():
                 # DDP expects a gradient of every parameter on every rank, so the projection takes
                 # part in a batch without images too.
-                blank = inputs_embeds.new_zeros(1, self.config.vision_hidden_size)
+                num_patches = self.config.token_merge**2
+                blank = inputs_embeds.new_zeros(num_patches, self.config.vision_hidden_size)
                 inputs_embeds = inputs_embeds + 0.0 * self.vision_proj(blank).sum()
             return inputs_embeds
         return fuse_images(inputs_embeds, image_mask, self.encode_images(images))
@@ -231,8 +298,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         patches = self.get_image_embeddings(
             images, self.vision_encoder, keep_cls=self.config.keep_cls
         )
-        weight = self.vision_proj.vision_proj[0].weight
-        assert isinstance(weight, Tensor)
+        weight = next(self.vision_proj.parameters())
         features: Tensor = self.vision_proj(patches.to(weight.dtype))
         return features
 
@@ -258,7 +324,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         if images is not None and expand_size > 1:
             mask = kwargs.get("image_mask")
             if mask is None:
-                mask = placeholder_mask(input_ids, self.config.image_ids)
+                mask = placeholder_mask(input_ids, self.config.placeholder_ids)
             counts = images_per_sample(mask, self.config.num_image_tokens)
             check_image_count(counts, len(images), per_sample=None)
             images = torch.cat([c.repeat(expand_size, 1, 1, 1) for c in images.split(counts)])

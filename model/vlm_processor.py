@@ -114,8 +114,8 @@ class VLMProcessor:
     ):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.image_ids = list(config.image_ids)
-        self.placeholder = config.image_special_token
+        self.image_ids = config.placeholder_ids
+        self.placeholder = config.placeholder
         ids = tokenizer.encode(self.placeholder, add_special_tokens=False)
         if ids != self.image_ids:
             raise ValueError(

@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask
 from model.image_fusion import fuse_images
 from model.model_minimind import DecoderLayer
 from model.model_vlm import MiniMindVLM
-from model.rope import apply_rope, rope_tables
+from model.rope import rope_tables
 
 
 def image_attention(
@@ -74,15 +74,9 @@ def _attention_of(
 ) -> Tensor:
     """The same of one layer: (T,), the mean over heads and the tokens from `first` on."""
     attention, normed = block.self_attn, block.input_layernorm(hidden)
-
-    def heads(projected: Tensor) -> Tensor:  # (1, T, H * K) -> (1, H, T, K)
-        return projected.view(*projected.shape[:2], -1, attention.head_dim).transpose(1, 2)
-
-    cos, sin = rope
-    query = apply_rope(heads(attention.q_proj(normed[:, first:])), cos[:, first:], sin[:, first:])
-    key = apply_rope(heads(attention.k_proj(normed)), cos, sin)
+    query, key = attention.queries_and_keys(normed, rope)  # (1, H, T, K) each
     key = key.repeat_interleave(attention.num_key_value_groups, dim=1)
-    scores = (query @ key.mT).float() * attention.scaling  # (1, H, A, T)
+    scores = (query[:, :, first:] @ key.mT).float() * attention.scaling  # (1, H, A, T)
     num_answer, num_tokens = scores.shape[-2:]
     is_future = torch.ones(num_answer, num_tokens, dtype=torch.bool, device=scores.device)
     is_future = is_future.triu(num_tokens - num_answer + 1)

@@ -154,8 +154,9 @@ class Page:
         language = next(name for name, own in LANGUAGES.items() if own == code)
         texts = self.parts.texts(code)
         texts[self.parts.weight] |= {"choices": self._choices()}
-        blind = text("blind", code, weight=self.weights.default) if self._begins_blind else ""
-        return texts | {self.parts.language: language, self.parts.status: blind}
+        if self._begins_blind:  # else the status stays: a quick visitor may have switched already
+            texts[self.parts.status] = text("blind", code, weight=self.weights.default)
+        return texts | {self.parts.language: language}
 
     def _stop(self, request: gr.Request) -> None:
         cancel = self._cancels.get(request.session_hash)

@@ -1,0 +1,101 @@
+"""Owns attention and RMSNorm, the parts of a layer before its MLP.
+
+Shapes: B batch, T tokens, N selected positions, D hidden, H query heads, K head dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from model.generations import GENERATIONS
+from model.rope import apply_rope
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * weight`, rms in float32. Source: Zhang and Sennrich, "RMSNorm" (2019).
+
+    The generation decides whether the weight is multiplied in float32 or after the cast back.
+    """
+
+    def __init__(self, dim: int, config: PreTrainedConfig):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.scales_in_float32 = GENERATIONS[config.generation].scales_in_float32
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.scales_in_float32:
+            return (self.weight * wide).to(hidden.dtype)
+        return self.weight * wide.to(hidden.dtype)
+
+
+def select_positions(states: Tensor, positions: Tensor | None) -> Tensor:
+    """(B, T, D) to (N, D): the rows at positions (N,) of the flattened (B, T); None selects all."""
+    return states if positions is None else states.flatten(0, 1).index_select(0, positions)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with RoPE; in generation 3 with norms of queries and keys.
+
+    Source: Ainslie et al., "GQA" (2023); Henry et al., "Query-Key Normalization" (2020).
+    """
+
+    is_causal = True
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        q_dim = config.num_attention_heads * config.head_dim
+        kv_dim = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=False)
+        has_qk_norm = GENERATIONS[config.generation].has_qk_norm
+        self.q_norm = RMSNorm(config.head_dim, config) if has_qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config) if has_qk_norm else nn.Identity()
+
+    def queries_and_keys(
+        self, hidden: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated queries (B, H, T, K) and keys of this call's tokens."""
+        query, key = (self._heads(proj(hidden)) for proj in (self.q_proj, self.k_proj))
+        query, key = self.q_norm(query), self.k_norm(key)
+        return apply_rope(query, *rope).to(key.dtype), apply_rope(key, *rope).to(key.dtype)
+
+    def _heads(self, projected: Tensor) -> Tensor:  # (B, T, H * K) -> (B, H, T, K)
+        return projected.view(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden: Tensor,  # (B, T, D)
+        rope: tuple[Tensor, Tensor],  # 2 x (B, T, K/2)
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        output_positions: Tensor | None = None,  # (N,) into the flattened (B, T); None: all
+    ) -> Tensor:  # (B, T, D), or (N, D)
+        query, key = self.queries_and_keys(hidden, rope)
+        value = self._heads(self.v_proj(hidden))
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.config.dropout if self.training else 0.0
+        mixed, _ = attend(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout
+        )
+        mixed = mixed.reshape(*hidden.shape[:2], -1)  # (B, T, H * K)
+        mixed = self.o_proj(select_positions(mixed, output_positions))
+        return F.dropout(mixed, self.config.dropout, self.training)
