@@ -25,6 +25,7 @@ class Generation:
     scales_in_float32: whether RMSNorm multiplies by its weight before it casts back.
     image_token: text whose repetition stands for an image.
     vision_dir: default folder of the tower. tokenizer_dirs: the tokenizer's, the first that fits.
+    vision, tokenizer: what `dataset/download.py` calls them.
     sampling: defaults of generation, `temperature`, `top_p` and `top_k`.
     prompt: the question about each picture of `eval_vlm.py`.
     """
@@ -37,6 +38,8 @@ class Generation:
     image_token: str
     vision_dir: Path
     tokenizer_dirs: tuple[Path, ...]
+    vision: str
+    tokenizer: str
     sampling: dict[str, float]
     prompt: str
 
@@ -62,8 +65,10 @@ GENERATIONS = {
         image_token="@",
         vision_dir=MODEL_DIR / "vision_model" / "clip-vit-base-patch16",
         tokenizer_dirs=(MODEL_DIR / "minimind_tokenizer", MODEL_DIR),  # the published one, ours
+        vision="vision",
+        tokenizer="tokenizer",
         sampling={"temperature": 0.65, "top_p": 0.85, "top_k": 0},
-        prompt="<image>\n请描述这张图片的内容。",
+        prompt="仔细看一下这张图：\n\n<image>\n\n描述一下这个图像的内容。",
     ),
     3: Generation(
         config={
@@ -84,7 +89,9 @@ GENERATIONS = {
         scales_in_float32=True,
         image_token="<|image_pad|>",
         vision_dir=MODEL_DIR / "siglip2-base-p32-256-ve",
-        tokenizer_dirs=(MODEL_DIR / "minimind3_tokenizer", MODEL_DIR),
+        tokenizer_dirs=(MODEL_DIR / "minimind3_tokenizer",),
+        vision="vision3",
+        tokenizer="tokenizer3",
         sampling={"temperature": 0.7, "top_p": 0.85, "top_k": 50},
         prompt="<image>\n请描述这张图中的主要物体和场景。",
     ),

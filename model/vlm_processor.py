@@ -14,17 +14,17 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase
 
+from model.generations import DEFAULT_GENERATION, GENERATIONS
 from model.image_fusion import images_per_sample, placeholder_mask
 from model.model_vlm import VLMConfig
 from model.pictures import Picture, open_image
 
-Message = dict[str, str]  # role and content
+Message = dict[str, Any]  # "role", "content", and for a first system message "tools"
 Conversation = tuple[list[Message], Sequence[Picture] | Tensor]
 
 IMAGE_TAG = "<image>"
-MODEL_DIR = Path(__file__).resolve().parent
 SPECIAL_TOKENS = {"pad": 0, "bos": 1, "eos": 2}
-TOKENIZER_DIRS = (MODEL_DIR / "minimind_tokenizer", MODEL_DIR)  # the downloaded one, then ours
+EMPTY_THINKING = "<think>\n\n</think>\n\n"  # as the template of generation 3 writes it
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -36,24 +36,28 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def load_tokenizer(
-    tokenizer_path: str | Path | None = None, *, expected_sha256: str | None = None
+    tokenizer_path: str | Path | None = None,
+    *,
+    expected_sha256: str | None = None,
+    generation: int = DEFAULT_GENERATION,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, or the first of the default folders that has the expected one.
 
     Args:
-        tokenizer_path: a folder with `tokenizer.json`; None looks into the default places.
+        tokenizer_path: a folder with `tokenizer.json`; None looks into the generation's places.
         expected_sha256: from a weight's metadata: the tokenizer it was trained with.
     Raises:
         FileNotFoundError: no tokenizer there.
         ValueError: it is not the one that the weight was trained with.
     """
-    folders = [Path(tokenizer_path)] if tokenizer_path else list(TOKENIZER_DIRS)
+    places = GENERATIONS[generation].tokenizer_dirs
+    folders = [Path(tokenizer_path)] if tokenizer_path else list(places)
     present = [f for f in folders if (f / "tokenizer.json").is_file()]
     if not present:
         raise FileNotFoundError(
             f"no tokenizer: {' nor '.join(str(f) for f in folders)} holds a tokenizer.json; "
-            "fetch it by `python dataset/download.py tokenizer`, or name its folder by "
-            "--tokenizer_path"
+            f"fetch it by `python dataset/download.py {GENERATIONS[generation].tokenizer}`, or "
+            "name its folder by --tokenizer_path"
         )
     for folder in present:
         try:
@@ -116,6 +120,9 @@ class VLMProcessor:
         self.image_processor = image_processor
         self.image_ids = config.placeholder_ids
         self.placeholder = config.placeholder
+        self.special_tokens = [
+            str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
+        ]
         ids = tokenizer.encode(self.placeholder, add_special_tokens=False)
         if ids != self.image_ids:
             raise ValueError(
@@ -125,25 +132,39 @@ class VLMProcessor:
                 "model belongs to (--tokenizer_path) or another --image_special_token"
             )
 
-    def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: list[Message],
+        *,
+        add_generation_prompt: bool = False,
+        open_thinking: bool = False,
+        keep_empty_thinking: bool = True,
+    ) -> str:
         """The prompt as text, every `<image>` replaced by the placeholder.
 
+        Args:
+            messages: a first system message may have `tools`, a list for the template.
+            open_thinking: the generation prompt opens a think block (generation 3).
+            keep_empty_thinking: False drops the empty think blocks that the template writes.
         Raises:
             ValueError: a message holds a special token or the placeholder itself as text.
         """
-        messages = [m | {"content": self._fill(m["content"])} for m in messages]
         text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            [{"role": m["role"], "content": self._fill(m["content"])} for m in messages],
+            tools=(messages[0].get("tools") if messages else None) or None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            open_thinking=open_thinking,
         )
         assert isinstance(text, str)
-        return text
+        return text if keep_empty_thinking else text.replace(EMPTY_THINKING, "")
 
     def plain(self, text: str) -> str:
         """Escape a text for `render`: a space splits image tags, special tokens and placeholders.
 
         For text that the user did not write as a prompt, such as the model's earlier answers.
         """
-        for token in (IMAGE_TAG, *self.tokenizer.all_special_tokens, self.placeholder):
+        for token in (IMAGE_TAG, *self.special_tokens, self.placeholder):
             middle = max(1, len(token) // 2)
             while token in text:  # again: in a long run of @ the halves of two join to a new one
                 text = text.replace(token, f"{token[:middle]} {token[middle:]}")
@@ -152,7 +173,7 @@ class VLMProcessor:
     def _fill(self, content: str) -> str:
         if any("\ud800" <= character <= "\udfff" for character in content):
             raise ValueError("the text holds half a character (a UTF-16 surrogate); take it out")
-        for token in self.tokenizer.all_special_tokens:
+        for token in self.special_tokens:
             if token in content:
                 raise ValueError(f"the text holds the special token {token}; take it out")
         pieces = content.split(IMAGE_TAG)
@@ -161,6 +182,8 @@ class VLMProcessor:
                 f"the text holds the image placeholder {self.placeholder[:8]!r}... itself "
                 f"({len(self.placeholder)} characters); write {IMAGE_TAG} for an image"
             )
+        if any(self.placeholder.startswith(token) for token in self.special_tokens):
+            return self.placeholder.join(pieces)  # no text can merge with it
         first, last = self.placeholder[0], self.placeholder[-1]
         for i, piece in enumerate(pieces):  # a literal @ must not touch a placeholder
             if i > 0 and piece.startswith(last):
@@ -176,7 +199,7 @@ class VLMProcessor:
         images: Sequence[Picture] | Tensor,
         *,
         max_length: int | None = None,
-        add_generation_prompt: bool = False,
+        **prompt_options: bool,
     ) -> dict[str, Any]:
         """One conversation as model inputs.
 
@@ -185,6 +208,7 @@ class VLMProcessor:
             images: pictures in reading order: PIL images, encoded bytes or paths; or, where they
                 are preprocessed already, their `pixel_values`.
             max_length: tokens to keep; the text ends before an image that would be cut.
+            prompt_options: those of `render`.
         Returns:
             `input_ids` (T,) int64, `image_mask` (T,) bool, `pixel_values` (I, 3, S, S) float32,
             `is_truncated`.
@@ -197,7 +221,7 @@ class VLMProcessor:
                 f"{num_tags} {IMAGE_TAG} tag(s) but {len(images)} image(s); "
                 "every tag needs exactly one image"
             )
-        text = self.render(messages, add_generation_prompt=add_generation_prompt)
+        text = self.render(messages, **prompt_options)
         ids = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False)
         input_ids = torch.tensor(ids["input_ids"], dtype=torch.int64)
         mask = placeholder_mask(input_ids[None], self.image_ids)[0]
@@ -251,15 +275,18 @@ class VLMProcessor:
         scaled = ((pixel_values * std + mean).clamp(0, 1) * 255).round().byte()
         return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in scaled]
 
-    def prompt_batch(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+    def prompt_batch(
+        self, conversations: Sequence[Conversation], *, open_thinking: bool = False
+    ) -> dict[str, Tensor]:
         """Prompts for generation, padded on the left.
 
         Args:
-            conversations: (messages, images) each.
+            conversations: (messages, images) each. open_thinking: see `render`.
         Returns:
             `input_ids`, `attention_mask` and `image_mask` (B, T); `pixel_values` (I, 3, S, S).
         """
-        rows = [self(m, images, add_generation_prompt=True) for m, images in conversations]
+        options = {"add_generation_prompt": True, "open_thinking": open_thinking}
+        rows = [self(m, images, **options) for m, images in conversations]
         width = max(len(row["input_ids"]) for row in rows)
         shape = (len(rows), width)
         batch = {

@@ -14,8 +14,8 @@ from dataset.loss_mask import supervised_mask
 from dataset.synthetic.sample_data import text_conversations
 from dataset.synthetic.scenes import COLOURS, PLACES, SHAPES
 from dataset.synthetic.text import CHINESE
+from model.generations import MODEL_DIR
 from model.model_vlm import VLMConfig
-from model.vlm_processor import MODEL_DIR
 from trainer import train_tokenizer
 
 CORPUS = SHARED / "data/corpus"

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from model.generations import MODEL_DIR
 from model.machine.paths import OUT_DIR, ROOT
 from model.vision_tower import VISION_DIR
-from model.vlm_processor import MODEL_DIR
 from trainer.chain.settings import LLM, SIZES, TEXT_STAGES, TOWER, VLM, Chain, TextStage
 
 TEXTS_PER_HELDOUT = 50  # training texts for each held-out one
