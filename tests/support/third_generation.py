@@ -25,7 +25,7 @@ ADDED_TOKENS3 = [
 CHAT_TEMPLATE3 = (
     "{% if tools or messages[0].role == 'system' %}<|im_start|>system\n"
     "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
-    "{% if tools %}\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{% endif %}"
+    "{% if tools %}{{ '\n' }}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{% endif %}"
     "<|im_end|>\n{% endif %}"
     "{% for message in messages %}{% if message.role == 'user' %}"
     "<|im_start|>user\n{{ message.content }}<|im_end|>\n"
@@ -33,7 +33,7 @@ CHAT_TEMPLATE3 = (
     "{% set said = message.content.split('</think>') %}"
     "<|im_start|>assistant\n<think>\n"
     "{% if said | length > 1 %}{{ said[0].split('<think>')[-1].strip('\n') }}{% endif %}"
-    "\n</think>\n\n{{ said[-1].lstrip('\n') }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{{ '\n' }}</think>\n\n{{ said[-1].lstrip('\n') }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if open_thinking is defined and open_thinking is true %}<think>\n"
     "{% else %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
