@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from model.generations import GENERATIONS
 from model.machine.paths import OUT_DIR
 
 NATIVE = "model"  # --load_from: this project's own weight files
@@ -102,6 +103,12 @@ def _add_weight_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of weights / 权重目录",
     )
     add("--weight", default="sft_vlm", help="name or path of the weight / 权重名称或路径")
+    add(
+        "--generation",
+        type=int,
+        choices=tuple(GENERATIONS),
+        help="of the model; default: the weight's / 模型代次，默认随权重",
+    )
     add("--hidden_size", "--dim", type=int, help="default: the weight's / 默认随权重")
     add("--num_hidden_layers", "--n_layers", type=int, help="default: the weight's / 默认随权重")
     add(
@@ -116,7 +123,18 @@ def _add_weight_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_input_format_arguments(parser: argparse.ArgumentParser) -> None:
     """How images and text become the model's inputs."""
     add = parser.add_argument
-    add("--vision_model_path", type=parse_path, help="folder of the CLIP tower / CLIP 目录")
+    add("--vision_model_path", type=parse_path, help="folder of the vision tower / 视觉塔目录")
+    add(
+        "--vision_layer",
+        type=int,
+        help="hidden state of the tower that is read, such as -2; default: the weight's, else its "
+        "last output / 取视觉塔哪一层",
+    )
+    add(
+        "--token_merge",
+        type=int,
+        help="patches a side that make one image token; default: the weight's / 合并相邻图块",
+    )
     add("--tokenizer_path", type=parse_path, help="folder of the tokenizer / 分词器目录")
     add(
         "--keep_cls",

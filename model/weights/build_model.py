@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
+from model.generations import DEFAULT_GENERATION, GENERATIONS
 from model.machine.device import (
     check_dtype,
     choose_device,
@@ -21,8 +23,20 @@ from model.vision_tower import count_image_tokens, find_vision_dir, load_vision_
 from model.vlm_processor import VLMProcessor, check_special_tokens, load_tokenizer
 from model.weights.file_names import find_weight
 from model.weights.metadata import Metadata, read_metadata, tower_sha256
-from model.weights.strict_loading import check_tensors, load_weights, read_weights, weight_config
+from model.weights.strict_loading import (
+    PROJECTION_LAYERS,
+    check_tensors,
+    is_third_generation,
+    load_weights,
+    read_weights,
+    weight_config,
+)
 
+# Flags that are config fields.
+CONFIG_FLAGS = (
+    "generation", "hidden_size", "num_hidden_layers", "use_moe", "keep_cls", "vision_layer",
+    "token_merge", "image_special_token", "inference_rope_scaling",
+)  # fmt: skip
 PROJECTION_SEED = 0  # of the random projection that a language model gets
 
 
@@ -46,14 +60,7 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
     device = prepare_device(choose_device(args.device))
     dtype = args.dtype or default_dtype(device)
     check_dtype(device, dtype)
-    flags = {
-        "hidden_size": args.hidden_size,
-        "num_hidden_layers": args.num_hidden_layers,
-        "use_moe": args.use_moe,
-        "keep_cls": args.keep_cls,
-        "image_special_token": args.image_special_token,
-        "inference_rope_scaling": args.inference_rope_scaling,
-    }
+    flags = {name: getattr(args, name) for name in CONFIG_FLAGS}
     loaded = _load_native(args, flags) if args.load_from == NATIVE else _load_folder(args, flags)
     check_special_tokens(
         loaded.processor.tokenizer,
@@ -75,7 +82,9 @@ def check_native(args: argparse.Namespace, path: Path) -> Path:
     state, metadata = read_weights(path, shapes_only=True), read_metadata(path)
     fields = weight_config(state, path=path, flags={})
     tokenizer = load_tokenizer(
-        args.tokenizer_path, expected_sha256=metadata.get("tokenizer_sha256")
+        args.tokenizer_path,
+        expected_sha256=metadata.get("tokenizer_sha256"),
+        generation=fields["generation"],
     )
     tower = find_vision_dir(args.vision_model_path, named=metadata.get("vision_tower"))
     config, vision = placeholder_config(fields, tokenizer, tower), load_vision_config(tower)
@@ -90,12 +99,18 @@ def check_native(args: argparse.Namespace, path: Path) -> Path:
 
 def _load_native(args: argparse.Namespace, flags: dict[str, Any]) -> LoadedModel:
     path = find_weight(
-        args.weight, save_dir=args.save_dir, hidden_size=args.hidden_size, use_moe=args.use_moe
+        args.weight,
+        save_dir=args.save_dir,
+        hidden_size=args.hidden_size,
+        use_moe=args.use_moe,
+        generation=args.generation,
     )
     state, metadata = read_weights(path), read_metadata(path)
     fields = weight_config(state, path=path, flags=flags)
     tokenizer = load_tokenizer(
-        args.tokenizer_path, expected_sha256=metadata.get("tokenizer_sha256")
+        args.tokenizer_path,
+        expected_sha256=metadata.get("tokenizer_sha256"),
+        generation=fields["generation"],
     )
     tower = find_vision_dir(args.vision_model_path, named=metadata.get("vision_tower"))
     model = MiniMindVLM(placeholder_config(fields, tokenizer, tower))
@@ -123,14 +138,29 @@ def placeholder_config(
 ) -> VLMConfig:
     """Complete config fields with what follows from tower and tokenizer.
 
-    The default placeholder is one `@` for each image token of the tower.
+    The default placeholder is one `@` for each image token of the tower; in generation 3 it is one
+    token that is repeated as often.
+
+    Raises:
+        ValueError: the tokenizer has no such token.
     """
-    vision = load_vision_config(find_vision_dir(vision_model_path))
+    generation = fields.get("generation", DEFAULT_GENERATION)
+    folder = find_vision_dir(vision_model_path)
+    vision = load_vision_config(folder)
     fields = {"vision_hidden_size": vision.hidden_size} | fields
     num_tokens = count_image_tokens(vision, keep_cls=bool(fields.get("keep_cls")))
-    placeholder = fields.get("image_special_token") or "@" * num_tokens
+    token = GENERATIONS[generation].image_token
+    usual = token if token in tokenizer.get_added_vocab() else token * num_tokens
+    placeholder = fields.get("image_special_token") or usual
     ids = tokenizer.encode(placeholder, add_special_tokens=False)
-    return VLMConfig(**(fields | {"image_special_token": placeholder, "image_ids": ids}))
+    if placeholder == usual and len(ids) not in (1, num_tokens):
+        raise ValueError(
+            f"the tokenizer has no token {token}, which stands for an image in generation "
+            f"{generation}; name that generation's tokenizer by --tokenizer_path"
+        )
+    own = {"image_special_token": placeholder, "image_ids": ids}
+    own["image_token_len"] = num_tokens if len(ids) == 1 else len(ids)
+    return VLMConfig(**(fields | own))
 
 
 def attach_tower(
@@ -150,27 +180,12 @@ def attach_tower(
 
 
 def _load_folder(args: argparse.Namespace, flags: dict[str, Any]) -> LoadedModel:
-    """A folder as `save_pretrained` writes it, with its tokenizer if it has one."""
+    """A folder as `save_pretrained` writes it, or as published; with its tokenizer if it has one.
+
+    Code in the folder is never run.
+    """
     folder = Path(args.load_from)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"--load_from {folder}: no config.json there; give a transformers folder, or "
-            "'model' for this project's own weights"
-        )
-    kind = VLMConfig.get_config_dict(folder)[0].get("model_type")
-    if kind != VLMConfig.model_type:
-        raise ValueError(
-            f"{folder}/config.json: model_type {kind!r} cannot be loaded here, only "
-            f"{VLMConfig.model_type!r} can"
-        )
-    config = VLMConfig.from_pretrained(folder)
-    for name, wanted in flags.items():
-        if name == "inference_rope_scaling":
-            continue
-        if wanted is not None and getattr(config, name) != wanted:
-            raise ValueError(f"{folder} has {name} {getattr(config, name)}, not {wanted}")
-    if flags["inference_rope_scaling"]:
-        config = VLMConfig(**(config.to_dict() | {"inference_rope_scaling": True}))
+    config = _folder_config(folder, flags)
     model, report = _read_folder(folder, config)
     lost = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
     if lost or report["unexpected_keys"]:
@@ -178,10 +193,66 @@ def _load_folder(args: argparse.Namespace, flags: dict[str, Any]) -> LoadedModel
             f"{folder}: tensors missing {lost[:4]}, unknown {sorted(report['unexpected_keys'])[:4]}"
         )
     own_tokenizer = folder if (folder / "tokenizer.json").is_file() else None
-    tokenizer = load_tokenizer(args.tokenizer_path or own_tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer_path or own_tokenizer, generation=config.generation)
     image_processor = attach_tower(model, args.vision_model_path, metadata={}, path=folder)
     processor = VLMProcessor(tokenizer, image_processor, config=model.config)
     return LoadedModel(model, processor, folder, can_see=True)
+
+
+def _folder_config(folder: Path, flags: dict[str, Any]) -> VLMConfig:
+    """The config of a folder, of the generation that its tensors show.
+
+    Raises:
+        FileNotFoundError, ValueError: no model of ours there, or the flags contradict it.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"--load_from {folder}: no config.json there; give a transformers folder, or "
+            "'model' for this project's own weights"
+        )
+    fields, _ = VLMConfig.get_config_dict(folder)
+    if fields.get("model_type") != VLMConfig.model_type:
+        raise ValueError(
+            f"{folder}/config.json: model_type {fields.get('model_type')!r} cannot be loaded here, "
+            f"only {VLMConfig.model_type!r} can"
+        )
+    names = _tensor_names(folder)
+    if is_third_generation(names):
+        fields["generation"] = 3
+    for projector, name in PROJECTION_LAYERS.items():
+        if name in names:
+            fields["projector"] = projector
+    given = {name: value for name, value in flags.items() if value is not None}
+    config = VLMConfig.from_dict(
+        fields | {"inference_rope_scaling": given.pop("inference_rope_scaling", False)}
+    )
+    for name, wanted in given.items():
+        if getattr(config, name) != wanted:
+            raise ValueError(f"{folder} has {name} {getattr(config, name)}, not {wanted}")
+    return config
+
+
+def _tensor_names(folder: Path) -> set[str]:
+    """Names of a folder's tensors, read without their values."""
+    names: set[str] = set()
+    for path in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")):
+        try:
+            if path.suffix == ".bin":
+                names |= torch.load(path, map_location="meta", weights_only=True).keys()
+            else:
+                with safe_open(path, "pt") as file:
+                    names |= set(file.keys())
+        except Exception as error:  # safetensors and the unpickler raise almost anything
+            raise ValueError(_unreadable(folder, error)) from error
+    return names
+
+
+def _unreadable(folder: Path, error: Exception) -> str:
+    first, *_ = [*str(error).splitlines(), ""]
+    return (
+        f"--load_from {folder} cannot be read ({type(error).__name__}: {first}); mend its "
+        "config.json, or copy or fetch it again (in a git clone: git lfs pull)"
+    )
 
 
 def _read_folder(folder: Path, config: VLMConfig) -> tuple[MiniMindVLM, dict[str, set[str]]]:
@@ -193,8 +264,4 @@ def _read_folder(folder: Path, config: VLMConfig) -> tuple[MiniMindVLM, dict[str
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # safetensors and the unpickler raise almost anything
-        first, *_ = [*str(error).splitlines(), ""]
-        raise ValueError(
-            f"--load_from {folder} cannot be read ({type(error).__name__}: {first}); mend its "
-            "config.json, or copy or fetch it again (in a git clone: git lfs pull)"
-        ) from error
+        raise ValueError(_unreadable(folder, error)) from error

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from model.generations import DEFAULT_GENERATION, GENERATIONS
 from model.machine.paths import OUT_DIR
 
 
@@ -16,11 +17,17 @@ def weight_stem(name: str, *, hidden_size: int, use_moe: bool) -> str:
 
 
 def find_weight(
-    name: str, *, save_dir: Path, hidden_size: int | None, use_moe: bool | None
+    name: str,
+    *,
+    save_dir: Path,
+    hidden_size: int | None,
+    use_moe: bool | None,
+    generation: int | None = None,
 ) -> Path:
     """The file of a weight's name, in `save_dir` or else in `out/`; a path is taken as it is.
 
-    Without a hidden size, 512 is preferred; of other sizes there must be only one.
+    Without a hidden size, the generation's is preferred (512 in generation 2, which is taken where
+    none is named); of other sizes there must be only one.
 
     Raises:
         FileNotFoundError: nothing fits; lists what is there.
@@ -31,6 +38,7 @@ def find_weight(
         if not path.is_file():
             raise FileNotFoundError(f"no weight file {name}")
         return path
+    usual_size = GENERATIONS[generation or DEFAULT_GENERATION].config["hidden_size"]
     folders = list(dict.fromkeys([save_dir.resolve(), OUT_DIR]))
     size = r"\d+" if hidden_size is None else str(hidden_size)
     moe = "(_moe)?" if use_moe is None else "_moe" if use_moe else ""
@@ -38,7 +46,7 @@ def find_weight(
         pattern = re.compile(rf"{re.escape(alias)}_{size}{moe}\.pth")
         for folder in folders:
             found = sorted(p for p in folder.glob("*.pth") if pattern.fullmatch(p.name))
-            default = weight_stem(alias, hidden_size=512, use_moe=bool(use_moe))
+            default = weight_stem(alias, hidden_size=usual_size, use_moe=bool(use_moe))
             usual = [p for p in found if p.stem == default]
             if len(found) == 1 or usual:
                 return (usual or found)[0]
@@ -47,20 +55,21 @@ def find_weight(
                     f"several weights fit {name!r} in {folder}: "
                     f"{', '.join(p.name for p in found)}; choose one by --hidden_size and --use_moe"
                 )
-    wanted = weight_stem(name, hidden_size=hidden_size or 512, use_moe=bool(use_moe)) + ".pth"
-    raise _not_found(name, wanted, folders)
+    wanted = weight_stem(name, hidden_size=hidden_size or usual_size, use_moe=bool(use_moe))
+    raise _not_found(name, wanted, folders, published=f"llm_{usual_size}")
 
 
-def _not_found(name: str, wanted: str, folders: list[Path]) -> FileNotFoundError:
+def _not_found(name: str, wanted: str, folders: list[Path], *, published: str) -> FileNotFoundError:
     """The error for a weight that is in none of the folders; it lists what is there."""
     present = sorted({p.name for folder in folders for p in folder.glob("*.pth")})
     ways_out = {
-        "llm": "fetch it by `python dataset/download.py llm_512`, make it by trainer/train_llm.py",
+        "llm": f"fetch it by `python dataset/download.py {published}`, make it by "
+        "trainer/train_llm.py",
         "pretrain_vlm": "make it by trainer/train_pretrain_vlm.py",
         "sft_vlm": "make it by trainer/train_sft_vlm.py",
     }
     way_out = ways_out.get(name, "make it first")
     return FileNotFoundError(
-        f"no weight {wanted} in {' or '.join(str(f) for f in folders)} (there: "
+        f"no weight {wanted}.pth in {' or '.join(str(f) for f in folders)} (there: "
         f"{', '.join(present) or 'no weights'}); {way_out}, or name its path"
     )

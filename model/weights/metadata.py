@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.model_minimind import MiniMindForCausalLM
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM
 
 Metadata = dict[str, Any]  # the JSON object beside a weight
@@ -18,14 +18,23 @@ METADATA_FORMAT = 1
 
 # Config fields that decide which tensors a model has; a flag must not contradict them.
 SIZE_FIELDS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "generation", "projector", "token_merge", "head_dim", "moe_intermediate_size", "hidden_size",
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "intermediate_size", "vocab_size", "use_moe", "n_routed_experts", "n_shared_experts",
     "vision_hidden_size",
 )  # fmt: skip
 DESCRIBED_FIELDS = (
-    *SIZE_FIELDS, "keep_cls", "image_special_token", "image_ids", "rope_theta",
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "vocab_size", "use_moe", "n_routed_experts", "n_shared_experts",
+    "vision_hidden_size", "keep_cls", "image_special_token", "image_ids", "rope_theta",
     "max_position_embeddings", "num_experts_per_tok", "norm_topk_prob", "rms_norm_eps", "dropout",
     "hidden_act", "aux_loss_alpha", "seq_aux",
+)  # fmt: skip
+# Described only where they differ from what follows from the fields above, as they always did
+# before there was a third generation: so descriptions of that time, and states, still compare.
+LATER_FIELDS = (
+    "generation", "head_dim", "moe_intermediate_size", "image_token_len", "projector",
+    "token_merge", "vision_layer",
 )  # fmt: skip
 
 
@@ -48,16 +57,23 @@ def former_metadata(path: Path) -> Metadata:
     return metadata | {"weight_id": weight_id(path)}
 
 
+def describe_config(config: MiniMindConfig) -> dict[str, Any]:
+    """The fields of a config that make one like it."""
+    fields = {name: getattr(config, name) for name in DESCRIBED_FIELDS if hasattr(config, name)}
+    usual = type(config)(**fields)
+    for name in LATER_FIELDS:
+        if hasattr(config, name) and getattr(config, name) != getattr(usual, name):
+            fields[name] = getattr(config, name)
+    return fields
+
+
 def describe_model(model: MiniMindForCausalLM, *, tokenizer_sha256: str) -> Metadata:
     """The metadata that loading checks: sizes, placeholder, tower and tokenizer."""
-    config = model.config
     tower, tower_name = None, None
     if isinstance(model, MiniMindVLM) and model.vision_encoder is not None:
         tower, tower_name = model.vision_encoder, model.vision_dir.name
     return {
-        "config": {
-            name: getattr(config, name) for name in DESCRIBED_FIELDS if hasattr(config, name)
-        },
+        "config": describe_config(model.config),
         "vision_tower": tower_name,
         "vision_tower_sha256": tower_sha256(tower) if tower is not None else None,
         "tokenizer_sha256": tokenizer_sha256,

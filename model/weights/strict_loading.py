@@ -5,6 +5,7 @@ is an error.
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 VISION_PREFIX = "vision_encoder."
 PROJECTION_PREFIX = "vision_proj."
+PROJECTION_LAYERS = {  # projector -> the layer that takes the patches
+    "linear": "vision_proj.vision_proj.0.weight",
+    "mlp": "vision_proj.mlp.1.weight",
+}
 
 # The first release (2024) called its tensors tok_embeddings, attention.wq, feed_forward.w1, ...
 FIRST_RELEASE_KEY = re.compile(r"tok_embeddings|attention\.w[qkvo]|feed_forward\.w\d")
@@ -56,43 +61,67 @@ def read_weights(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if not k.startswith(VISION_PREFIX)}
 
 
+def is_third_generation(names: Iterable[str]) -> bool:
+    """Whether a weight's tensors are those of generation 3: it alone has norms of the queries."""
+    return any(name.endswith(".self_attn.q_norm.weight") for name in names)
+
+
 def sizes_from_tensors(
-    state: dict[str, Tensor], *, path: Path, num_heads: int = 8
-) -> dict[str, int]:
-    """The sizes of a model, read off its tensors' shapes.
+    state: dict[str, Tensor], *, path: Path, known: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The generation and the sizes of a model, read off its tensors' names and shapes.
 
     Args:
-        num_heads: query heads, which no shape depends on.
+        known: config fields that no shape depends on: `num_attention_heads` and `head_dim` in
+            generation 2, `token_merge`.
     """
+    known = known or {}
+    is_third, layer = is_third_generation(state), "model.layers.0."
     try:
-        vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
+        vocab_size, hidden_size = state[EMBEDDING].shape
         num_layers = 1 + max(
             int(m[1]) for k in state if (m := re.match(r"model\.layers\.(\d+)\.", k))
         )
-        kv_dim = state["model.layers.0.self_attn.k_proj.weight"].shape[0]
+        q_dim, kv_dim = (
+            state[f"{layer}self_attn.{name}_proj.weight"].shape[0] for name in ("q", "k")
+        )
+        if is_third:
+            head_dim = state[f"{layer}self_attn.q_norm.weight"].shape[0]
+        else:
+            head_dim = known.get("head_dim") or q_dim // (known.get("num_attention_heads") or 8)
         up_projections = [k for k in state if re.match(r"model\.layers\.0\.mlp\..*up_proj", k)]
         experts = [k for k in up_projections if ".experts." in k]
         shared = [k for k in up_projections if ".shared_experts." in k]
-        mlp = "mlp.experts.0" if experts else "mlp"
-        intermediate = state[f"model.layers.0.{mlp}.up_proj.weight"].shape[0]
+        width = state[f"{layer}mlp.{'experts.0.' if experts else ''}up_proj.weight"].shape[0]
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"{path} is not a MiniMind weight: {error} is not among its {len(state)} tensors"
         ) from None
     sizes = {
+        "generation": 3 if is_third else 2,
         "hidden_size": hidden_size,
         "vocab_size": vocab_size,
         "num_hidden_layers": num_layers,
-        "num_key_value_heads": kv_dim * num_heads // hidden_size,
-        "intermediate_size": intermediate,
+        "num_attention_heads": q_dim // head_dim,
+        "num_key_value_heads": kv_dim // head_dim,
         "use_moe": bool(experts),
     }
+    if head_dim * sizes["num_attention_heads"] != hidden_size:
+        sizes["head_dim"] = head_dim
+    if not (experts and known.get("moe_intermediate_size")):
+        sizes["intermediate_size"] = width
     if experts:
         sizes |= {"n_routed_experts": len(experts), "n_shared_experts": len(shared)}
-    projection = state.get("vision_proj.vision_proj.0.weight")
-    if projection is not None:
-        sizes["vision_hidden_size"] = projection.shape[1]
-    return sizes
+    return sizes | _projection_sizes(state, known)
+
+
+def _projection_sizes(state: dict[str, Tensor], known: dict[str, Any]) -> dict[str, Any]:
+    """What the projection's tensors tell; {} for a language model without one."""
+    for projector, name in PROJECTION_LAYERS.items():
+        if name in state:
+            width = state[name].shape[1] // (known.get("token_merge") or 1) ** 2
+            return {"projector": projector, "vision_hidden_size": width}
+    return {}
 
 
 def weight_config(state: dict[str, Tensor], *, path: Path, flags: dict[str, Any]) -> dict[str, Any]:
@@ -104,8 +133,8 @@ def weight_config(state: dict[str, Tensor], *, path: Path, flags: dict[str, Any]
         ValueError: a flag, or the metadata, contradicts the tensors.
     """
     config: dict[str, Any] = read_metadata(path).get("config", {})
-    num_heads = config.get("num_attention_heads") or flags.get("num_attention_heads") or 8
-    sizes = sizes_from_tensors(state, path=path, num_heads=num_heads)
+    given = {name: value for name, value in flags.items() if value is not None}
+    sizes = sizes_from_tensors(state, path=path, known=given | config)
     for name, size in sizes.items():
         if name in config and config[name] != size:
             raise ValueError(
@@ -113,13 +142,13 @@ def weight_config(state: dict[str, Tensor], *, path: Path, flags: dict[str, Any]
                 f"{path.name} say {size}: the two files do not belong together"
             )
     config = config | sizes
-    for name, wanted in flags.items():
-        if wanted is not None and name in SIZE_FIELDS and name in config and config[name] != wanted:
+    for name, wanted in given.items():
+        if name in SIZE_FIELDS and name in config and config[name] != wanted:
             raise ValueError(
                 f"{path} has {name} {config[name]}, not {wanted} as the flags say; leave the "
                 f"flag out, or choose another weight"
             )
-    return config | {k: v for k, v in flags.items() if v is not None}
+    return config | given
 
 
 def load_weights(
