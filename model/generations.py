@@ -27,6 +27,7 @@ class Generation:
     vision_dir: default folder of the tower. tokenizer_dirs: the tokenizer's, the first that fits.
     vision, tokenizer: what `dataset/download.py` calls them.
     sampling: defaults of generation, `temperature`, `top_p` and `top_k`.
+    lr_peak: where the learning rate begins, in units of `--learning_rate`.
     prompt: the question about each picture of `eval_vlm.py`.
     """
 
@@ -41,6 +42,7 @@ class Generation:
     vision: str
     tokenizer: str
     sampling: dict[str, float]
+    lr_peak: float
     prompt: str
 
 
@@ -67,6 +69,7 @@ GENERATIONS = {
         tokenizer_dirs=(MODEL_DIR / "minimind_tokenizer", MODEL_DIR),  # the published one, ours
         vision="vision",
         tokenizer="tokenizer",
+        lr_peak=1.1,
         sampling={"temperature": 0.65, "top_p": 0.85, "top_k": 0},
         prompt="仔细看一下这张图：\n\n<image>\n\n描述一下这个图像的内容。",
     ),
@@ -92,6 +95,7 @@ GENERATIONS = {
         tokenizer_dirs=(MODEL_DIR / "minimind3_tokenizer",),
         vision="vision3",
         tokenizer="tokenizer3",
+        lr_peak=1.0,
         sampling={"temperature": 0.7, "top_p": 0.85, "top_k": 50},
         prompt="<image>\n请描述这张图中的主要物体和场景。",
     ),

@@ -6,13 +6,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dataset.text_dataset import LOSS_ON
+from model.generations import DEFAULT_GENERATION, GENERATIONS
 from model.machine.paths import OUT_DIR, ROOT
+from model.model_vlm import PROJECTORS
 from model.options import OnceParser, parse_bool, parse_path
+from model.weights.file_names import find_weight
+from model.weights.strict_loading import is_third_generation, read_weights
 
 DTYPES = ("bfloat16", "float16", "float32")
 OPTIMIZERS = ("adamw", "muon")
 TRACKERS = ("swanlab", "wandb", "tensorboard")
 TRACKER_MODES = ("online", "offline", "local", "disabled")
+
+
+COMMON_RECIPE = {"save_interval": 100}  # what all stages share, but not all generations
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,11 @@ class Stage:
     title: str
     data_kind: Literal["pretrain", "sft", "text"]  # which records; text has no default files
     defaults: dict[str, Any]
+    third: dict[str, Any] = field(default_factory=dict)  # where generation 3's recipe differs
+
+    def recipe(self, generation: int) -> dict[str, Any]:
+        """The defaults of a generation."""
+        return COMMON_RECIPE | self.defaults | (self.third if generation == 3 else {})
 
 
 def flag(help_text: str, default: Any = None, **metadata: Any) -> Any:
@@ -42,7 +54,9 @@ class TrainArgs:
     save_weight: str = flag("name of the weight to write / 保存的权重名")
     epochs: int = flag("passes over the data / 训练轮数", low=1)
     batch_size: int = flag("samples per device and micro-step / 每卡批大小", low=1)
-    learning_rate: float = flag("peak is 1.1 times this / 学习率", low=0.0)
+    learning_rate: float = flag(
+        "the rate begins at this, in generation 2 at 1.1 times this / 学习率", low=0.0
+    )
     optimizer: str = flag(
         "muon: on the hidden matrices, AdamW on the rest / 优化器", "adamw", choices=OPTIMIZERS
     )
@@ -54,8 +68,14 @@ class TrainArgs:
     accumulation_steps: int = flag("micro-steps per optimizer step / 梯度累积", 1, low=1)
     grad_clip: float = flag("largest gradient norm / 梯度裁剪", 1.0, low=0.0)
     log_interval: int = flag("steps between log lines / 日志间隔", 100, low=1)
-    save_interval: int = flag("steps between saves / 保存间隔", 100, low=1)
-    hidden_size: int = flag("default: the weight's, else 512 / 隐藏维度", alias="--dim", low=16)
+    save_interval: int = flag("steps between saves / 保存间隔", low=1)
+    generation: int = flag(
+        "of models and recipes; default: the weight's, else 2 / 模型代次",
+        choices=tuple(GENERATIONS),
+    )
+    hidden_size: int = flag(
+        "default: the weight's, else the generation's, 512 or 768 / 隐藏维度", alias="--dim", low=16
+    )
     num_hidden_layers: int = flag("default: the weight's, else 8 / 层数", alias="--n_layers", low=1)
     num_attention_heads: int = flag("default: the weight's, else 8 / 注意力头数", low=1)
     use_moe: bool = flag("mixture of experts; default: the weight's / 是否使用 MoE")
@@ -69,7 +89,10 @@ class TrainArgs:
     images_path: Path = flag("folder or zip of images / 图像目录或 zip")
     from_weight: str = flag("weight to start from, or none / 起始权重")
     from_resume: bool = flag("continue an interrupted run / 断点续训", False)
-    freeze_llm: bool = flag("train the projection only / 只训练投影层")
+    freeze_llm: int = flag(
+        "0: train all; 1: the projection, in generation 3 also the first and last layer; 2: the "
+        "projection / 冻结语言模型的程度"
+    )
     use_multi_image: bool = flag("the default data is the multi-image set / 多图数据", False)
     use_wandb: bool = flag("track the run; default: if --tracker is given / 是否记录实验")
     tracker: str = flag("where to; default: swanlab / 记录工具", choices=TRACKERS)
@@ -79,7 +102,16 @@ class TrainArgs:
     )
     wandb_project: str = flag("project name of the tracker / 项目名")
     wandb_run_name: str = flag("run name of the tracker / 运行名")
-    vision_model_path: Path = flag("folder of the CLIP tower / CLIP 目录")
+    vision_model_path: Path = flag("folder of the vision tower / 视觉塔目录")
+    vision_layer: int = flag(
+        "hidden state of the tower that is read, such as -2; default: its last output / "
+        "取视觉塔哪一层"
+    )
+    projector: str = flag(
+        "default: the generation's, linear or mlp / 投影层类型", choices=PROJECTORS
+    )
+    token_merge: int = flag("patches a side that make one image token / 合并相邻图块", low=1)
+    use_compile: bool = flag("accepted; does nothing yet / 暂无作用", False)
     tokenizer_path: Path = flag("folder of the tokenizer / 分词器目录")
     checkpoint_dir: Path = flag("folder of training states / 断点目录", ROOT / "checkpoints")
     seed: int = flag("of order and initial weights / 随机种子", 42, low=0)
@@ -130,20 +162,32 @@ def parse_args(stage: Stage, argv: list[str] | None, *, description: str) -> Tra
     parser = OnceParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    usual, third = stage.recipe(DEFAULT_GENERATION), stage.recipe(3)
     for item in fields(TrainArgs):
-        default = stage.defaults.get(item.name, item.default)
+        default = usual.get(item.name, item.default)
         names = [f"--{item.name}", *filter(None, [item.metadata.get("alias")])]
         if item.name == "local_rank":
             names.append("--local-rank")
         shown = "" if default is None else f" (default: {default})"
+        if third.get(item.name, default) != default:
+            shown = f" (default: {default}, in generation 3 {third[item.name]})"
+        if item.name in usual:
+            default = None  # set below, when the generation is known
         options = {"default": default, "help": item.metadata["help"] + shown, "dest": item.name}
-        if item.type is bool:
+        if item.name == "freeze_llm":
+            options |= {"type": parse_freeze, "nargs": "?", "const": 1, "metavar": "0/1/2"}
+        elif item.type is bool:
             options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "0/1"}
         else:
             reader = parse_path if item.type is Path else item.type
             options |= {"type": reader, "choices": item.metadata.get("choices")}
         parser.add_argument(*names, **options)
     args = TrainArgs(**vars(parser.parse_args(argv)))
+    args.from_weight = args.from_weight or usual["from_weight"]
+    args.generation = args.generation or weight_generation(args)
+    for name, value in stage.recipe(args.generation).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     args.check()
     if args.wandb_run_name is None:
         args.wandb_run_name = (
@@ -151,3 +195,24 @@ def parse_args(stage: Stage, argv: list[str] | None, *, description: str) -> Tra
             f"{args.batch_size}-LearningRate-{args.learning_rate}"
         )
     return args
+
+
+def parse_freeze(text: str) -> int:
+    """0, 1, 2, or true and false in any case for 1 and 0."""
+    return 2 if text == "2" else int(parse_bool(text))
+
+
+def weight_generation(args: TrainArgs) -> int:
+    """The generation of the weight to start from, by its tensors; 2 where there is none."""
+    if args.from_weight == "none":
+        return DEFAULT_GENERATION
+    try:
+        path = find_weight(
+            args.from_weight,
+            save_dir=args.save_dir,
+            hidden_size=args.hidden_size,
+            use_moe=args.use_moe,
+        )
+        return 3 if is_third_generation(read_weights(path, shapes_only=True)) else 2
+    except (OSError, ValueError):
+        return DEFAULT_GENERATION  # the build of the model reports what is wrong

@@ -24,7 +24,7 @@ STAGE = Stage(
         "batch_size": 32,
         "learning_rate": 5e-4,
         "max_seq_len": 512,
-        "freeze_llm": False,
+        "freeze_llm": 0,
         "from_weight": "none",
         "save_weight": "llm",
         "wandb_project": "MiniMind-V-LLM",

@@ -23,11 +23,12 @@ STAGE = Stage(
         "batch_size": 16,
         "learning_rate": 4e-4,
         "max_seq_len": 640,
-        "freeze_llm": True,
+        "freeze_llm": 1,
         "from_weight": "llm",
         "save_weight": "pretrain_vlm",
         "wandb_project": "MiniMind-V-Pretrain",
     },
+    third={"epochs": 2, "max_seq_len": 450, "freeze_llm": 2, "save_interval": 1000},
 )
 
 

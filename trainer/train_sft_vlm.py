@@ -23,11 +23,12 @@ STAGE = Stage(
         "batch_size": 4,
         "learning_rate": 1e-6,
         "max_seq_len": 1536,
-        "freeze_llm": False,
+        "freeze_llm": 0,
         "from_weight": "pretrain_vlm",
         "save_weight": "sft_vlm",
         "wandb_project": "MiniMind-V-SFT",
     },
+    third={"learning_rate": 5e-6, "max_seq_len": 768, "freeze_llm": 1, "save_interval": 1000},
 )
 
 

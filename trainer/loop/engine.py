@@ -38,6 +38,12 @@ class Engine:
         self.scaler = scaler
         self._grad_clip = grad_clip or float("inf")
 
+    @property
+    def module(self) -> nn.Module:
+        """The model itself, without DDP."""
+        module: nn.Module = getattr(self.model, "module", self.model)
+        return module
+
     def micro_step(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Context of a forward and backward pass. DDP averages gradients in the last one of a step
         only (`no_sync` before)."""
@@ -76,15 +82,13 @@ class Engine:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
         """The model without DDP, in evaluation mode: ranks need not have equally many batches."""
-        model: nn.Module = getattr(self.model, "module", self.model)
-        model.eval()
-        yield model
-        model.train()
+        self.module.eval()
+        yield self.module
+        self.module.train()
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """State dicts of model (without the tower) and optimizer; every rank must call it."""
-        model = getattr(self.model, "module", self.model)
-        return trained_state(model), self.optimizer.state_dict()
+        return trained_state(self.module), self.optimizer.state_dict()
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

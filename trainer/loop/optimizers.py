@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.generations import DEFAULT_GENERATION
 from model.machine.device import product_dtype
 
 WEIGHT_DECAY = 0.01
@@ -16,11 +17,29 @@ NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # coefficients of x, x^3 and x^5
 STACKED = 2**22  # elements of the matrices that Muon updates in one stack
 
 
-def set_trainable(model: nn.Module, *, freeze_llm: bool, trainable: str | None = None) -> list[str]:
+FROZEN = {  # --freeze_llm -> what trains of the language model, beside the projection
+    2: {0: "all", 1: "none", 2: "none"},
+    3: {0: "all", 1: "ends", 2: "none"},
+}
+TRAINED_WORDS = {
+    "all": "language model and projection",
+    "ends": "projection, first and last decoder layer",
+    "none": "projection only",
+}
+
+
+def set_trainable(
+    model: nn.Module,
+    *,
+    freeze_llm: int,
+    generation: int = DEFAULT_GENERATION,
+    trainable: str | None = None,
+) -> list[str]:
     """Choose the parameters that train; the vision tower never does.
 
     Args:
-        freeze_llm: the projection only, else language model and projection.
+        freeze_llm: 0 trains all, 2 the projection only; 1 does too in generation 2, and trains the
+            first and the last decoder layer as well in generation 3.
         trainable: a regular expression searched in the names; `freeze_llm` then has no effect.
     Returns:
         The names that train.
@@ -33,24 +52,34 @@ def set_trainable(model: nn.Module, *, freeze_llm: bool, trainable: str | None =
         raise ValueError(
             f"--trainable {trainable!r} is not a regular expression: {error}"
         ) from None
+    if trainable is None:
+        pattern = _frozen_pattern(model, FROZEN[generation][int(freeze_llm)])
     names = []
     for name, parameter in model.named_parameters():
-        if name.startswith("vision_encoder."):
-            wanted = False
-        elif trainable is not None:
-            wanted = bool(pattern.search(name))
-        else:
-            wanted = not freeze_llm or name.startswith("vision_proj.")
+        wanted = not name.startswith("vision_encoder.") and bool(pattern.search(name))
         parameter.requires_grad_(wanted)
         if wanted:
             names.append(name)
     if not names and trainable is None:
-        raise ValueError("--freeze_llm 1 leaves nothing to train: this model has no projection")
+        raise ValueError(
+            f"--freeze_llm {int(freeze_llm)} leaves nothing to train: this model has no projection"
+        )
     if not names:
         raise ValueError(
             f"--trainable {trainable!r} matches no parameter, such as model.norm.weight"
         )
     return names
+
+
+def _frozen_pattern(model: nn.Module, trained: str) -> re.Pattern[str]:
+    """Of the names that train under a freeze policy."""
+    last = model.config.num_hidden_layers - 1
+    patterns = {
+        "all": "",
+        "ends": rf"^vision_proj\.|^model\.layers\.(0|{last})\.",
+        "none": r"^vision_proj\.",
+    }
+    return re.compile(patterns[trained])
 
 
 class MuonAdamW(torch.optim.AdamW):

@@ -10,6 +10,8 @@ from datetime import timedelta
 
 import torch
 
+from model.generations import GENERATIONS
+from trainer.loop.balance import StepBalance
 from trainer.loop.engine import autocast
 from trainer.loop.left_out import check_bad_samples, check_finite
 from trainer.loop.loading import DataFault
@@ -127,11 +129,15 @@ def optimizer_step(run: Run, micro_batches: list[MicroBatch], counts: dict[str, 
         run.progress.samples + counts["samples"],
         run.args.epochs * run.num_samples,
         run.args.learning_rate,
+        peak=GENERATIONS[run.args.generation].lr_peak,
     )
     if run.progress.step < run.args.warmup_steps:
         lr *= (run.progress.step + 1) / run.args.warmup_steps
     for group in run.engine.optimizer.param_groups:
         group["lr"] = lr
+    balance = StepBalance(
+        run, micro_batches, num_tokens=counts["tokens"], num_sequences=counts["sequences"]
+    )
     sums = torch.zeros(2, device=run.device)
     is_finite = []
     world_size = run.ranks.world_size  # engines average over ranks: undo that
@@ -141,7 +147,7 @@ def optimizer_step(run: Run, micro_batches: list[MicroBatch], counts: dict[str, 
             with autocast(run.device, run.args.dtype):
                 output = run.engine.model(**batch.inputs_on(run.device))
             loss_sum = output.loss * batch.num_supervised
-            aux_sum = output.aux_loss * batch.num_sequences
+            aux_sum = balance.aux_sum(output, batch)
             loss = loss_sum / max(counts["supervised"], 1) + aux_sum / max(counts["sequences"], 1)
             run.engine.backward(loss * world_size)
         own = torch.stack((loss_sum, aux_sum)).detach()

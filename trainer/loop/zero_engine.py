@@ -197,7 +197,7 @@ class ZeroEngine:
         self._ranks = ranks
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._groups = optimizer.state_dict()["param_groups"]
-        self._module = model
+        self.module = model
         # A rank whose batch has no image does not call the frozen tower, so it must not be sharded
         # (a sharded layer is gathered by all ranks). DeepSpeed does not see a plain attribute.
         self._tower = model._modules.pop(TOWER, None)
@@ -263,7 +263,7 @@ class ZeroEngine:
     def evaluating(self) -> Iterator[nn.Module]:
         """As `Engine.evaluating`. Under ZeRO-3 it is a whole copy on every rank: a sharded layer is
         gathered by all ranks, so they would need equally many batches."""
-        model = self._module if self.model.zero_optimization_stage() < 3 else self._whole_copy()
+        model = self.module if self.model.zero_optimization_stage() < 3 else self._whole_copy()
         model.eval()
         yield model
         model.train()
@@ -272,18 +272,18 @@ class ZeroEngine:
         device = self._ranks.device
         gpus = [device] if device.type == "cuda" else []  # by default it would fork all GPUs
         with torch.random.fork_rng(devices=gpus), device:
-            copy: nn.Module = type(self._module)(self._module.config)
+            copy: nn.Module = type(self.module)(self.module.config)
         if self._tower is not None:
             copy._modules.pop(TOWER, None)
             object.__setattr__(copy, TOWER, self._tower)
-        with self._gather(list(self._module.parameters())):
-            copy.load_state_dict(self._module.state_dict())
+        with self._gather(list(self.module.parameters())):
+            copy.load_state_dict(self.module.state_dict())
         return copy
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As `Engine.tensors`, gathered on rank 0's CPU; every rank must call it."""
-        with self._gather(list(self._module.parameters())):
-            model = _copies(trained_state(self._module)) if is_main_process() else {}
+        with self._gather(list(self.module.parameters())):
+            model = _copies(trained_state(self.module)) if is_main_process() else {}
         step = next(iter(self.optimizer.state.values()))["step"].cpu()
         state = {}
         for index, parameter in enumerate(self._parameters):

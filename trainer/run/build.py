@@ -32,6 +32,11 @@ from trainer.train_args import Stage, TrainArgs
 
 # Share of --rank_timeout that data workers get for a batch: the rest is time to save.
 PATIENCE_SHARE = 0.75
+# Flags that are config fields.
+CONFIG_FLAGS = (
+    "generation", "hidden_size", "num_hidden_layers", "num_attention_heads", "use_moe", "keep_cls",
+    "vision_layer", "projector", "token_merge", "image_special_token",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,15 +70,7 @@ class Start:
 
 def read_start(args: TrainArgs) -> Start:
     """Read the weight to start from and compare it with the flags."""
-    names = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "use_moe",
-        "keep_cls",
-        "image_special_token",
-    )
-    flags = {name: getattr(args, name) for name in names}
+    flags = {name: getattr(args, name) for name in CONFIG_FLAGS}
     if args.from_weight == "none":
         return Start({k: v for k, v in flags.items() if v is not None}, {})
     path = find_weight(
@@ -81,6 +78,7 @@ def read_start(args: TrainArgs) -> Start:
         save_dir=args.save_dir,
         hidden_size=args.hidden_size,
         use_moe=args.use_moe,
+        generation=args.generation,
     )
     state = read_weights(path)
     fields = weight_config(state, path=path, flags=flags)
@@ -104,7 +102,9 @@ def init_vlm_model(args: TrainArgs, *, device: torch.device) -> tuple[MiniMindVL
     """
     start = read_start(args)
     tokenizer = load_tokenizer(
-        args.tokenizer_path, expected_sha256=start.metadata.get("tokenizer_sha256")
+        args.tokenizer_path,
+        expected_sha256=start.metadata.get("tokenizer_sha256"),
+        generation=args.generation,
     )
     tower = find_vision_dir(args.vision_model_path, named=start.metadata.get("vision_tower"))
     model = MiniMindVLM(placeholder_config(start.fields, tokenizer, tower))
@@ -123,7 +123,9 @@ def init_language_model(
     """The text-only model of the flags and its tokenizer; raises as `init_vlm_model`."""
     start = read_start(args)
     tokenizer = load_tokenizer(
-        args.tokenizer_path, expected_sha256=start.metadata.get("tokenizer_sha256")
+        args.tokenizer_path,
+        expected_sha256=start.metadata.get("tokenizer_sha256"),
+        generation=args.generation,
     )
     model = MiniMindForCausalLM(MiniMindConfig(**start.fields))
     if start.state is not None:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from model.model_minimind import MiniMindConfig
 from trainer.loop.left_out import MAX_BAD_SHARE, too_many_bad
 from trainer.ranks.group import Logger, Ranks, warn
 from trainer.tracking.metrics import GIB
@@ -138,16 +137,6 @@ def check_ranks_agree(ranks: Ranks, facts: dict[str, str]) -> None:
     if problems:
         raise ValueError(
             f"the ranks differ in {' | '.join(problems)}; give all of them the same files and flags"
-        )
-
-
-def check_balance(config: MiniMindConfig, args: TrainArgs, ranks: Ranks) -> None:
-    """Warn if the MoE loss is per micro-batch: then it depends on how a step is split."""
-    is_split = ranks.world_size * args.accumulation_steps > 1
-    if config.use_moe and not config.seq_aux and is_split:
-        warn(
-            "this model balances its experts over whole batches (seq_aux false), so its updates "
-            "depend on how a step is split over ranks and --accumulation_steps"
         )
 
 

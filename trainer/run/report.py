@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from trainer.loop.loop_state import Run
+from trainer.loop.optimizers import FROZEN, TRAINED_WORDS
 from trainer.ranks.group import Logger, Ranks, is_main_process, warn
 from trainer.saving.run_paths import RunPaths
 from trainer.tracking.curves import write_curves
@@ -31,6 +32,9 @@ def print_header(
             "bits of mantissa"
         )
     Logger("arguments: " + " ".join(f"--{k} {v}" for k, v in args.as_text().items()))
+    trained = TRAINED_WORDS[FROZEN[args.generation][args.freeze_llm]]
+    what = f"what --trainable names ({args.trainable})" if args.trainable else trained
+    Logger(f"generation {args.generation}; trains: {what}")
     report_parameters(model)
     Logger(f"writes {paths.weight}, {paths.state}, {paths.metrics}")
 

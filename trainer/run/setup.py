@@ -124,7 +124,12 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
     preflight.check_writable(args.save_dir, flag="--save_dir")
     preflight.check_writable(args.checkpoint_dir, flag="--checkpoint_dir")
     parts = build(stage, args, device=ranks.device)
-    trained = set_trainable(parts.model, freeze_llm=args.freeze_llm, trainable=args.trainable)
+    trained = set_trainable(
+        parts.model,
+        freeze_llm=args.freeze_llm,
+        generation=args.generation,
+        trainable=args.trainable,
+    )
     paths = run_paths(args, parts.model)
     print_header(stage, args, ranks, parts.model, paths)
     metadata, identity = metadata_and_identity(stage, args, parts, trained=trained)
@@ -201,7 +206,6 @@ def check_run(args: TrainArgs, ranks: Ranks, parts: Parts, paths: RunPaths) -> N
         checkpoint_dir=args.checkpoint_dir,
         num_states=len(list(paths.state.parent.glob(paths.state.name + "*"))),
     )
-    preflight.check_balance(parts.model.config, args, ranks)
     for dataset in filter(None, (parts.dataset, parts.val_dataset)):
         preflight.check_records(dataset, on_bad_sample=args.on_bad_sample)
     preflight.report_memory(parts.model, ranks, args)

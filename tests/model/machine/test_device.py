@@ -340,7 +340,7 @@ def test_training_out_of_memory_ends_in_one_line(assets, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("variables, num_workers", [({}, 8), ({"LOCAL_WORLD_SIZE": 3}, 2)])
 def test_ranks_of_a_machine_share_its_cores(variables, num_workers, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    for name in ("check_disk", "check_balance", "check_records", "report_memory"):
+    for name in ("check_disk", "check_records", "report_memory"):
         monkeypatch.setattr(f"trainer.run.preflight.{name}", lambda *_, **__: None)
     launch(monkeypatch, RANK=0, WORLD_SIZE=3, **(variables or {"LOCAL_WORLD_SIZE": 1}))
     args = argparse.Namespace(num_workers=64, save_dir=None, checkpoint_dir=None, on_bad_sample="")
