@@ -33,7 +33,7 @@ class StepBalance:
         self._ranks = run.ranks
         self._num_tokens, self._num_sequences = max(num_tokens, 1), num_sequences
         config: Any = run.engine.module.config
-        self._factor = config.aux_loss_alpha
+        self._factor: float = config.aux_loss_alpha
         is_of_step = config.use_moe and not config.seq_aux and self._factor > 0
         self._slots = routed_slots(run, batches) if is_of_step and len(batches) > 1 else None
 
@@ -47,7 +47,7 @@ class StepBalance:
         if slots is None:  # the only micro-step: its routing is known now
             slots = self._ranks.device_sum(output.expert_use[:, 0].detach().clone())
         loss = balance_loss(slots, output.expert_use[:, 1], num_tokens=self._num_tokens)
-        return self._factor * self._num_sequences * loss
+        return loss * (self._factor * self._num_sequences)
 
 
 @torch.no_grad()

@@ -73,7 +73,8 @@ def set_trainable(
 
 def _frozen_pattern(model: nn.Module, trained: str) -> re.Pattern[str]:
     """Of the names that train under a freeze policy."""
-    last = model.config.num_hidden_layers - 1
+    config: Any = model.config
+    last = config.num_hidden_layers - 1
     patterns = {
         "all": "",
         "ends": rf"^vision_proj\.|^model\.layers\.(0|{last})\.",
