@@ -1,0 +1,96 @@
+"""If this fails, models of generation 3 are trained otherwise than their recipe says."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_records, train_flags
+from support.plain_third import read_samples, train
+from support.third_generation import make_assets3, make_loaded3
+from support.tiny_vlm import save_tiny
+
+from trainer import train_pretrain_vlm, train_sft_vlm
+from trainer.loop.sample_order import epoch_order
+
+NUM_STEPS, BATCH = 20, 4
+
+
+@pytest.fixture(scope="module")
+def assets3(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("assets3")
+    make_assets3(folder)
+    for use_moe in (False, True):
+        loaded = make_loaded3(folder, use_moe=use_moe, initializer_range=0.1)
+        save_tiny(loaded, folder / f"sft_vlm_32{'_moe' if use_moe else ''}.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_records(tmp_path_factory.mktemp("data3"), num_records=NUM_STEPS * BATCH, multi=True)
+
+
+def losses_of(folder) -> list[float]:
+    lines = next((folder / "out").glob("*_metrics.jsonl")).read_text().splitlines()
+    return [f["loss"] for f in map(json.loads, lines) if "loss" in f]
+
+
+@pytest.mark.parametrize("use_moe", [0, 1], ids=["dense", "moe"])
+@pytest.mark.parametrize("freeze_llm", [0, 1, 2])
+def test_twenty_steps_are_those_of_a_plain_loop(freeze_llm, use_moe, assets3, data, tmp_path):
+    start = assets3 / f"sft_vlm_32{'_moe' if use_moe else ''}.pth"
+    argv = train_flags(
+        assets3,
+        tmp_path,
+        *data,
+        from_weight=start,
+        freeze_llm=freeze_llm,
+        learning_rate=1e-3,
+        use_moe=use_moe,
+        batch_size=BATCH // 2,
+        accumulation_steps=2,
+        system_share=0,
+        empty_think_share=1,
+    )
+    assert train_sft_vlm.main(argv) == 0
+    w = {k: v.float() for k, v in torch.load(start, weights_only=True).items()}
+    samples = read_samples(*data, assets3)
+    order = epoch_order(len(samples), seed=42, epoch=0)
+    steps = [[samples[i] for i in order[s : s + BATCH]] for s in range(0, len(order), BATCH)]
+    expected = train(w, steps, lr=1e-3, freeze_llm=freeze_llm, num_layers=2)
+    torch.testing.assert_close(losses_of(tmp_path), expected, rtol=1e-4, atol=0)
+    path = next((tmp_path / "checkpoints").glob("*_resume.pth"))
+    state = torch.load(path, weights_only=True)["model"]
+    for name, weight in w.items():
+        distance = (state[name] - weight).norm() / weight.norm()
+        assert distance <= 1e-4, (name, distance)
+
+
+def test_recipe_follows_the_weight(assets3, data, tmp_path, capfd):
+    """Nothing names the generation: the weight's tensors do."""
+    (tmp_path / "out").mkdir()
+    weight = assets3 / "sft_vlm_32.pth"
+    (tmp_path / "out" / "llm_32.pth").write_bytes(weight.read_bytes())
+    flags = {"freeze_llm": None, "save_interval": None, "epochs": None, "hidden_size": None}
+    flags |= {"num_hidden_layers": None, "from_weight": None, "batch_size": 40}
+    assert train_pretrain_vlm.main(train_flags(assets3, tmp_path, *data, **flags)) == 0
+    said = capfd.readouterr().out
+    for word in ("--epochs 2", "--freeze_llm 2", "--save_interval 1000", "--max_seq_len 450"):
+        assert word in said
+    assert "--generation 3" in said and "generation 3; trains: projection only" in said
+    argv = train_flags(assets3, tmp_path, *data, **(flags | {"learning_rate": None}))
+    argv += ["--from_weight", "pretrain_vlm"]
+    assert train_sft_vlm.main(argv) == 0
+    said = capfd.readouterr().out
+    assert "--learning_rate 5e-06" in said and "first and last decoder layer" in said
+
+
+@pytest.mark.parametrize("stage", [train_pretrain_vlm, train_sft_vlm])
+def test_a_weight_of_another_generation_is_one_line(stage, assets, assets3, data, tmp_path, capfd):
+    argv = train_flags(assets3, tmp_path, *data, from_weight=assets3 / "sft_vlm_32.pth")
+    assert stage.main([*argv, "--generation", "2"]) == 1
+    assert "has generation 3, not 2" in capfd.readouterr().err
+    argv = train_flags(assets, tmp_path, *data)
+    assert stage.main([*argv, "--generation", "3"]) == 1
+    line = capfd.readouterr().err
+    assert line.startswith("error: the tokenizer has no token <|image_pad|>")
