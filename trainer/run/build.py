@@ -170,8 +170,11 @@ def lighten_tower(model: nn.Module, dtype: str) -> None:
     their bits.
     """
     tower = getattr(model, "vision_encoder", None)
+    kept = None
+    if hasattr(tower, "rope_embeddings"):  # DINOv3's positions take the type of this weight
+        kept = tower.get_input_embeddings()
     for module in tower.modules() if tower is not None else ():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv2d) and module is not kept:
             module.to(getattr(torch, dtype))
 
 
