@@ -231,7 +231,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--images_path", type=Path, help="folder or zip of its images / 图像目录或 zip")
     add("--index", type=int, default=0, help="which record, from 0 / 第几条记录")
     add("--max_seq_len", type=int, default=1536, help="tokens of a sample / 最大长度")
-    add("--vision_model_path", type=Path, help="folder of the CLIP tower / CLIP 目录")
+    add("--vision_model_path", type=Path, help="folder of the tower / 视觉模型目录")
     add("--tokenizer_path", type=Path, help="folder of the tokenizer / 分词器目录")
     add("--out", type=Path, default=Path("prompt.png"), help="the PNG / 输出图片")
     return parser.parse_args(argv)

@@ -19,10 +19,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
-from model.attention import Attention, RMSNorm, select_positions
+from model.attention import Attention, RMSNorm, rope_tables, select_positions
 from model.feed_forward import FeedForward, MoEFeedForward, MoEGate, balance_loss
 from model.generations import DEFAULT_GENERATION, GENERATIONS
-from model.rope import rope_tables
 
 YARN_ORIGINAL_POSITIONS = 2048  # of pretraining
 IGNORE_INDEX = -100  # label of a position that is not supervised

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import LongTensor, Tensor, nn
-from transformers import CLIPImageProcessorPil, CLIPVisionModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.image_processing_utils import BaseImageProcessor
 
 from model.generations import GENERATIONS
 from model.image_fusion import (
@@ -29,12 +30,15 @@ from model.model_minimind import (
     of_generation,
     takes_past_key_values,
 )
+from model.preprocessing import measure
 from model.vision_tower import (
     count_image_tokens,
     find_vision_dir,
     load_image_processor,
     load_vision_config,
     load_vision_tower,
+    tower_features,
+    tower_shape,
 )
 
 PROJECTORS = ("linear", "mlp")
@@ -49,7 +53,7 @@ class VLMConfig(MiniMindConfig):
         image_token_len: the number of image tokens P: as many as `image_ids`, or how often the one
             id is repeated.
         vision_hidden_size: V; also `image_hidden_size`.
-        keep_cls: whether the tower's CLS token is the first of the image tokens.
+        keep_cls: whether the tower's CLS token, and its registers, precede the patches.
         vision_layer: which of the tower's hidden states is read; None means its last output.
         projector: "linear", or "mlp": LayerNorm and two layers.
         token_merge: m; m x m neighbouring patches become one image token.
@@ -144,7 +148,7 @@ class MiniMindVLM(MiniMindForCausalLM):
     """The language model that reads projected image features in place of placeholders.
 
     Args:
-        vision_model_path: folder of the CLIP tower; without one the model has no tower yet
+        vision_model_path: folder of the tower; without one the model has no tower yet
             (`load_vision_encoder` adds it) and refuses images.
     """
 
@@ -156,8 +160,8 @@ class MiniMindVLM(MiniMindForCausalLM):
 
     def __init__(self, config: VLMConfig, vision_model_path: str | Path | None = None):
         super().__init__(config)
-        self.vision_encoder: CLIPVisionModel | None = None
-        self.image_processor: CLIPImageProcessorPil | None = None
+        self.vision_encoder: PreTrainedModel | None = None
+        self.image_processor: BaseImageProcessor | None = None
         self.vision_proj = VisionProj(
             config.vision_hidden_size,
             config.hidden_size,
@@ -173,53 +177,62 @@ class MiniMindVLM(MiniMindForCausalLM):
 
         Raises:
             FileNotFoundError: no tower there.
-            ValueError: its width or number of tokens is not the config's.
+            ValueError: its width or number of tokens is not the config's, or its grid or layers do
+                not allow what the config asks for.
         """
-        tower, processor = self.get_vision_model(vision_model_path)
-        self.vision_dir = Path(vision_model_path).resolve()
-        num_tokens = count_image_tokens(tower.config, keep_cls=self.config.keep_cls)
+        folder = find_vision_dir(vision_model_path, generation=self.config.generation)
+        tower, processor = self.get_vision_model(folder)
+        side = measure(processor, where=str(folder)).side
+        shape = tower_shape(tower.config, side=side, vision_layer=self.config.vision_layer)
+        num_tokens = count_image_tokens(
+            shape, keep_cls=self.config.keep_cls, token_merge=self.config.token_merge
+        )
         if num_tokens != self.config.num_image_tokens:
             raise ValueError(
                 f"{vision_model_path}: this tower gives {num_tokens} tokens per image but the "
                 f"placeholder has {self.config.num_image_tokens}; use the tower this model was "
                 "made with, or set --image_special_token and --keep_cls to match"
             )
-        if tower.config.hidden_size != self.config.vision_hidden_size:
+        if shape.width != self.config.vision_hidden_size:
             raise ValueError(
-                f"{vision_model_path}: this tower is {tower.config.hidden_size} wide but the "
+                f"{vision_model_path}: this tower is {shape.width} wide but the "
                 f"projection takes {self.config.vision_hidden_size}; use the tower this model "
                 "was made with"
             )
         tower.to(self.device)  # type: ignore[arg-type]  # its wrapper hides nn.Module.to
+        self.vision_dir = folder.resolve()
         self.vision_encoder, self.image_processor = tower, processor
 
     @staticmethod
-    def get_vision_model(path: str | Path) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
-        """Tower and image processor of a CLIP folder."""
+    def get_vision_model(path: str | Path) -> tuple[PreTrainedModel, BaseImageProcessor]:
+        """Tower and image processor of a folder."""
         folder = find_vision_dir(path)
         return load_vision_tower(folder), load_image_processor(folder, load_vision_config(folder))
 
     @staticmethod
-    def image2tensor(image: Image.Image, processor: CLIPImageProcessorPil) -> Tensor:
+    def image2tensor(image: Image.Image, processor: BaseImageProcessor) -> Tensor:
         """Preprocess one picture: (1, 3, S, S) float32."""
         pixels: Tensor = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
         return pixels
 
     @staticmethod
     def get_image_embeddings(
-        pixel_values: Tensor, vision_model: CLIPVisionModel, *, keep_cls: bool = False
+        pixel_values: Tensor,
+        vision_model: PreTrainedModel,
+        *,
+        keep_cls: bool = False,
+        vision_layer: int | None = None,
     ) -> Tensor:
-        """The tower's last hidden states before its post-layernorm.
+        """The tower's last hidden states: of CLIP before its post-layernorm, of SigLIP after it.
 
         Args:
-            pixel_values: (I, 3, S, S). keep_cls: leave the CLS token in front.
+            pixel_values: (I, 3, S, S). keep_cls, vision_layer: see `tower_features`.
         Returns:
-            (I, P, V), without gradient.
+            (I, G * G, V) for G x G patches, without gradient.
         """
-        with torch.no_grad():
-            output = vision_model(pixel_values.to(vision_model.dtype))
-        states: Tensor = output.last_hidden_state
-        return states if keep_cls else states[:, 1:]
+        return tower_features(
+            vision_model, pixel_values, keep_cls=keep_cls, vision_layer=vision_layer
+        )
 
     def train(self, mode: bool = True) -> "MiniMindVLM":
         """Like `nn.Module.train`; the tower stays in eval mode."""
@@ -296,7 +309,10 @@ class MiniMindVLM(MiniMindForCausalLM):
         if self.vision_encoder is None:
             raise ValueError("this model has no vision tower; call load_vision_encoder(folder)")
         patches = self.get_image_embeddings(
-            images, self.vision_encoder, keep_cls=self.config.keep_cls
+            images,
+            self.vision_encoder,
+            keep_cls=self.config.keep_cls,
+            vision_layer=self.config.vision_layer,
         )
         weight = next(self.vision_proj.parameters())
         features: Tensor = self.vision_proj(patches.to(weight.dtype))

@@ -1,87 +1,348 @@
-"""Owns the frozen CLIP vision tower: its folder, config, preprocessing and weights."""
+"""Owns the frozen vision tower: its folder, kind, shape, weights and features.
 
+A tower is any of `KINDS`, read from a folder by its own config.
+
+Shapes: I images, S image side in pixels, G patches along a side, R prefix tokens (CLS and
+registers), V width of the tower, P image tokens.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as hf_logging
 
+from model.generations import DEFAULT_GENERATION, GENERATIONS
+from model.preprocessing import (
+    default_image_processor,
+    first_line,
+    measure,
+    read_image_processor,
+)
+
 VISION_DIR = Path(__file__).resolve().parent / "vision_model"
-CLIP_DIR = VISION_DIR / "clip-vit-base-patch16"
+DEFAULT_SIDE = 224  # of a tower whose files name none, such as a bare ResNet
+NEVER_READ = ("mask_token", "num_batches_tracked")  # tensors that inference does not use
+
+
+@dataclass(frozen=True)
+class TowerKind:
+    """One kind of tower, by the names of the library's classes.
+
+    processor: a key of `preprocessing.PIL_CLASSES`, for a folder without a preprocessing file.
+    num_prefix: R of a config, for a tower of tokens; None for one that gives a feature map.
+    takes_any_side: whether the preprocessing may choose S; else the config does.
+    is_imagenet: whether the published ones normalise by ImageNet's mean and deviation.
+    config_fields, options: set so that the pooler, which is not read, is not built.
+    """
+
+    name: str
+    processor: str
+    num_prefix: Callable[[Any], int] | None = None
+    takes_any_side: bool = True
+    is_imagenet: bool = True
+    config_fields: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig]:
+        cls: type[PreTrainedConfig] = getattr(transformers, f"{self.name}Config")
+        return cls
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        cls: type[PreTrainedModel] = getattr(transformers, f"{self.name}Model")
+        return cls
+
+
+KINDS = {
+    "clip_vision_model": TowerKind(
+        "CLIPVision", "CLIPImageProcessor", lambda _: 1, takes_any_side=False, is_imagenet=False
+    ),
+    "siglip_vision_model": TowerKind(
+        "SiglipVision",
+        "SiglipImageProcessor",
+        lambda _: 0,
+        takes_any_side=False,
+        is_imagenet=False,
+        config_fields={"vision_use_head": False},
+    ),
+    "vit": TowerKind(
+        "ViT",
+        "ViTImageProcessor",
+        lambda _: 1,
+        takes_any_side=False,
+        is_imagenet=False,
+        options={"add_pooling_layer": False},
+    ),
+    "dinov2": TowerKind("Dinov2", "BitImageProcessor", lambda _: 1),
+    "dinov2_with_registers": TowerKind(
+        "Dinov2WithRegisters", "BitImageProcessor", lambda config: 1 + config.num_register_tokens
+    ),
+    "dinov3_vit": TowerKind(
+        "DINOv3ViT", "DINOv3ViTImageProcessor", lambda config: 1 + config.num_register_tokens
+    ),
+    "resnet": TowerKind("ResNet", "ConvNextImageProcessor"),
+    "convnext": TowerKind("ConvNext", "ConvNextImageProcessor"),
+    "convnextv2": TowerKind("ConvNextV2", "ConvNextImageProcessor"),
+    "efficientnet": TowerKind("EfficientNet", "EfficientNetImageProcessor"),
+}
+FULL_MODELS = {"clip": "CLIPConfig", "siglip": "SiglipConfig"}  # with a text tower beside
+NAFLEX = ("siglip2", "siglip2_vision_model")
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """What a tower makes of a picture of `side` pixels: `num_prefix` tokens, then `grid` x `grid`
+    patches row by row, each `width` wide."""
+
+    model_type: str
+    side: int
+    grid: int
+    num_prefix: int
+    width: int
 
 
 def find_vision_dir(
-    vision_model_path: str | Path | None = None, *, named: str | None = None
+    vision_model_path: str | Path | None = None,
+    *,
+    named: str | None = None,
+    generation: int = DEFAULT_GENERATION,
 ) -> Path:
-    """The folder of the CLIP tower: the given one, else the default places.
+    """The folder of the tower: the given one, else the default places of the generation.
 
     Args:
-        named: the folder in `model/vision_model/` that a weight was trained with.
+        named: the folder's name that a weight was trained with.
     Raises:
         FileNotFoundError: no `config.json` there; says what to do.
     """
+    default = GENERATIONS[generation].vision_dir
     if vision_model_path:
         candidates = [Path(vision_model_path)]
     else:
-        known = [VISION_DIR / Path(named).name] if named else []
-        candidates = [*known, CLIP_DIR, VISION_DIR]
+        name = Path(named).name if named else default.name
+        candidates = [default.parent / name, VISION_DIR / name, default]
+        candidates += [VISION_DIR] if default.parent == VISION_DIR else []
     for folder in candidates:
         if (folder / "config.json").is_file():
             return folder
     raise FileNotFoundError(
-        f"no CLIP vision tower: {' nor '.join(str(c) for c in candidates)} holds a config.json; "
-        "fetch it by `python dataset/download.py vision`, or name another folder by "
-        "--vision_model_path"
+        f"no vision tower: {' nor '.join(dict.fromkeys(map(str, candidates)))} holds a config.json;"
+        f" fetch it by `python dataset/download.py {GENERATIONS[generation].vision}`, or name "
+        "another folder by --vision_model_path"
     )
 
 
-def load_vision_config(folder: Path) -> CLIPVisionConfig:
-    """The tower's config, from a full CLIP folder or a vision-only one."""
-    config, _ = CLIPVisionConfig.get_config_dict(folder)
-    model_type = config.get("model_type")
-    if model_type == CLIPConfig.model_type:
-        vision_config = CLIPConfig.from_pretrained(folder).vision_config
-        assert isinstance(vision_config, CLIPVisionConfig)
-        return vision_config
-    if model_type == CLIPVisionConfig.model_type:
-        return CLIPVisionConfig.from_pretrained(folder)
-    raise ValueError(
-        f"{folder}/config.json: model_type {model_type!r} is not a CLIP tower; "
-        "use for example openai/clip-vit-base-patch16"
+def load_vision_config(folder: Path) -> PreTrainedConfig:
+    """The tower's config, from its own folder or from that of a model it is a part of.
+
+    Raises:
+        ValueError: it cannot be read, or it is no tower known here.
+    """
+    try:
+        model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+        if model_type in FULL_MODELS:
+            full = getattr(transformers, FULL_MODELS[model_type]).from_pretrained(folder)
+            config: PreTrainedConfig = full.vision_config
+        elif model_type in KINDS:
+            config = KINDS[model_type].config_class.from_pretrained(folder)
+    except Exception as error:  # wrong fields raise almost anything
+        raise ValueError(
+            f"{folder}/config.json cannot be read ({first_line(error)}); fetch the folder again"
+        ) from error
+    if model_type in NAFLEX:
+        raise ValueError(
+            f"{folder}/config.json: model_type {model_type!r} is a SigLIP2 of variable resolution "
+            "(NaFlex), which is not supported; use one of fixed resolution, such as "
+            "google/siglip2-base-patch32-256"
+        )
+    if model_type not in KINDS and model_type not in FULL_MODELS:
+        raise ValueError(f"{folder}/config.json: {_unknown(model_type)}")
+    if config.num_channels != 3:
+        raise ValueError(
+            f"{folder}/config.json: this tower takes {config.num_channels} channels, but pictures "
+            "have 3; use a tower for RGB pictures"
+        )
+    for name, value in kind_of(config).config_fields.items():
+        setattr(config, name, value)
+    return config
+
+
+def kind_of(config: PreTrainedConfig) -> TowerKind:
+    """The kind of a tower, by its config; ValueError if it is unknown."""
+    if config.model_type not in KINDS:
+        raise ValueError(_unknown(config.model_type))
+    return KINDS[config.model_type]
+
+
+def _unknown(model_type: str | None) -> str:
+    return (
+        f"model_type {model_type!r} is no vision tower known here; known are "
+        f"{', '.join([*FULL_MODELS, *KINDS])}"
     )
 
 
-def image_side(vision_config: CLIPVisionConfig) -> int:
-    """Side in pixels of the square images that the tower takes."""
-    assert isinstance(vision_config.image_size, int)  # transformers allows pairs, CLIP has none
-    return vision_config.image_size
+def image_side(config: PreTrainedConfig) -> int:
+    """S by the config: the only one that fits, or the one that the tower was pretrained with."""
+    return _one(getattr(config, "image_size", None) or DEFAULT_SIDE, "image_size")
 
 
-def count_image_tokens(vision_config: CLIPVisionConfig, *, keep_cls: bool) -> int:
-    """Patches of one image, plus one if the CLS token is kept."""
-    assert isinstance(vision_config.patch_size, int)
-    return (image_side(vision_config) // vision_config.patch_size) ** 2 + int(keep_cls)
+def _one(value: Any, name: str) -> int:
+    """A length that a config gives as a number or as a pair of equal ones."""
+    pair = list(value) if isinstance(value, list | tuple) else [value]
+    if len(set(pair)) != 1:
+        raise ValueError(f"config.json: {name} {value} is not square; use a tower of squares")
+    return int(pair[0])
 
 
-def load_image_processor(folder: Path, vision_config: CLIPVisionConfig) -> CLIPImageProcessorPil:
-    """The folder's preprocessing; without `preprocessor_config.json`, CLIP's own at this size."""
-    side = image_side(vision_config)
-    if (folder / "preprocessor_config.json").is_file():
-        processor = CLIPImageProcessorPil.from_pretrained(folder)
-        crop = processor.crop_size
-        if (crop["height"], crop["width"]) != (side, side):
-            raise ValueError(
-                f"{folder}: preprocessor_config.json crops to {crop['height']}x{crop['width']} "
-                f"but the tower takes {side}x{side}; the two files belong to different towers"
-            )
-        return processor
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
+def load_image_processor(folder: Path, config: PreTrainedConfig) -> BaseImageProcessor:
+    """The folder's preprocessing; without a file of it, the kind's usual one at the config's side.
+
+    Raises:
+        ValueError: the file is damaged, or of another tower.
+    """
+    kind, side = kind_of(config), image_side(config)
+    processor = read_image_processor(folder, default=kind.processor)
+    if processor is None:
+        return default_image_processor(kind.processor, side, is_imagenet=kind.is_imagenet)
+    found = measure(processor, where=str(folder)).side
+    if found != side and not kind.takes_any_side:
+        raise ValueError(
+            f"{folder}: preprocessor_config.json makes pictures of {found}x{found} but the tower "
+            f"takes {side}x{side}; the two files belong to different towers"
+        )
+    return processor
 
 
-def load_vision_tower(folder: Path) -> CLIPVisionModel:
-    """The frozen tower in float32 and eval mode; every one of its tensors must be in the file."""
+def read_tower_shape(folder: Path, *, vision_layer: int | None = None) -> TowerShape:
+    """The shape of a folder's tower, by its config and preprocessing; no weights are read."""
+    config = load_vision_config(folder)
+    side = measure(load_image_processor(folder, config), where=str(folder)).side
+    return tower_shape(config, side=side, vision_layer=vision_layer)
+
+
+def tower_shape(
+    config: PreTrainedConfig, *, side: int, vision_layer: int | None = None
+) -> TowerShape:
+    """The shape of the tower of a config for pictures of `side` pixels.
+
+    Raises:
+        ValueError: it has no such layer.
+    """
+    num_prefix = kind_of(config).num_prefix
+    if num_prefix is None:
+        return _map_shape(config.model_type, config.to_json_string(), side, vision_layer)
+    if vision_layer is not None:
+        _check_layer(vision_layer, config.num_hidden_layers + 1, config.model_type)
+    grid = side // _one(config.patch_size, "patch_size")
+    return TowerShape(config.model_type, side, grid, num_prefix(config), config.hidden_size)
+
+
+@lru_cache(maxsize=32)
+def _map_shape(
+    model_type: str, config_json: str, side: int, vision_layer: int | None
+) -> TowerShape:
+    """The shape of a feature map, by a forward pass on the meta device."""
+    kind = KINDS[model_type]
+    with torch.device("meta"):
+        tower = kind.model_class(kind.config_class.from_dict(json.loads(config_json))).eval()
+        states = _states(tower, torch.empty(1, 3, side, side), vision_layer)
+    _, width, grid, _ = states.shape
+    return TowerShape(model_type, side, grid, 0, width)
+
+
+def _check_layer(vision_layer: int, num_states: int, model_type: str) -> None:
+    if not -num_states <= vision_layer < num_states:
+        raise ValueError(
+            f"--vision_layer {vision_layer}: this {model_type} tower has hidden states 0 to "
+            f"{num_states - 1}, or {-num_states} to -1 from the end"
+        )
+
+
+def _check_prefix(keep_cls: bool, num_prefix: int, model_type: str) -> None:
+    if keep_cls and not num_prefix:
+        raise ValueError(
+            f"--keep_cls 1: a {model_type} tower has no CLS token to keep; take --keep_cls 0"
+        )
+
+
+def count_prefix_tokens(config: PreTrainedConfig) -> int:
+    """R: the CLS token and the registers in front of the patches; 0 where there are none."""
+    num_prefix = kind_of(config).num_prefix
+    return num_prefix(config) if num_prefix is not None else 0
+
+
+def count_image_tokens(shape: TowerShape, *, keep_cls: bool, token_merge: int = 1) -> int:
+    """P of a tower.
+
+    Args:
+        keep_cls: the prefix tokens stay in front: the CLS token and, where the tower has them,
+            its registers.
+        token_merge: m; m x m patches become one token.
+    Raises:
+        ValueError: there is no prefix to keep, or m does not divide the grid's side.
+    """
+    _check_prefix(keep_cls, shape.num_prefix, shape.model_type)
+    grid = shape.grid
+    if token_merge < 1 or grid % token_merge:
+        divisors = [m for m in range(1, grid + 1) if grid % m == 0]
+        raise ValueError(
+            f"--token_merge {token_merge} does not divide the {grid}x{grid} grid of patches that "
+            f"this {shape.model_type} tower gives; take {', '.join(map(str, divisors))}"
+        )
+    return int((grid // token_merge) ** 2) + (shape.num_prefix if keep_cls else 0)
+
+
+def tower_features(
+    tower: PreTrainedModel,
+    pixel_values: Tensor,  # (I, 3, S, S)
+    *,
+    keep_cls: bool,
+    vision_layer: int | None = None,
+) -> Tensor:
+    """What a tower says of each patch, without gradient.
+
+    Args:
+        keep_cls: leave the CLS token, and the registers after it, in front. A SigLIP and a feature
+            map have none.
+        vision_layer: which of the hidden states; None means the library's `last_hidden_state` (of
+            CLIP before its last norm, of SigLIP, ViT and DINO after it).
+    Returns:
+        (I, G * G, V), the patches row by row; with `keep_cls` (I, R + G * G, V).
+    """
+    num_prefix = count_prefix_tokens(tower.config)
+    _check_prefix(keep_cls, num_prefix, tower.config.model_type)
+    with torch.no_grad():
+        states = _states(tower, pixel_values.to(tower.dtype), vision_layer)
+    if states.ndim == 4:
+        return states.flatten(2).transpose(1, 2)  # (I, V, G, G) -> (I, G * G, V)
+    return states if keep_cls or not num_prefix else states[:, num_prefix:]
+
+
+def _states(tower: PreTrainedModel, pixel_values: Tensor, vision_layer: int | None) -> Tensor:
+    if vision_layer is None:
+        last: Tensor = tower(pixel_values).last_hidden_state
+        return last
+    states = tower(pixel_values, output_hidden_states=True).hidden_states
+    _check_layer(vision_layer, len(states), tower.config.model_type)
+    chosen: Tensor = states[vision_layer]
+    return chosen
+
+
+def load_vision_tower(folder: Path) -> PreTrainedModel:
+    """The frozen tower in float32 and eval mode; every one of its tensors must be in the file.
+
+    Raises:
+        ValueError: the weights are damaged or of another tower.
+    """
     config = load_vision_config(folder)
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # in a full CLIP folder the text tower counts as unexpected
@@ -90,16 +351,16 @@ def load_vision_tower(folder: Path) -> CLIPVisionModel:
     try:
         tower, report = _read_tower(folder, config)
     except Exception as error:  # safetensors and the unpickler raise almost anything
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{folder}: the tower's weights cannot be read ({first_line}); fetch the folder again "
-            "(a clone may need `git lfs pull`)"
+            f"{folder}: the tower's weights cannot be read ({first_line(error)}); fetch the folder "
+            "again (a clone may need `git lfs pull`)"
         ) from error
     finally:
         hf_logging.set_verbosity(verbosity)
         if progress_bar:
             hf_logging.enable_progress_bar()
-    lost = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
+    missing = [name for name in report["missing_keys"] if not name.endswith(NEVER_READ)]
+    lost = sorted([*missing, *(str(k) for k in report["mismatched_keys"])])
     if lost:
         raise ValueError(
             f"{folder}: {len(lost)} tensors of the vision tower are missing or of another size, "
@@ -110,10 +371,11 @@ def load_vision_tower(folder: Path) -> CLIPVisionModel:
 
 
 def _read_tower(
-    folder: Path, config: CLIPVisionConfig
-) -> tuple[CLIPVisionModel, dict[str, set[str]]]:
+    folder: Path, config: PreTrainedConfig
+) -> tuple[PreTrainedModel, dict[str, set[str]]]:
     """The model, and which tensors transformers reports as missing, unexpected or mismatched."""
-    loaded: tuple[CLIPVisionModel, dict[str, set[str]]] = CLIPVisionModel.from_pretrained(
-        folder, config=config, dtype=torch.float32, output_loading_info=True
+    kind = kind_of(config)
+    loaded: tuple[PreTrainedModel, dict[str, set[str]]] = kind.model_class.from_pretrained(
+        folder, config=config, dtype=torch.float32, output_loading_info=True, **kind.options
     )  # type: ignore[assignment]  # annotated as the model alone
     return loaded

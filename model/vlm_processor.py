@@ -6,18 +6,21 @@ Shapes: B batch, T tokens, I images, S image side in pixels.
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
 from model.generations import DEFAULT_GENERATION, GENERATIONS
 from model.image_fusion import images_per_sample, placeholder_mask
 from model.model_vlm import VLMConfig
 from model.pictures import Picture, open_image
+from model.preprocessing import PixelRange, measure
 
 Message = dict[str, Any]  # "role", "content", and for a first system message "tools"
 Conversation = tuple[list[Message], Sequence[Picture] | Tensor]
@@ -112,7 +115,7 @@ class VLMProcessor:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        image_processor: CLIPImageProcessorPil,
+        image_processor: BaseImageProcessor,
         *,
         config: VLMConfig,
     ):
@@ -249,6 +252,11 @@ class VLMProcessor:
             max_length = int(mask.nonzero()[num_images * len(self.image_ids)])
         return max_length, num_images
 
+    @cached_property
+    def pixel_range(self) -> PixelRange:
+        """Side S and range of the pixels that the tower takes."""
+        return measure(self.image_processor)
+
     def pixel_values(self, images: Sequence[Picture] | Tensor) -> Tensor:
         """Preprocess pictures: (I, 3, S, S) float32; (0, 3, S, S) for none.
 
@@ -257,8 +265,8 @@ class VLMProcessor:
         if isinstance(images, Tensor):
             return images
         if not images:
-            side = self.image_processor.crop_size
-            return torch.zeros(0, 3, side["height"], side["width"])
+            side = self.pixel_range.side
+            return torch.zeros(0, 3, side, side)
         return torch.cat([self._preprocess(image) for image in images])
 
     def _preprocess(self, image: Picture) -> Tensor:  # (1, 3, S, S)
@@ -268,12 +276,8 @@ class VLMProcessor:
 
     def pictures(self, pixel_values: Tensor) -> list[Image.Image]:
         """(I, 3, S, S) as pictures, the normalisation undone: what the tower sees."""
-        mean, std = (
-            pixel_values.new_tensor(values)[:, None, None]
-            for values in (self.image_processor.image_mean, self.image_processor.image_std)
-        )
-        scaled = ((pixel_values * std + mean).clamp(0, 1) * 255).round().byte()
-        return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in scaled]
+        undone = self.pixel_range.undo(pixel_values)
+        return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in undone]
 
     def prompt_batch(
         self, conversations: Sequence[Conversation], *, open_thinking: bool = False

@@ -159,8 +159,8 @@ class Evaluator:
     def __init__(self, engine: VLMEngine, *, batch_size: int):
         self.engine, self.batch_size = engine, batch_size
         self.model, self.processor = engine.model, engine.processor
-        side = self.processor.image_processor.crop_size
-        grey = Image.new("RGB", (side["width"], side["height"]), GREY)
+        side = self.processor.pixel_range.side
+        grey = Image.new("RGB", (side, side), GREY)
         self._grey = self.encode({"": self.processor.pixel_values([grey])[0]})[""]
 
     @torch.inference_mode()

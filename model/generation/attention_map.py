@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
+from model.attention import rope_tables
 from model.image_fusion import fuse_images
 from model.model_minimind import DecoderLayer
 from model.model_vlm import MiniMindVLM
-from model.rope import rope_tables
+from model.vision_tower import count_prefix_tokens
 
 
 def image_attention(
@@ -28,7 +29,8 @@ def image_attention(
         answer_ids: (1, A) int64.
         layer: from 0; None is the mean over all layers.
     Returns:
-        One (side, side) float32 map for each image, on the CPU.
+        One (side, side) float32 map for each image, on the CPU; with `token_merge` m a cell stands
+        for m x m patches.
     """
     if not len(batch["pixel_values"]):
         return []
@@ -44,8 +46,9 @@ def image_attention(
     attention = _mean_attention(model, embeds, num_prompt, layer=layer)  # (T,)
     patches = attention[:num_prompt][batch["image_mask"][0]]
     patches = patches.view(-1, model.config.num_image_tokens)  # (I, P)
-    if model.config.keep_cls:
-        patches = patches[:, 1:]  # the CLS token has no place in the picture
+    if model.config.keep_cls:  # CLS token and registers have no place in the picture
+        assert model.vision_encoder is not None
+        patches = patches[:, count_prefix_tokens(model.vision_encoder.config) :]
     side = math.isqrt(patches.shape[1])
     return list(patches.view(-1, side, side))
 

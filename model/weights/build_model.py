@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
 from model.generations import DEFAULT_GENERATION, GENERATIONS
 from model.machine.device import (
@@ -19,7 +20,7 @@ from model.machine.device import (
 )
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.options import NATIVE
-from model.vision_tower import count_image_tokens, find_vision_dir, load_vision_config
+from model.vision_tower import count_image_tokens, find_vision_dir, read_tower_shape
 from model.vlm_processor import VLMProcessor, check_special_tokens, load_tokenizer
 from model.weights.file_names import find_weight
 from model.weights.metadata import Metadata, read_metadata, tower_sha256
@@ -86,10 +87,15 @@ def check_native(args: argparse.Namespace, path: Path) -> Path:
         expected_sha256=metadata.get("tokenizer_sha256"),
         generation=fields["generation"],
     )
-    tower = find_vision_dir(args.vision_model_path, named=metadata.get("vision_tower"))
-    config, vision = placeholder_config(fields, tokenizer, tower), load_vision_config(tower)
-    num_tokens = count_image_tokens(vision, keep_cls=config.keep_cls)
-    if (vision.hidden_size, num_tokens) != (config.vision_hidden_size, config.num_image_tokens):
+    tower = find_vision_dir(
+        args.vision_model_path,
+        named=metadata.get("vision_tower"),
+        generation=fields["generation"],
+    )
+    config = placeholder_config(fields, tokenizer, tower)
+    shape = read_tower_shape(tower, vision_layer=config.vision_layer)
+    num_tokens = count_image_tokens(shape, keep_cls=config.keep_cls, token_merge=config.token_merge)
+    if (shape.width, num_tokens) != (config.vision_hidden_size, config.num_image_tokens):
         raise ValueError(f"{path} is for another vision tower than the one in {tower}")
     with torch.device("meta"):
         model = MiniMindVLM(config)
@@ -112,7 +118,11 @@ def _load_native(args: argparse.Namespace, flags: dict[str, Any]) -> LoadedModel
         expected_sha256=metadata.get("tokenizer_sha256"),
         generation=fields["generation"],
     )
-    tower = find_vision_dir(args.vision_model_path, named=metadata.get("vision_tower"))
+    tower = find_vision_dir(
+        args.vision_model_path,
+        named=metadata.get("vision_tower"),
+        generation=fields["generation"],
+    )
     model = MiniMindVLM(placeholder_config(fields, tokenizer, tower))
     can_see = load_weights(model, state, path=path, may_lack_projection=True)
     if not can_see:
@@ -138,22 +148,29 @@ def placeholder_config(
 ) -> VLMConfig:
     """Complete config fields with what follows from tower and tokenizer.
 
-    The default placeholder is one `@` for each image token of the tower; in generation 3 it is one
-    token that is repeated as often.
+    The default placeholder is the generation's image token for each image token of the tower: in
+    generation 2 as one text of 196 `@`, in generation 3 one token that is repeated.
 
     Raises:
         ValueError: the tokenizer has no such token.
     """
-    generation = fields.get("generation", DEFAULT_GENERATION)
-    folder = find_vision_dir(vision_model_path)
-    vision = load_vision_config(folder)
-    fields = {"vision_hidden_size": vision.hidden_size} | fields
-    num_tokens = count_image_tokens(vision, keep_cls=bool(fields.get("keep_cls")))
+    generation = fields.get("generation") or DEFAULT_GENERATION
+    shape = read_tower_shape(
+        find_vision_dir(vision_model_path, generation=generation),
+        vision_layer=fields.get("vision_layer"),
+    )
+    fields = {"vision_hidden_size": shape.width} | fields
+    num_tokens = count_image_tokens(
+        shape,
+        keep_cls=bool(fields.get("keep_cls")),
+        token_merge=fields.get("token_merge") or 1,
+    )
+    is_repeated = len(GENERATIONS[generation].config["image_ids"]) == 1
     token = GENERATIONS[generation].image_token
-    usual = token if token in tokenizer.get_added_vocab() else token * num_tokens
-    placeholder = fields.get("image_special_token") or usual
+    default = token if is_repeated else token * num_tokens
+    placeholder = fields.get("image_special_token") or default
     ids = tokenizer.encode(placeholder, add_special_tokens=False)
-    if placeholder == usual and len(ids) not in (1, num_tokens):
+    if placeholder == default and is_repeated and len(ids) != 1:
         raise ValueError(
             f"the tokenizer has no token {token}, which stands for an image in generation "
             f"{generation}; name that generation's tokenizer by --tokenizer_path"
@@ -165,9 +182,9 @@ def placeholder_config(
 
 def attach_tower(
     model: MiniMindVLM, vision_model_path: Path | None, *, metadata: Metadata, path: Path
-) -> CLIPImageProcessorPil:
+) -> BaseImageProcessor:
     """Load the tower and its preprocessing; check that the weight was trained with this tower."""
-    folder = find_vision_dir(vision_model_path)
+    folder = find_vision_dir(vision_model_path, generation=model.config.generation)
     model.load_vision_encoder(folder)
     assert model.vision_encoder is not None and model.image_processor is not None
     expected = metadata.get("vision_tower_sha256")

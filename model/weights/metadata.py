@@ -81,10 +81,20 @@ def describe_model(model: MiniMindForCausalLM, *, tokenizer_sha256: str) -> Meta
 
 
 def tower_sha256(tower: nn.Module) -> str:
-    """A hash of a tower's first and last tensors: its embeddings and its post-layernorm."""
+    """A hash of a tower's first and last tensors.
+
+    Of CLIP and SigLIP these are the embeddings and the post-layernorm; of others the embeddings,
+    the first tensor, and the last matrix or kernel with all that follows it.
+    """
     digest = hashlib.sha256()
-    for name, tensor in tower.state_dict().items():
-        if "embedding" in name or "post_layernorm" in name:
+    state = tower.state_dict()
+    chosen = {name for name in state if "embedding" in name or "post_layernorm" in name}
+    if not any("post_layernorm" in name for name in chosen):
+        names = list(state)
+        last = max(i for i, name in enumerate(names) if state[name].ndim > 1)
+        chosen |= {names[0], *names[last:]}
+    for name, tensor in state.items():
+        if name in chosen:
             digest.update(tensor.detach().to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()
 

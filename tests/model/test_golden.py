@@ -26,6 +26,8 @@ TOLERANCE = 1e-4  # the contract's bar: max abs difference of logits and feature
 ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 LLMS = pytest.mark.parametrize("name", ["llm_dense", "llm_moe"])
 CASES = {"single": (2, 1), "multi": (2, 2), "multi_bs1": (1, 2)}  # samples, images of each
+# Generation 3: which pictures stand in which case, all of them of one batch in reading order.
+CASES3 = {"single": slice(0, 2), "multi": slice(2, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +166,89 @@ def test_golden_prompt_and_mask_from_conversations(reference, vlm):
         assert supervised_mask(ids, tokenizer) == case["labels_mask"]
         assert encoded["image_mask"].tolist() == [i == 34 for i in ids]
         assert not encoded["is_truncated"]
+
+
+@pytest.fixture(scope="module", params=["vlm3_64", "vlm3_64_moe"])
+def third(reference, request) -> tuple[MiniMindVLM, dict[str, torch.Tensor]]:
+    """The model of generation 3, and its golden tensors."""
+    path = reference / f"{request.param}.pth"
+    fields = json.loads(path.with_suffix(".json").read_text())
+    config = VLMConfig(generation=3, **fields)
+    model = MiniMindVLM(config, vision_model_path=reference / "tiny-siglip-p32-256")
+    assert load_weights(model, read_weights(path), path=path, may_lack_projection=False)
+    return model.eval(), load_file(path.with_suffix(".safetensors"))
+
+
+@pytest.mark.parametrize("name", ["llm3_dense", "llm3_moe"])
+@ATTENTION
+@torch.no_grad()
+def test_golden_llm_logits_of_generation_3(reference, name, attention):
+    path = reference / f"{name}.pth"
+    fields = json.loads(path.with_suffix(".json").read_text())
+    model = MiniMindForCausalLM(MiniMindConfig(generation=3, **fields))
+    load_weights(model, read_weights(path), path=path, may_lack_projection=False)
+    model.eval().set_attn_implementation(attention)
+    tensors = load_file(path.with_suffix(".safetensors"))
+    assert_close(model(tensors["input_ids"]).logits, tensors["logits"])
+
+
+@torch.no_grad()
+def test_golden_vision_of_generation_3(reference, third):
+    model, expected = third
+    paths = sorted(reference.glob("image-*.jpg"))
+    pixels = torch.cat([model.image2tensor(Image.open(p), model.image_processor) for p in paths])
+    assert_close(pixels, expected["pixel_values"])
+    patches = model.get_image_embeddings(pixels[:2], model.vision_encoder)
+    assert_close(patches, expected["vision.patch_embeddings"])
+    assert_close(model.encode_images(pixels[:2]), expected["vision.projected"])
+
+
+@pytest.mark.parametrize("case", CASES3)
+@ATTENTION
+@torch.no_grad()
+def test_golden_vlm_logits_of_generation_3(third, case, attention):
+    model, expected = third
+    ids, pixels = expected[f"{case}.input_ids"], expected["pixel_values"][CASES3[case]]
+    model.set_attn_implementation(attention)
+    try:
+        logits = model(ids, pixel_values=pixels).logits[:, -8:]
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert_close(logits, expected[f"{case}.logits_last8"])
+    swapped = model(ids, pixel_values=pixels.flip(0)).logits[:, -8:]
+    assert (swapped - expected[f"{case}.logits_last8"]).abs().max() > 100 * TOLERANCE
+
+
+@torch.no_grad()
+def test_golden_vlm_text_logits_of_generation_3(third):
+    model, expected = third
+    assert_close(model(expected["text.input_ids"]).logits[:, -8:], expected["text.logits_last8"])
+
+
+@pytest.mark.parametrize("use_moe, expected", [(False, 65_094_912), (True, 199_599_360)])
+def test_model_size_of_generation_3_is_the_published_one(use_moe, expected):
+    with torch.device("meta"):
+        model = MiniMindVLM(VLMConfig(generation=3, use_moe=use_moe))
+    assert (model.config.hidden_size, model.config.num_hidden_layers) == (768, 8)
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+
+@pytest.mark.parametrize("which", ["with_empty_think", "without_empty_think"])
+def test_golden_prompts_of_generation_3(reference, which):
+    """Ids and loss mask exactly, the tower standing aside: pictures are given as pixels."""
+    tokenizer = load_tokenizer(reference / "minimind3_tokenizer")
+    processor = VLMProcessor(tokenizer, image_processor=None, config=VLMConfig(generation=3))
+    cases = json.loads((reference / "prompts3.json").read_text())
+    assert len(cases) == 3
+    for case in cases:
+        messages, expected = case["conversations"], case[which]
+        is_kept = which == "with_empty_think"
+        assert processor.render(messages, keep_empty_thinking=is_kept) == expected["prompt"]
+        pixels = torch.zeros(sum(m["content"].count("<image>") for m in messages), 3, 8, 8)
+        encoded = processor(
+            messages, pixels, max_length=case["max_length"], keep_empty_thinking=is_kept
+        )
+        ids = encoded["input_ids"].tolist()
+        assert ids == expected["input_ids"]
+        assert supervised_mask(ids, tokenizer) == expected["labels_mask"]
+        assert encoded["image_mask"].tolist() == [i == 12 for i in ids]

@@ -41,7 +41,7 @@ FLAG_CASES = {
     "no cuda": ({"device": "cuda"}, "has no CUDA"),
     "missing data": ({"data_path": "gone.jsonl"}, "no data file gone.jsonl"),
     "missing images": ({"images_path": "gone"}, "gone is neither a folder nor a zip"),
-    "missing tower": ({"vision_model_path": "gone"}, "no CLIP vision tower: gone"),
+    "missing tower": ({"vision_model_path": "gone"}, "no vision tower: gone"),
     "missing tokenizer": ({"tokenizer_path": "gone"}, "no tokenizer: gone"),
     "missing weight": ({"from_weight": "gone"}, "no weight gone_32.pth in"),
     "missing weight file": ({"from_weight": "a/b.pth"}, "no weight file a/b.pth"),

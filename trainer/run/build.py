@@ -106,7 +106,11 @@ def init_vlm_model(args: TrainArgs, *, device: torch.device) -> tuple[MiniMindVL
         expected_sha256=start.metadata.get("tokenizer_sha256"),
         generation=args.generation,
     )
-    tower = find_vision_dir(args.vision_model_path, named=start.metadata.get("vision_tower"))
+    tower = find_vision_dir(
+        args.vision_model_path,
+        named=start.metadata.get("vision_tower"),
+        generation=args.generation,
+    )
     model = MiniMindVLM(placeholder_config(start.fields, tokenizer, tower))
     if start.state is not None:
         has_projection = load_weights(model, start.state, path=start.path, may_lack_projection=True)
@@ -172,8 +176,11 @@ def lighten_tower(model: nn.Module, dtype: str) -> None:
     their bits.
     """
     tower = getattr(model, "vision_encoder", None)
+    kept = None
+    if hasattr(tower, "rope_embeddings"):  # DINOv3's positions take the type of this weight
+        kept = tower.get_input_embeddings()
     for module in tower.modules() if tower is not None else ():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv2d) and module is not kept:
             module.to(getattr(torch, dtype))
 
 

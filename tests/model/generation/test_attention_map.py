@@ -9,7 +9,6 @@ import torch
 from support.tiny_vlm import NUM_TOKENS, conversations, make_loaded, picture
 from transformers.models.llama import modeling_llama
 
-import model.model_minimind as minimind
 from model.generation.engine import VLMEngine, ask
 
 ANSWER = "A red circle"
@@ -31,7 +30,7 @@ def eager_attention(engine: VLMEngine, sample: tuple, monkeypatch) -> tuple[torc
         seen.append(weights[0])
         return mixed, weights
 
-    monkeypatch.setattr(minimind, "eager_attention_forward", spy)
+    monkeypatch.setattr("model.attention.eager_attention_forward", spy)
     batch = engine.processor.prompt_batch([sample])
     answer = engine.processor.tokenizer(ANSWER)["input_ids"]
     ids = torch.cat([batch["input_ids"], torch.tensor([answer])], 1)
