@@ -28,6 +28,8 @@ class Generation:
     vision, tokenizer: what `dataset/download.py` calls them.
     sampling: defaults of generation, `temperature`, `top_p` and `top_k`.
     prompt: the question about each picture of `eval_vlm.py`.
+    draws: defaults of training's flags of the same names: the share of samples that get a system
+        message, and of those that keep their empty think blocks.
     """
 
     config: dict[str, Any]
@@ -42,6 +44,7 @@ class Generation:
     tokenizer: str
     sampling: dict[str, float]
     prompt: str
+    draws: dict[str, float]
 
 
 GENERATIONS = {
@@ -69,6 +72,7 @@ GENERATIONS = {
         tokenizer="tokenizer",
         sampling={"temperature": 0.65, "top_p": 0.85, "top_k": 0},
         prompt="仔细看一下这张图：\n\n<image>\n\n描述一下这个图像的内容。",
+        draws={"system_share": 0.0, "empty_think_share": 1.0},
     ),
     3: Generation(
         config={
@@ -94,5 +98,6 @@ GENERATIONS = {
         tokenizer="tokenizer3",
         sampling={"temperature": 0.7, "top_p": 0.85, "top_k": 50},
         prompt="<image>\n请描述这张图中的主要物体和场景。",
+        draws={"system_share": 0.2, "empty_think_share": 0.2},
     ),
 }
