@@ -1,5 +1,8 @@
 """Owns `VLMDataset`: a record becomes the tensors of one training sample.
 
+`VLMDataset[i]` is a record as it stands, for validation and scores; `VLMDataset.for_epoch(e)[i]`
+is what training sees of it in an epoch, with what is drawn at random.
+
 Shapes: T tokens, I images, S image side in pixels.
 """
 
@@ -14,11 +17,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from dataset.draws import Drawn, Draws
 from dataset.loss_mask import supervised_mask
 from dataset.records.conversation import BadRecordError, Message, Record, shorten
 from dataset.records.fingerprint import ends_fingerprint
 from dataset.records.reader import open_records
 
+AS_IT_STANDS = Drawn()
 IGNORE_INDEX = -100  # label of a position that is not supervised
 
 
@@ -29,9 +34,16 @@ class Processor(Protocol):
     image_ids: list[int]
 
     def __call__(
-        self, messages: list[Message], images: Any, *, max_length: int | None = None
+        self,
+        messages: list[Message],
+        images: Any,
+        *,
+        max_length: int | None = None,
+        **prompt_options: bool,
     ) -> Mapping[str, Any]:
-        """`input_ids` (T,), `image_mask` (T,), `pixel_values` (I, 3, S, S), `is_truncated`."""
+        """`input_ids` (T,), `image_mask` (T,), `pixel_values` (I, 3, S, S), `is_truncated`.
+
+        Of `prompt_options`, `keep_empty_thinking=False` drops empty think blocks."""
 
     def pixel_values(self, images: Any) -> Tensor:
         """Preprocessed pictures: (I, 3, S, S) float32."""
@@ -77,14 +89,19 @@ def make_sample(
     *,
     index: int,
     max_length: int,
+    drawn: Drawn = AS_IT_STANDS,
 ) -> Sample:
     """A record with its encoded pictures, or their (I, 3, S, S) pixel values, as a sample.
 
     Raises:
         BadRecordError: a broken picture, a text that cannot be a prompt, no supervised token.
     """
+    messages = record.messages
+    if drawn.system and messages[0]["role"] != "system" and not record.carries_tools:
+        messages = [{"role": "system", "content": drawn.system}, *messages]
+    options = {} if drawn.keep_empty_thinking else {"keep_empty_thinking": False}
     try:
-        encoded = processor(record.messages, images, max_length=max_length)
+        encoded = processor(messages, images, max_length=max_length, **options)
     except (ValueError, OSError) as error:
         raise BadRecordError(f"{record.where}: {error}{_about(record)}") from error
     mask = supervised_mask(encoded["input_ids"].tolist(), processor.tokenizer)
@@ -116,6 +133,7 @@ class VLMDataset(Dataset[Sample | BadSample]):
         processor: tokenizes conversations and preprocesses pictures.
         max_length: tokens per sample; a longer one is cut.
         on_bad_sample: "error" raises `BadRecordError`; "return" gives a `BadSample` instead.
+        draws: what training changes at random (`for_epoch`); None: nothing.
     """
 
     is_packed = False  # a sample is a record, whatever `max_length` is
@@ -128,6 +146,7 @@ class VLMDataset(Dataset[Sample | BadSample]):
         *,
         max_length: int = 640,
         on_bad_sample: str = "error",
+        draws: Draws | None = None,
     ):
         self.data_path = Path(data_path)
         self.records = open_records(self.data_path, Path(images_path) if images_path else None)
@@ -135,6 +154,7 @@ class VLMDataset(Dataset[Sample | BadSample]):
         self.processor = processor
         self.max_length = max_length
         self.on_bad_sample = on_bad_sample
+        self.draws = draws
 
     def __len__(self) -> int:
         return len(self.records)
@@ -159,19 +179,38 @@ class VLMDataset(Dataset[Sample | BadSample]):
         return ends_fingerprint(self.data_path, len(self))
 
     def __getitem__(self, index: int) -> Sample | BadSample:
+        return self.make(index, AS_IT_STANDS)
+
+    def for_epoch(self, epoch: int) -> "VLMDataset | EpochView":
+        """The samples as training sees them in an epoch; this data set if nothing is drawn."""
+        return self if self.draws is None else EpochView(self, self.draws, epoch)
+
+    def make(self, index: int, drawn: Drawn) -> Sample | BadSample:
+        """A sample with what was drawn for it.
+
+        Raises:
+            BadRecordError: the record cannot be used, and `on_bad_sample` is "error".
+        """
         try:
-            return self._sample(index, self.records[index])
+            record = self.records[index]
+            return make_sample(
+                record,
+                self._read_images(record),
+                self.processor,
+                index=index,
+                max_length=self.max_length,
+                drawn=drawn,
+            )
         except BadRecordError as error:
             if self.on_bad_sample == "return":
                 return BadSample(index, str(error))
             raise
 
-    def _sample(self, index: int, record: Record) -> Sample:
+    def _read_images(self, record: Record) -> list[bytes]:
         try:
-            images = [self.records.read_image(image) for image in record.images]
+            return [self.records.read_image(image) for image in record.images]
         except (ValueError, OSError) as error:
             raise BadRecordError(f"{record.where}: {error}{_about(record)}") from error
-        return make_sample(record, images, self.processor, index=index, max_length=self.max_length)
 
     def has_images(self) -> bool:
         """Whether any usable record has an image; stops at the first that has."""
@@ -192,3 +231,23 @@ class VLMDataset(Dataset[Sample | BadSample]):
             except BadRecordError as error:
                 bad.append(BadSample(index, str(error)))
         return bad
+
+
+@dataclass(frozen=True)
+class EpochView(Dataset[Sample | BadSample]):
+    """The samples of a data set in one epoch. It never changes, so that data workers which still
+    make samples of an epoch do not see the next one."""
+
+    dataset: VLMDataset
+    draws: Draws
+    epoch: int
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample | BadSample:
+        return self.dataset.make(index, self.draws.of(self.epoch, index))
+
+    def where(self, index: int) -> str:
+        """What a sample is called in messages: file and line."""
+        return self.dataset.where(index)

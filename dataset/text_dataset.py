@@ -117,6 +117,10 @@ class TextDataset(Dataset[Sample]):
             is_truncated=self.ends is not None and span.stop < self.ends[index],
         )
 
+    def for_epoch(self, epoch: int) -> "TextDataset":
+        """The samples of an epoch: nothing about them is random."""
+        return self
+
     def where(self, index: int) -> str:
         """What a sample is called in messages: file and number."""
         return f"{self.data_path.name}:{'block' if self.ends is None else 'document'} {index}"

@@ -29,6 +29,8 @@ class Generation:
     sampling: defaults of generation, `temperature`, `top_p` and `top_k`.
     lr_peak: where the learning rate begins, in units of `--learning_rate`.
     prompt: the question about each picture of `eval_vlm.py`.
+    draws: defaults of training's flags of the same names: the share of samples that get a system
+        message, and of those that keep their empty think blocks.
     """
 
     config: dict[str, Any]
@@ -44,6 +46,7 @@ class Generation:
     sampling: dict[str, float]
     lr_peak: float
     prompt: str
+    draws: dict[str, float]
 
 
 GENERATIONS = {
@@ -72,6 +75,7 @@ GENERATIONS = {
         lr_peak=1.1,
         sampling={"temperature": 0.65, "top_p": 0.85, "top_k": 0},
         prompt="仔细看一下这张图：\n\n<image>\n\n描述一下这个图像的内容。",
+        draws={"system_share": 0.0, "empty_think_share": 1.0},
     ),
     3: Generation(
         config={
@@ -98,5 +102,6 @@ GENERATIONS = {
         lr_peak=1.0,
         sampling={"temperature": 0.7, "top_p": 0.85, "top_k": 50},
         prompt="<image>\n请描述这张图中的主要物体和场景。",
+        draws={"system_share": 0.2, "empty_think_share": 0.2},
     ),
 }

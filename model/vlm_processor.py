@@ -150,11 +150,14 @@ class VLMProcessor:
             open_thinking: the generation prompt opens a think block (generation 3).
             keep_empty_thinking: False drops the empty think blocks that the template writes.
         Raises:
-            ValueError: a message holds a special token or the placeholder itself as text.
+            ValueError: a message or tool holds a special token or the placeholder itself as text.
         """
+        tools = (messages[0].get("tools") if messages else None) or None
+        if tools is not None:
+            self._check_text(json.dumps(tools, ensure_ascii=False), what="text of the tools")
         text = self.tokenizer.apply_chat_template(
             [{"role": m["role"], "content": self._fill(m["content"])} for m in messages],
-            tools=(messages[0].get("tools") if messages else None) or None,
+            tools=tools,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             open_thinking=open_thinking,
@@ -173,18 +176,22 @@ class VLMProcessor:
                 text = text.replace(token, f"{token[:middle]} {token[middle:]}")
         return text
 
-    def _fill(self, content: str) -> str:
-        if any("\ud800" <= character <= "\udfff" for character in content):
-            raise ValueError("the text holds half a character (a UTF-16 surrogate); take it out")
+    def _check_text(self, text: str, *, what: str = "text") -> None:
+        """Raise ValueError where a text holds what would not be read as text."""
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"the {what} holds half a character (a UTF-16 surrogate); take it out")
         for token in self.special_tokens:
-            if token in content:
-                raise ValueError(f"the text holds the special token {token}; take it out")
-        pieces = content.split(IMAGE_TAG)
-        if any(self.placeholder in piece for piece in pieces):
+            if token in text:
+                raise ValueError(f"the {what} holds the special token {token}; take it out")
+        if any(self.placeholder in piece for piece in text.split(IMAGE_TAG)):
             raise ValueError(
-                f"the text holds the image placeholder {self.placeholder[:8]!r}... itself "
+                f"the {what} holds the image placeholder {self.placeholder[:8]!r}... itself "
                 f"({len(self.placeholder)} characters); write {IMAGE_TAG} for an image"
             )
+
+    def _fill(self, content: str) -> str:
+        self._check_text(content)
+        pieces = content.split(IMAGE_TAG)
         if any(self.placeholder.startswith(token) for token in self.special_tokens):
             return self.placeholder.join(pieces)  # no text can merge with it
         first, last = self.placeholder[0], self.placeholder[-1]

@@ -41,7 +41,8 @@ def flag(help_text: str, default: Any = None, **metadata: Any) -> Any:
     """A dataclass field that is also a flag.
 
     Args:
-        metadata: `alias` (another name), `low` (the least value), `choices`.
+        metadata: `alias` (another name), `low` and `high` (the least and the largest value),
+            `choices`.
     """
     return field(default=default, metadata={"help": help_text} | metadata)
 
@@ -117,6 +118,17 @@ class TrainArgs:
     seed: int = flag("of order and initial weights / 随机种子", 42, low=0)
     val_data_path: Path = flag("records for the validation loss / 验证数据")
     val_images_path: Path = flag("their images / 验证图像")
+    system_share: float = flag(
+        "share of samples given a system message; default: the generation's / 随机系统提示的比例",
+        low=0.0,
+        high=1.0,
+    )
+    empty_think_share: float = flag(
+        "share of samples that keep their empty think blocks; default: the generation's / "
+        "保留空思考块的比例",
+        low=0.0,
+        high=1.0,
+    )
     trainable: str = flag("REGEX of the parameters to train, over --freeze_llm / 可训练参数")
     keep_cls: bool = flag("CLS is an image token (first release) / 保留 CLS")
     image_special_token: str = flag("placeholder text of one image / 图像占位符")
@@ -138,6 +150,9 @@ class TrainArgs:
             value, low = getattr(self, item.name), item.metadata.get("low")
             if value is not None and low is not None and not value >= low:
                 raise ValueError(f"--{item.name} {value} is too small; the least is {low}")
+            high = item.metadata.get("high")
+            if value is not None and high is not None and not value <= high:
+                raise ValueError(f"--{item.name} {value} is too large; the most is {high}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--learning_rate {self.learning_rate} must be above 0")
         if self.val_images_path and not self.val_data_path:

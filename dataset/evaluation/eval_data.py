@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dataset.evaluation.language import detect_language, num_words
 from dataset.lm_dataset import Sample, VLMDataset, make_sample
-from dataset.records.conversation import IMAGE_TAG, BadRecordError, Record
+from dataset.records.conversation import IMAGE_TAG, BadRecordError, Message, Record
 
 SHORT_WORDS = 5  # longer answers on average: the question asks for sentences
 CAPTION = "caption"  # the type of such a question
@@ -180,7 +180,7 @@ class EvalData:
         )
 
     def _sample(
-        self, card: Card, messages: list[dict[str, str]], pixels: Tensor, record: Record
+        self, card: Card, messages: list[Message], pixels: Tensor, record: Record
     ) -> Sample:
         return make_sample(
             replace(record, messages=messages),

@@ -16,7 +16,9 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-Message = dict[str, str]  # "role" and "content"
+# "role" and "content"; a first system message's "functions" become its "tools", a list of objects.
+Message = dict[str, Any]
+NO_IMAGES = {"system": "a system message", "assistant": "an answer"}
 
 
 class BadRecordError(ValueError):
@@ -27,22 +29,27 @@ class BadRecordError(ValueError):
 class Record:
     """One checked conversation.
 
-    messages: `{"role", "content"}` each, in ChatML's roles. images: names below the images path,
-    or the encoded bytes themselves. where: file and line, for messages to the user. types: the
-    kind of question of each answer, if the record gives it.
+    messages: `{"role", "content"}` each, in ChatML's roles, the first perhaps with "tools".
+    images: names below the images path, or the encoded bytes themselves. where: file and line, for
+    messages to the user. types: the kind of question of each answer, if the record gives it.
+    carries_tools: whether a message in the file has "tools", which are not read.
     """
 
     messages: list[Message]
     images: Sequence[str | bytes]
     where: str
     types: tuple[str, ...] = ()
+    carries_tools: bool = False
 
 
 def check_conversation(raw: Any, *, where: str) -> list[Message]:
     """A conversation of either format (`role`, `content` or `from`, `value`) as messages.
 
+    Other fields are dropped, but for the `functions` of a first system message.
+
     Raises:
-        BadRecordError: not a list, an unknown role, text that is not a string, no answer.
+        BadRecordError: not a list, an unknown role, text that is not a string, an image where none
+            may be, functions that are not a list, no answer.
     """
     if not isinstance(raw, list) or not raw:
         raise BadRecordError(f"{where}: 'conversations' must be a list of at least one message")
@@ -65,12 +72,36 @@ def check_conversation(raw: Any, *, where: str) -> list[Message]:
         role = ROLES[role]
         if role == "system" and turn > 1:
             raise BadRecordError(f"{where}: message {turn} is a system message; it must be first")
-        if role == "assistant" and IMAGE_TAG in content:
-            raise BadRecordError(f"{where}: message {turn}, an answer, holds {IMAGE_TAG}")
-        messages.append({"role": role, "content": content})
+        if role in NO_IMAGES and IMAGE_TAG in content:
+            raise BadRecordError(
+                f"{where}: message {turn}, {NO_IMAGES[role]}, holds {IMAGE_TAG}; an image belongs "
+                "into a question"
+            )
+        tools = _read_tools(message.get("functions"), where=where) if role == "system" else []
+        messages.append({"role": role, "content": content} | ({"tools": tools} if tools else {}))
     if all(m["role"] != "assistant" for m in messages):
         raise BadRecordError(f"{where}: no assistant message, so nothing to learn from")
     return messages
+
+
+def _read_tools(functions: Any, *, where: str) -> list[dict[str, Any]]:
+    """The tools in a system message's `functions`: a list of objects, or its JSON text."""
+    if isinstance(functions, str) and functions.strip():
+        functions = parse_json(functions, where=f"{where}: message 1: functions")
+    if functions in (None, "") or isinstance(functions, str) and not functions.strip():
+        return []
+    if not isinstance(functions, list) or not all(isinstance(one, dict) for one in functions):
+        raise BadRecordError(
+            f"{where}: message 1 has 'functions' that are not a list of JSON objects; mend or "
+            "delete them"
+        )
+    return functions
+
+
+def carries_tools(turns: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any message, as it stands in the file, has `tools`. They are not read, but no system
+    message of ours is put before them."""
+    return any(turn.get("tools") for turn in turns)
 
 
 def decode(line: bytes, *, where: str) -> str:
@@ -115,9 +146,14 @@ def check_stray(
         )
 
 
+def count_tags(messages: Sequence[Message]) -> int:
+    """Number of `<image>` tags in a conversation."""
+    return sum(m["content"].count(IMAGE_TAG) for m in messages)
+
+
 def check_tags(messages: Sequence[Message], images: Sequence[str | bytes], *, where: str) -> None:
     """Raise `BadRecordError` unless there is exactly one `<image>` tag per image."""
-    num_tags = sum(m["content"].count(IMAGE_TAG) for m in messages)
+    num_tags = count_tags(messages)
     if num_tags != len(images):
         names = ", ".join(
             shorten(image) if isinstance(image, str) else f"{len(image)} bytes"

@@ -11,6 +11,7 @@ import numpy as np
 from dataset.records.conversation import (
     BadRecordError,
     Record,
+    carries_tools,
     check_conversation,
     check_stray,
     check_tags,
@@ -31,6 +32,8 @@ class JsonlRecords:
 
     Blank lines hold no record; `num_blank` counts them and `where` keeps the real line numbers.
     """
+
+    slowness = None  # see `ParquetRecords`
 
     def __init__(self, data_path: Path, images_path: Path | None):
         check_text(data_path)
@@ -95,7 +98,13 @@ class JsonlRecords:
                 )
         types: Any = raw.get("types")
         has_types = isinstance(types, list) and all(isinstance(t, str) for t in types)
-        return Record(messages, images, where, tuple(types) if has_types else ())
+        return Record(
+            messages,
+            images,
+            where,
+            types=tuple(types) if has_types else (),
+            carries_tools=carries_tools(raw["conversations"]),
+        )
 
     def _image_names(self, image: Any, *, where: str) -> list[str]:
         """The `image` field: absent or empty, one name, names joined by commas, or a list."""

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 TURN_FIELDS = {"role", "content", "from", "value"}
+# Of tools and of thinking: text about pictures at most. Only `functions` is read.
+TEXT_FIELDS = {"functions", "tools", "tool_calls", "reasoning_content"}
 SUFFIXES = "jpe?g|jfif|png|webp|gif|bmp|tiff?|heic|heif|avif"
 PICTURE_NAME = re.compile(rf"data:image/.*|[^\n]*\.(?:{SUFFIXES})(?:[?#]\S*)?\s*", re.I | re.S)
 PICTURE_FIELD = re.compile(
@@ -43,7 +45,7 @@ def find_stray(
         if holds_pictures(name, value):
             return f"its pictures stand in {name[:40]!r}, which is not read"
     for number, turn in enumerate(turns, 1):
-        for name in turn.keys() - TURN_FIELDS:
+        for name in turn.keys() - TURN_FIELDS - TEXT_FIELDS:
             if holds_pictures(name, turn[name]):
                 return f"message {number} has pictures in {name[:40]!r}, which is not read"
         tag = _foreign_tag(turn, image_tag)

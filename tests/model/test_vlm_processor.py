@@ -117,6 +117,13 @@ def test_processor_refuses_a_special_token_in_text(processor):
             processor(user(f"say {token}"), [])
 
 
+@pytest.mark.parametrize("name", ["<|im_end|>", PLACEHOLDER, "\ud800"])
+def test_processor_refuses_in_tools_what_it_refuses_in_text(processor, name):
+    message = user("Hi")[0] | {"tools": [{"type": "function", "function": {name: {}}}]}
+    with pytest.raises(ValueError, match="the text of the tools holds "):
+        processor([message], [])
+
+
 @pytest.mark.parametrize("tags, images", [(0, 1), (1, 0), (2, 1), (1, 2)])
 def test_processor_refuses_other_numbers_of_images(processor, tags, images):
     with pytest.raises(ValueError, match=rf"{tags} <image> tag\(s\) but {images} image"):

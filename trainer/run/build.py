@@ -11,9 +11,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dataset.collate import VLMCollator
+from dataset.draws import Draws
 from dataset.lm_dataset import VLMDataset
 from dataset.records.reader import default_data_paths
 from dataset.text_dataset import TextDataset
+from model.generations import GENERATIONS
 from model.machine.device import pad_multiple
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM
@@ -55,7 +57,8 @@ def build(stage: Stage, args: TrainArgs, *, device: torch.device) -> Parts:
         model, tokenizer = init_language_model(args, device=device)
         return Parts(model, tokenizer, *make_text_datasets(args, tokenizer))
     model, processor = init_vlm_model(args, device=device)
-    return Parts(model, processor.tokenizer, *make_datasets(stage, args, processor))
+    draws = read_draws(args, generation=model.config.generation)
+    return Parts(model, processor.tokenizer, *make_datasets(stage, args, processor, draws=draws))
 
 
 @dataclass(frozen=True)
@@ -139,17 +142,31 @@ def init_language_model(
     return model.to(device), tokenizer
 
 
+def read_draws(args: TrainArgs, *, generation: int) -> Draws | None:
+    """What training changes at random about a sample; None: nothing."""
+    own = {name: getattr(args, name) for name in GENERATIONS[generation].draws}
+    given = {name: share for name, share in own.items() if share is not None}
+    draws = Draws(args.seed, **(GENERATIONS[generation].draws | given))
+    return None if draws.change_nothing else draws
+
+
 def make_datasets(
-    stage: Stage, args: TrainArgs, processor: VLMProcessor
+    stage: Stage, args: TrainArgs, processor: VLMProcessor, *, draws: Draws | None
 ) -> tuple[VLMDataset, VLMDataset | None]:
-    """Training and validation data; paths that are not given are the default ones."""
+    """Training and validation data; paths that are not given are the default ones.
+
+    Args:
+        draws: for the training data alone.
+    """
     data_path, images_path = args.data_path, args.images_path
     if data_path is None:
         kind = "multi" if args.use_multi_image else stage.data_kind
         data_path, default_images = default_data_paths(kind)
         images_path = images_path or default_images
     options = {"max_length": args.max_seq_len, "on_bad_sample": "return"}
-    dataset = VLMDataset(data_path, images_path, processor, **options)
+    dataset = VLMDataset(data_path, images_path, processor, **options, draws=draws)
+    if dataset.records.slowness:
+        warn(dataset.records.slowness)
     if not dataset.has_images():
         warn(f"{dataset.data_path.name}: no usable record has a picture; only text is learnt from")
     if args.val_data_path is None:
@@ -197,10 +214,10 @@ class Loaders:
     stop: StopSignal
     pad: int
 
-    def train(self, dataset: Dataset, epoch: int, start: int) -> Loader:
+    def train(self, dataset: VLMDataset | TextDataset, epoch: int, start: int) -> Loader:
         """This rank's batches of an epoch from global sample `start` on."""
         order = epoch_order(len(dataset), seed=self.args.seed, epoch=epoch)
-        return self._load(dataset, order, start=start)
+        return self._load(dataset.for_epoch(epoch), order, start=start)
 
     def validation(self, dataset: Dataset) -> Loader:
         """This rank's share of the validation data, in file order."""

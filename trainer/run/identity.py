@@ -24,6 +24,10 @@ def metadata_and_identity(
         "optimizer": args.optimizer,
         "seed": args.seed,
     }
+    draws = getattr(parts.dataset, "draws", None)  # None too in states of earlier versions
+    identity["random system messages and think blocks"] = draws and (
+        f"--system_share {draws.system_share} --empty_think_share {draws.empty_think_share}"
+    )
     if parts.dataset.is_packed:
         identity["max_seq_len"] = args.max_seq_len
     return metadata, identity

@@ -19,7 +19,7 @@ from trainer.ranks.signals import StopSignal
 SCRIPT = "trainer/train_pretrain_vlm.py"
 CASES = {
     "sigterm-dense-accumulated": (signal.SIGTERM, {"accumulation_steps": 3, "optimizer": "muon"}),
-    "kill9-moe-workers": (signal.SIGKILL, {"use_moe": 1, "num_workers": 2}),
+    "kill9-moe-workers": (signal.SIGKILL, {"use_moe": 1, "num_workers": 2, "system_share": 0.5}),
     "sigint-moe-accumulated": (signal.SIGINT, {"use_moe": 1, "accumulation_steps": 2}),
     "kill9-dense-accumulated-workers": (
         signal.SIGKILL,
