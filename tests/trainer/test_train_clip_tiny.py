@@ -25,7 +25,7 @@ from dataset.synthetic.clip_data import (
 )
 from dataset.synthetic.scenes import sample_scene
 from model.model_vlm import MiniMindVLM
-from model.vision_tower import count_image_tokens
+from model.vision_tower import count_image_tokens, read_tower_shape
 from model.vlm_processor import load_tokenizer
 from trainer import train_clip_tiny
 from trainer.train_clip_tiny import preprocess, word_loss
@@ -87,7 +87,7 @@ def test_training_writes_a_clip_folder_that_the_model_takes(tmp_path, capfd):
     assert "step 12/12 loss:" in out and "in-batch:" in out
     assert re.search(r"on pairs never shown: colour:[\d.]+% shape:[\d.]+%", out)
     tower, processor = MiniMindVLM.get_vision_model(tmp_path)
-    assert count_image_tokens(tower.config, keep_cls=False) == 196
+    assert count_image_tokens(read_tower_shape(tmp_path), keep_cls=False) == 196
     pixels = MiniMindVLM.image2tensor(Image.new("RGB", (96, 96), "red"), processor)
     features = MiniMindVLM.get_image_embeddings(pixels, tower)
     assert features.shape == (1, 196, 64) and features.isfinite().all()
