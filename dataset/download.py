@@ -138,6 +138,25 @@ def confirm(question: str) -> bool:
         return False
 
 
+def refuse_differing(plan: list[Item]) -> None:
+    """Raise ValueError if a file is there that is not the hub's."""
+    differing = [item.path for item in plan if item.state == "differs"]
+    if differing:
+        raise ValueError(
+            f"{', '.join(map(str, differing))}: there, but not the file of the hub; move it away, "
+            "or replace it by --force"
+        )
+
+
+def record_weights(plan: list[Item], root: Path) -> None:
+    """Write beside each weight of a plan what it belongs to."""
+    for item in plan:
+        asset = ASSETS[item.asset]
+        if asset.stage and asset.generation:
+            tokenizer_dir = root / TOKENIZER_DIRS[asset.generation]
+            record_pairing(item.path, item.origin, tokenizer_dir, stage=asset.stage)
+
+
 def record_pairing(
     weight: Path, origin: dict[str, str], tokenizer_dir: Path, *, stage: str
 ) -> None:
@@ -196,12 +215,8 @@ def run(args: argparse.Namespace) -> int:
         corpus = "there" if book.is_there(root / CORPUS_DIR) else "fetch"
     print_plan(plan, root=root, corpus=corpus)
     refuse_other_generation(plan)
-    differing = [item.path for item in plan if item.state == "differs"]
-    if differing and not args.force:
-        raise ValueError(
-            f"{', '.join(map(str, differing))}: there, but not the file of the hub; move it away, "
-            "or replace it by --force"
-        )
+    if not args.force:
+        refuse_differing(plan)
     to_fetch = [item for item in plan if item.state != "there"]
     num_bytes = sum(item.missing_bytes for item in to_fetch)
     needed = [(item.path.parent, item.missing_bytes) for item in to_fetch]
@@ -220,11 +235,7 @@ def run(args: argparse.Namespace) -> int:
         book.fetch_corpus(root / CORPUS_DIR)
     if CORPUS in names:
         print(book.compare_with_tokenizer(root / CORPUS_DIR))
-    for item in plan:
-        asset = ASSETS[item.asset]
-        if asset.stage and asset.generation:
-            tokenizer_dir = root / TOKENIZER_DIRS[asset.generation]
-            record_pairing(item.path, item.origin, tokenizer_dir, stage=asset.stage)
+    record_weights(plan, root)
     print("all there / 全部就绪")
     return 0
 

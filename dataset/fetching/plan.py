@@ -119,17 +119,20 @@ def make_plan(
                 continue
             remote = _find(wanted.removesuffix("?"), listing.files, source=source)
             path = _local_folder(asset, root=root, save_dir=save_dir) / remote.name
-            state = "fetch"
-            if path.is_file():
-                state = "there" if is_same(remote, path) else "differs"
             origin = {
                 "hub": hub,
                 "repository": source.repo,
                 "file": remote.name,
                 "revision": listing.commit or source.revision,
             }
-            plan.append(Item(name, remote, path, state, origin))
+            plan.append(Item(name, remote, path, _state(remote, path), origin))
     return plan
+
+
+def _state(remote: RemoteFile, path: Path) -> str:
+    if not path.is_file():
+        return "fetch"
+    return "there" if is_same(remote, path) else "differs"
 
 
 def _local_folder(asset: Asset, *, root: Path, save_dir: Path | None) -> Path:
