@@ -8,7 +8,8 @@ CPU_TORCH := torch==2.13.0+cpu
 JOBS ?= 2
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup test test-quick test-all test-gpu test-cuda-build lint demo from-zero clean
+.PHONY: setup test test-quick test-all test-gpu test-cuda-build check-published lint demo \
+        from-zero clean
 
 setup: $(VENV)/.done
 
@@ -41,6 +42,10 @@ test-gpu:
 # Fake tensors on a CUDA build of PyTorch, in .venv-cuda: 3 GB to download, 6 GB on the disk.
 test-cuda-build:
 	$(PYTHON) tests/cuda_build/run.py
+
+# Fetches the published weights of both generations (3 GB, into out/published) and checks them.
+check-published: setup
+	$(BIN)/python dataset/check_published.py $(CHECK_FLAGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,17 +1,20 @@
-"""Fetches the real assets: CLIP tower, base language models with their tokenizer, data, corpus.
+"""Fetches the real assets of both generations: towers, weights, tokenizers, data; and the corpus.
 
     python dataset/download.py                          # what the two training stages need
+    python dataset/download.py --generation 3           # the same of the third generation
     python dataset/download.py llm_768 sft --hub modelscope
+    python dataset/download.py sft_vlm3 vision3 --save_dir out3
     python -m dataset.download corpus --yes
+    python dataset/download.py --list
 
 It lists what it will fetch with sizes, and asks before it starts. No other command starts it. After
-an interruption it resumes; a file that exists is checked and not fetched again.
+an interruption it resumes; a file that exists is checked and not fetched again. Both generations
+give their weights the same names: one is never written over the other's, `--save_dir` keeps both.
 """
 
 import argparse
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import IO
@@ -20,41 +23,48 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.fetching import corpus as book
 from dataset.fetching.assets import (
+    ABOUT,
     ASSETS,
     CORPUS,
     DEFAULT_ASSETS,
-    TOKENIZER_DIR,
-    Item,
-    chosen_assets,
-    make_plan,
+    TOKENIZER_DIRS,
+    list_assets,
 )
+from dataset.fetching.disk import check_disk, readable
 from dataset.fetching.hub import ENDPOINTS, endpoint, fetch
+from dataset.fetching.plan import Item, chosen_assets, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 HUBS = ("huggingface", "modelscope")
 CORPUS_DIR = "dataset/corpus"
 # GitHub gives no size for its archives. This is an upper bound, far above what they take.
 CORPUS_ALLOWANCE_BYTES = 1 << 30
-DISK_MARGIN_BYTES = 64 << 20  # left free for the system and other programs
 INTERRUPTED = 130  # exit status after Ctrl-C: 128 plus the signal's number
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags of the command line."""
-    names = "\n".join(f"  {name:<15}{asset.about}" for name, asset in ASSETS.items())
     parser = argparse.ArgumentParser(
         prog="dataset/download.py",
         description="Fetch weights, tokenizer, tower and data / 下载权重、分词器、视觉塔与数据",
-        epilog=f"assets / 可下载的内容:\n{names}\n  {CORPUS:<15}the book Dive into Deep Learning, "
-        "text / 《动手学深度学习》文本\n\nmirrors / 镜像: "
+        epilog=f"assets / 可下载的内容:\n{list_assets()}\n\nmirrors / 镜像: "
         + ", ".join(variable for variable, _ in ENDPOINTS.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("assets", nargs="*", help=f"what to fetch / 下载什么 (default: {' '.join(DEFAULT_ASSETS)})")
+    default = " ".join(DEFAULT_ASSETS[2])
+    add("assets", nargs="*", help=f"what to fetch / 下载什么 (default: {default})")
+    add(
+        "--generation",
+        type=int,
+        choices=(2, 3),
+        help="whose assets the names mean, and the default / 第几代 (default: as named, else 2)",
+    )
+    add("--list", action="store_true", help="say what each asset is, and stop / 列出全部内容")
     add("--hub", choices=HUBS, default="huggingface", help="where from / 从哪里下载 (%(default)s)")
     add("--revision", help="another commit, tag or branch, of one asset / 指定单个内容的版本")
     add("--to", type=Path, default=ROOT, help="root of the same layout elsewhere / 另存到别处")
+    add("--save_dir", type=Path, help="folder of weights, instead of out / 权重目录 (默认 out)")
     add("--yes", action="store_true", help="do not ask / 不再询问")
     add("--dry_run", action="store_true", help="list and stop / 只列出, 不下载")
     add("--force", action="store_true", help="replace files that differ / 覆盖不同的文件")
@@ -63,10 +73,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def print_plan(plan: list[Item], *, root: Path, corpus: str | None) -> None:
     """One line a file: what happens, how big, from where, to where, how it is checked."""
+    generations = {ASSETS[item.asset].generation for item in plan}
+    for generation in sorted(g for g in generations if g is not None):
+        print(f"generation {generation}: {ABOUT[generation]}")
     for item in plan:
         check = "sha256" if item.remote.sha256 else "git id" if item.remote.git_sha1 else "size"
+        path = item.path.relative_to(root) if item.path.is_relative_to(root) else item.path
         print(
-            f"{item.state:<8}{readable(item.remote.size):>10}  {item.path.relative_to(root)}  "
+            f"{item.state:<8}{readable(item.remote.size):>10}  {path}  "
             f"({item.origin['repository']}, checked by {check})"
         )
     if corpus is not None:
@@ -78,36 +92,39 @@ def print_plan(plan: list[Item], *, root: Path, corpus: str | None) -> None:
         print("each edition of the book has its own license, put beside the text")
 
 
-def readable(num_bytes: int | None) -> str:
-    """A size in decimal units, as hubs show it."""
-    if num_bytes is None:
-        return "size ?"
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.1f} {unit}"
-    return f"{num_bytes} B"
+def weight_generation(path: Path) -> int | None:
+    """The generation of a weight file, by the names of its tensors; None if it is no weight."""
+    from model.weights.strict_loading import read_weights
+
+    try:
+        state = read_weights(path, shapes_only=True)
+    except ValueError:
+        return None
+    return 3 if any(".self_attn.q_norm." in name for name in state) else 2
 
 
-def check_disk(needed: list[tuple[Path, int]]) -> None:
-    """Raise OSError unless each disk has room for what will be written to it.
+def refuse_other_generation(plan: list[Item]) -> None:
+    """Raise ValueError if a weight would stand where one of the other generation stands.
 
-    Args:
-        needed: folders, which need not exist yet, and the bytes to write into each.
+    Both have the same names. `--force` does not help: it is not an older version of the file.
     """
-    disks: dict[int, tuple[Path, int]] = {}
-    for folder, num_bytes in needed:
-        folder = folder.resolve()
-        while not folder.exists():
-            folder = folder.parent
-        disk = folder.stat().st_dev
-        first, before = disks.get(disk, (folder, 0))
-        disks[disk] = (first, before + num_bytes)
-    for folder, num_bytes in disks.values():
-        free = shutil.disk_usage(folder).free
-        if free < num_bytes + DISK_MARGIN_BYTES:
-            raise OSError(
-                f"not enough space on the disk of {folder}: {readable(num_bytes)} to come, "
-                f"{readable(free)} free; free some, choose fewer assets, or another --to"
+    taken: dict[Path, str] = {}
+    for item in plan:
+        way_out = "name another folder for one of them by --save_dir FOLDER"
+        if item.path in taken:
+            raise ValueError(
+                f"{taken[item.path]} and {item.asset} are both {item.path}: fetch them one after "
+                f"the other, and {way_out}"
+            )
+        taken[item.path] = item.asset
+        wanted = ASSETS[item.asset].generation
+        if item.path.suffix != ".pth" or item.state != "differs":
+            continue
+        found = weight_generation(item.path)
+        if found not in (None, wanted):
+            raise ValueError(
+                f"{item.path} is a weight of generation {found}, and {item.asset} is one of "
+                f"generation {wanted} with the same name: nothing is written over it; {way_out}"
             )
 
 
@@ -121,7 +138,28 @@ def confirm(question: str) -> bool:
         return False
 
 
-def record_pairing(weight: Path, origin: dict[str, str], tokenizer_dir: Path) -> None:
+def refuse_differing(plan: list[Item]) -> None:
+    """Raise ValueError if a file is there that is not the hub's."""
+    differing = [item.path for item in plan if item.state == "differs"]
+    if differing:
+        raise ValueError(
+            f"{', '.join(map(str, differing))}: there, but not the file of the hub; move it away, "
+            "or replace it by --force"
+        )
+
+
+def record_weights(plan: list[Item], root: Path) -> None:
+    """Write beside each weight of a plan what it belongs to."""
+    for item in plan:
+        asset = ASSETS[item.asset]
+        if asset.stage and asset.generation:
+            tokenizer_dir = root / TOKENIZER_DIRS[asset.generation]
+            record_pairing(item.path, item.origin, tokenizer_dir, stage=asset.stage)
+
+
+def record_pairing(
+    weight: Path, origin: dict[str, str], tokenizer_dir: Path, *, stage: str
+) -> None:
     """Write beside a fetched weight which tokenizer it belongs to; loading checks it.
 
     Imports of `model` stand inside: only this command may use both packages.
@@ -149,7 +187,7 @@ def record_pairing(weight: Path, origin: dict[str, str], tokenizer_dir: Path) ->
         "config": sizes_from_tensors(read_weights(weight), path=weight),
         "vision_tower_sha256": None,
         "tokenizer_sha256": sha256,
-        "stage": "llm",
+        "stage": stage,
         "source": origin,
     }
     text = json.dumps(metadata, indent=1, ensure_ascii=False)
@@ -163,20 +201,22 @@ def record_pairing(weight: Path, origin: dict[str, str], tokenizer_dir: Path) ->
 
 def run(args: argparse.Namespace) -> int:
     """Plan, ask, fetch, record; returns the exit status."""
-    names = chosen_assets(args.assets, revision=args.revision)
+    if args.list:
+        print(list_assets())
+        return 0
+    names = chosen_assets(args.assets, revision=args.revision, generation=args.generation)
     root = args.to
     hub_names = [name for name in names if name != CORPUS]
-    plan = make_plan(hub_names, hub=args.hub, revision=args.revision, root=root)
+    plan = make_plan(
+        hub_names, hub=args.hub, revision=args.revision, root=root, save_dir=args.save_dir
+    )
     corpus = None
     if CORPUS in names:
         corpus = "there" if book.is_there(root / CORPUS_DIR) else "fetch"
     print_plan(plan, root=root, corpus=corpus)
-    differing = [item.path for item in plan if item.state == "differs"]
-    if differing and not args.force:
-        raise ValueError(
-            f"{', '.join(map(str, differing))}: there, but not the file of the hub; move it away, "
-            "or replace it by --force"
-        )
+    refuse_other_generation(plan)
+    if not args.force:
+        refuse_differing(plan)
     to_fetch = [item for item in plan if item.state != "there"]
     num_bytes = sum(item.missing_bytes for item in to_fetch)
     needed = [(item.path.parent, item.missing_bytes) for item in to_fetch]
@@ -195,9 +235,7 @@ def run(args: argparse.Namespace) -> int:
         book.fetch_corpus(root / CORPUS_DIR)
     if CORPUS in names:
         print(book.compare_with_tokenizer(root / CORPUS_DIR))
-    for item in plan:
-        if item.path.suffix == ".pth":
-            record_pairing(item.path, item.origin, root / TOKENIZER_DIR)
+    record_weights(plan, root)
     print("all there / 全部就绪")
     return 0
 

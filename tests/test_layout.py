@@ -53,6 +53,7 @@ COMMANDS = {
     "dataset/evaluation trainer/ranks",
     "web_demo.py": f"{MODEL} model/generation model/serving/api model/serving/web",
     "dataset/download.py": f"{MODEL} dataset/fetching",
+    "dataset/check_published.py": f"{MODEL} model/evaluation dataset/fetching",
     "dataset/prompt_picture.py": f"{MODEL} dataset dataset/records",
     "dataset/synthetic/__main__.py": "",
     "trainer/train_pretrain_vlm.py": "trainer/train_args.py trainer/run",

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 import eval_vlm
 import web_demo
-from dataset import download, prompt_picture
+from dataset import check_published, download, prompt_picture
 from dataset.synthetic import __main__ as synthetic
 from trainer import (
     demo,
@@ -49,6 +49,7 @@ PARSERS = {
     "eval_vlm.py": eval_vlm.parse_args,
     "web_demo.py": web_demo.parse_args,
     "dataset/download.py": download.parse_args,
+    "dataset/check_published.py": check_published.parse_args,
 }
 
 

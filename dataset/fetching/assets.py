@@ -1,19 +1,11 @@
-"""Owns the list of real assets, and the plan of a download: what is there, what is to be fetched.
+"""Owns the list of real assets of both generations: repositories, files, folders, checksums.
 
-A revision is a commit where one is pinned, else a branch; of a branch, the plan prints it and
-records the commit that it points to now. Every file is checked against the size and checksum that
-the hub declares, and against a pinned checksum where there is one.
+A revision is a commit where one is pinned, else a branch.
 """
 
-import difflib
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from dataset.fetching.hub import RemoteFile, is_same, list_files, part_size
 
 CORPUS = "corpus"  # the asset that comes from no hub: see corpus.py
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -27,7 +19,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Asset:
-    """Files that belong together and their folder; "a|b" is the first of them that exists."""
+    """Files that belong together and their folder.
+
+    Args:
+        files: "a|b" is the first of them that exists; "a?" is fetched where the repository has it.
+        generation: the only one that it serves; None serves both.
+        stage: of a weight, the stage that it comes from.
+    """
 
     about: str
     kind: str
@@ -36,18 +34,37 @@ class Asset:
     huggingface: Source
     modelscope: Source
     needs: tuple[str, ...] = ()
+    generation: int | None = None
+    stage: str | None = None
 
 
-# The vocabulary of the MiniMind2 weights. That of their successor has the same size but other ids:
-# with it these weights would give noise and no error.
+ABOUT = {
+    2: "MiniMind2-V (2025): CLIP, 196 tokens an image, 26M or 104M / 第二代: CLIP",
+    3: "minimind-3v (2026): SigLIP2, 64 tokens an image, 65M or 200M (MoE) / 第三代: SigLIP2",
+    None: "data for either / 两代通用的数据",
+}
+# Both vocabularies have 6400 tokens but other ids: with the other one, a weight would give noise
+# and no error.
 TOKENIZER_SHA256 = {
     "tokenizer.json": "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1caf5e4"
 }
-TOKENIZER_DIR = "model/minimind_tokenizer"
+TOKENIZER3_SHA256 = {
+    "tokenizer.json": "71f32c68cf63a15355a8fc171b7594b3d41870fe0ddb54fc6aefa55f73a4a668"
+}
+TOKENIZER_DIRS = {2: "model/minimind_tokenizer", 3: "model/minimind3_tokenizer"}
+# Newer transformers writes the template into a file of its own.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja?")
 WEIGHTS = (
     Source("jingyaogong/MiniMind2-V-PyTorch", "main"),
     Source("gongjy/MiniMind2-V-PyTorch", "master"),
 )
+WEIGHTS3 = (
+    Source("jingyaogong/minimind-3v-pytorch", "main"),
+    Source("gongjy/minimind-3v-pytorch", "master"),
+)
+SIGLIP_SHA256 = {
+    "model.safetensors": "c1e9cc19ed6704b87353ee00b9ff5d6191886d741898339984364f789c62810d"
+}
 DATA = (
     Source(
         "jingyaogong/minimind-v_dataset",
@@ -60,34 +77,117 @@ DATA = (
     Source("gongjy/minimind-v_dataset", "master"),
 )
 OLD_DATA = (Source(DATA[0].repo, "main"), DATA[1])
+
+
+def _weight(about: str, file: str, *, generation: int, stage: str) -> Asset:
+    """A native weight; its tokenizer comes with it, and its tower if it can see."""
+    sources, vision, tokenizer = {
+        2: (WEIGHTS, "vision", "tokenizer"),
+        3: (WEIGHTS3, "vision3", "tokenizer3"),
+    }[generation]
+    needs = (tokenizer,) if stage == "llm" else (vision, tokenizer)
+    return Asset(about, "model", (file,), "out", *sources, needs, generation, stage)
+
+
+def _folder(about: str, name: str) -> Asset:
+    """A transformers folder of generation 3, without the code that lies in it."""
+    weights = "model.safetensors|pytorch_model.bin"
+    return Asset(
+        about,
+        "model",
+        ("config.json", "generation_config.json?", *TOKENIZER_FILES, weights),
+        f"out/{name}",
+        Source(f"jingyaogong/{name}", "main"),
+        Source(f"gongjy/{name}", "master"),
+        ("vision3",),
+        generation=3,
+    )
+
+
 ASSETS = {
     "vision": Asset(
-        "CLIP ViT-B/16 / CLIP 视觉塔", "model",
+        "CLIP ViT-B/16, 0.6 GB / CLIP 视觉塔", "model",
         ("config.json", "preprocessor_config.json", "model.safetensors|pytorch_model.bin"),
         "model/vision_model/clip-vit-base-patch16",
         Source("openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"),
-        Source("openai-mirror/clip-vit-base-patch16", "master"),
+        Source("openai-mirror/clip-vit-base-patch16", "master"), generation=2,
     ),
     "tokenizer": Asset(
-        "the tokenizer of the published weights / 官方分词器", "model",
-        ("tokenizer.json", "tokenizer_config.json"), TOKENIZER_DIR,
+        "the tokenizer of these weights / 这些权重的分词器", "model",
+        TOKENIZER_FILES, TOKENIZER_DIRS[2],
         Source("jingyaogong/MiniMind2", "main", TOKENIZER_SHA256),
-        Source("gongjy/MiniMind2", "master", TOKENIZER_SHA256),
+        Source("gongjy/MiniMind2", "master", TOKENIZER_SHA256), generation=2,
     ),
-    "llm_512": Asset(
-        "base language model, 26M / 语言模型 26M", "model",
-        ("llm_512.pth|lm_512.pth",), "out", *WEIGHTS, needs=("tokenizer",),
+    "llm_512": _weight(
+        "language model, 26M, about 55 MB / 语言模型 26M", "llm_512.pth|lm_512.pth",
+        generation=2, stage="llm",
     ),
-    "llm_768": Asset(
-        "base language model, 104M / 语言模型 104M", "model",
-        ("llm_768.pth|lm_768.pth",), "out", *WEIGHTS, needs=("tokenizer",),
+    "llm_768": _weight(
+        "language model, 104M, about 215 MB / 语言模型 104M", "llm_768.pth|lm_768.pth",
+        generation=2, stage="llm",
     ),
+    "pretrain_vlm_512": _weight(
+        "26M after pretraining / 26M 预训练后", "pretrain_vlm_512.pth",
+        generation=2, stage="pretrain_vlm",
+    ),
+    "pretrain_vlm_768": _weight(
+        "104M after pretraining / 104M 预训练后", "pretrain_vlm_768.pth",
+        generation=2, stage="pretrain_vlm",
+    ),
+    "sft_vlm_512": _weight(
+        "26M, finished: to talk to / 26M 成品, 可直接对话", "sft_vlm_512.pth",
+        generation=2, stage="sft_vlm",
+    ),
+    "sft_vlm_768": _weight(
+        "104M, finished / 104M 成品", "sft_vlm_768.pth", generation=2, stage="sft_vlm",
+    ),
+    "vision3": Asset(
+        "SigLIP2 base, patch 32, 189 MB / SigLIP2 视觉塔", "model",
+        ("config.json", "preprocessor_config.json", "model.safetensors|pytorch_model.bin"),
+        "model/siglip2-base-p32-256-ve",
+        Source(
+            "jingyaogong/siglip2-base-p32-256-ve",
+            "9465d1dc89db6bc6227c5b6b0e0ca9b940325d62", SIGLIP_SHA256,
+        ),
+        Source("gongjy/siglip2-base-p32-256-ve", "master", SIGLIP_SHA256), generation=3,
+    ),
+    "tokenizer3": Asset(
+        "the tokenizer of these weights / 这些权重的分词器", "model",
+        TOKENIZER_FILES, TOKENIZER_DIRS[3],
+        Source("jingyaogong/minimind-3v", "main", TOKENIZER3_SHA256),
+        Source("gongjy/minimind-3v", "master", TOKENIZER3_SHA256), generation=3,
+    ),
+    "llm3": _weight(
+        "language model, 64M / 语言模型 64M", "llm_768.pth", generation=3, stage="llm",
+    ),
+    "llm3_moe": _weight(
+        "the same with experts (MoE), 198M, 407 MB / 专家语言模型 198M", "llm_768_moe.pth",
+        generation=3, stage="llm",
+    ),
+    "pretrain_vlm3": _weight(
+        "65M after pretraining / 65M 预训练后", "pretrain_vlm_768.pth",
+        generation=3, stage="pretrain_vlm",
+    ),
+    "pretrain_vlm3_moe": _weight(
+        "200M after pretraining / 200M 预训练后", "pretrain_vlm_768_moe.pth",
+        generation=3, stage="pretrain_vlm",
+    ),
+    "sft_vlm3": _weight(
+        "65M, finished: to talk to / 65M 成品, 可直接对话", "sft_vlm_768.pth",
+        generation=3, stage="sft_vlm",
+    ),
+    "sft_vlm3_moe": _weight(
+        "200M, finished, 409 MB / 200M 成品", "sft_vlm_768_moe.pth",
+        generation=3, stage="sft_vlm",
+    ),
+    "folder3": _folder("sft_vlm3 as a transformers folder / transformers 目录", "minimind-3v"),
+    "folder3_moe": _folder("sft_vlm3_moe as one / 同上, 专家模型", "minimind-3v-moe"),
     "pretrain": Asset(
-        "pretraining data, Parquet / 预训练数据", "dataset",
+        "pretraining data, Parquet, 1.27M rows / 预训练数据", "dataset",
         ("pretrain_i2t.parquet|pretrain_data.parquet",), "dataset", *DATA,
     ),
     "sft": Asset(
-        "fine-tuning data, Parquet / 微调数据", "dataset",
+        "fine-tuning data, Parquet, 2.9M rows, 4.9 GB / 微调数据", "dataset",
         ("sft_i2t.parquet|sft_data.parquet",), "dataset", *DATA,
     ),
     "pretrain_jsonl": Asset(
@@ -104,96 +204,19 @@ ASSETS = {
         ("sft_vlm_data_multi.jsonl", "sft_multi_images_trans_image.zip"), "dataset", *OLD_DATA,
     ),
 }  # fmt: skip
-DEFAULT_ASSETS = ("vision", "llm_512", "pretrain", "sft")
+DEFAULT_ASSETS = {
+    2: ("vision", "llm_512", "pretrain", "sft"),
+    3: ("vision3", "llm3", "pretrain", "sft"),
+}
 
 
-@dataclass(frozen=True)
-class Item:
-    """One file of the plan; `state` is "fetch", "there" or "differs"."""
-
-    asset: str
-    remote: RemoteFile
-    path: Path
-    state: str
-    origin: dict[str, str]
-
-    @property
-    def missing_bytes(self) -> int:
-        return max(0, (self.remote.size or 0) - part_size(self.remote, self.path))
-
-
-def chosen_assets(names: list[str], *, revision: str | None) -> list[str]:
-    """Asset names in order, each after those it needs.
-
-    Raises:
-        ValueError: an unknown name, or a revision for anything but one asset of a hub.
-    """
-    known = [*ASSETS, CORPUS]
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"unknown asset {name!r}{hint}; choose from {', '.join(known)}")
-    if revision is not None and (len(names) != 1 or names[0] == CORPUS):
-        raise ValueError(
-            f"--revision {revision} belongs to one repository: name exactly one asset of a hub, "
-            f"got {' '.join(names) or 'none'}"
-        )
-    names = names or list(DEFAULT_ASSETS)
-    chosen = [x for name in names for x in (*(ASSETS[name].needs if name in ASSETS else ()), name)]
-    return list(dict.fromkeys(chosen))
-
-
-def make_plan(names: list[str], *, hub: str, revision: str | None, root: Path) -> list[Item]:
-    """Ask the hub for the files of these assets and compare them with the local ones.
-
-    Args:
-        revision: replaces the last asset's pinned one; pinned checksums then do not apply.
-    Raises:
-        FileNotFoundError, ConnectionError: from the hub.
-        ValueError: the hub lacks a file, or declares another checksum than the pinned one.
-    """
-    plan = []
-    for name in names:
-        asset, source = ASSETS[name], getattr(ASSETS[name], hub)
-        if revision is not None and name == names[-1]:
-            source = Source(source.repo, revision)
-        listing = list_files(hub, source.repo, kind=asset.kind, revision=source.revision)
-        if not COMMIT.fullmatch(source.revision):
-            now = f", now {listing.commit}" if listing.commit else ""
-            print(f"note: {source.repo} is taken at {source.revision}{now}; no commit is pinned")
-        for wanted in asset.files:
-            remote = _find(wanted, listing.files, source=source)
-            path = root / asset.folder / remote.name
-            state = "fetch"
-            if path.is_file():
-                state = "there" if is_same(remote, path) else "differs"
-            origin = {
-                "hub": hub,
-                "repository": source.repo,
-                "file": remote.name,
-                "revision": listing.commit or source.revision,
-            }
-            plan.append(Item(name, remote, path, state, origin))
-    return plan
-
-
-def _find(wanted: str, files: dict[str, RemoteFile], *, source: Source) -> RemoteFile:
-    """The first of the alternatives (a|b) in the repository, with its pinned checksum."""
-    where = f"{source.repo} at {source.revision}"
-    for name in wanted.split("|"):
-        if name in files:
-            remote, pinned = files[name], source.sha256.get(name)
-            if pinned and remote.sha256 not in (None, pinned):
-                raise ValueError(
-                    f"{where}: {name} has sha256 {remote.sha256}, expected {pinned}: it was "
-                    "replaced there; choose another --hub, or take it as it is by naming its "
-                    f"asset with --revision {source.revision}"
-                )
-            return RemoteFile(
-                remote.url, name, remote.size, pinned or remote.sha256, remote.git_sha1
-            )
-    raise ValueError(
-        f"{where} has no {wanted.replace('|', ' or ')} (there: {', '.join(sorted(files)[:12])}); "
-        "name another by --revision, or choose another --hub"
-    )
+def list_assets() -> str:
+    """All assets, by generation, a line each."""
+    lines = []
+    for generation, about in ABOUT.items():
+        lines.append(about if generation is None else f"generation {generation}, {about}")
+        for name, asset in ASSETS.items():
+            if asset.generation == generation:
+                lines.append(f"  {name:<19}{asset.about}")
+    lines.append(f"  {CORPUS:<19}the book Dive into Deep Learning, text / 《动手学深度学习》文本")
+    return "\n".join(lines)

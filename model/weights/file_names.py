@@ -56,7 +56,7 @@ def find_weight(
                     f"{', '.join(p.name for p in found)}; choose one by --hidden_size and --use_moe"
                 )
     wanted = weight_stem(name, hidden_size=hidden_size or usual_size, use_moe=bool(use_moe))
-    raise _not_found(name, wanted, folders, published=f"llm_{usual_size}")
+    raise _not_found(name, wanted, folders, published="llm3" if generation == 3 else "llm_512")
 
 
 def _not_found(name: str, wanted: str, folders: list[Path], *, published: str) -> FileNotFoundError:

@@ -25,6 +25,7 @@ from support.fake_hub import (
 
 from dataset import download
 from dataset.fetching import assets as manifest
+from dataset.fetching import disk
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.vlm_processor import load_tokenizer, tokenizer_sha256
 from model.weights.metadata import read_metadata
@@ -99,7 +100,7 @@ def test_file_replaced_on_the_hub_is_refused_before_it_is_fetched(hub, tmp_path,
 
 def test_too_small_disk_is_refused_before_anything_is_fetched(hub, tmp_path, capfd, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    enough = download.DISK_MARGIN_BYTES + len(PARQUET)
+    enough = disk.DISK_MARGIN_BYTES + len(PARQUET)
     for free, status in ((enough - 1, 1), (enough, 0)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, f=free: usage._replace(free=f))
         assert run(tmp_path, "pretrain") == status
@@ -177,7 +178,7 @@ def test_weight_and_tokenizer_are_recorded_as_belonging_together(published, tmp_
     }
     sizes = weight_config(read_weights(weight), path=weight, flags={})
     assert (sizes["hidden_size"], sizes["num_hidden_layers"]) == (32, 2)
-    fetched = tmp_path / manifest.TOKENIZER_DIR
+    fetched = tmp_path / manifest.TOKENIZER_DIRS[2]
     load_tokenizer(fetched, expected_sha256=metadata["tokenizer_sha256"])
     assert f"note: {WEIGHTS} is taken at main, now {COMMIT}" in capfd.readouterr().out
     before = weight.with_suffix(".json").stat().st_mtime_ns
@@ -199,7 +200,7 @@ def test_successor_of_the_tokenizer_is_refused(published, tmp_path, capfd):
     hub.files[TOKENIZER]["tokenizer.json"] = b'{"version": "other"}'
     error = error_of(capfd, tmp_path, "llm_512")
     assert "tokenizer.json" in error and "wrong sha256" in error
-    assert not (tmp_path / manifest.TOKENIZER_DIR / "tokenizer.json").exists()
+    assert not (tmp_path / manifest.TOKENIZER_DIRS[2] / "tokenizer.json").exists()
 
 
 def test_metadata_that_names_another_tokenizer_is_not_overwritten(published, tmp_path, capfd):
