@@ -94,13 +94,13 @@ def print_plan(plan: list[Item], *, root: Path, corpus: str | None) -> None:
 
 def weight_generation(path: Path) -> int | None:
     """The generation of a weight file, by the names of its tensors; None if it is no weight."""
-    from model.weights.strict_loading import read_weights
+    from model.weights.strict_loading import is_third_generation, read_weights
 
     try:
         state = read_weights(path, shapes_only=True)
     except ValueError:
         return None
-    return 3 if any(".self_attn.q_norm." in name for name in state) else 2
+    return 3 if is_third_generation(state) else 2
 
 
 def refuse_other_generation(plan: list[Item]) -> None:

@@ -158,6 +158,9 @@ def train(
             share = F.one_hot(best, probs.shape[1]).float().mean(0)
             loss = loss + BALANCE * probs.shape[1] * (share * probs.mean(0)).sum()
         loss.backward()
+        for name in names:  # an expert that no token went to still decays and keeps its momentum
+            if w[name].grad is None:
+                w[name].grad = torch.zeros_like(w[name])
         torch.nn.utils.clip_grad_norm_([w[n] for n in names], 1.0)
         optimizer.step()
     return losses
