@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from trainer import train_pretrain_vlm
+from trainer import train_pretrain_vlm, train_sft_vlm
 from trainer.loop import train_loop
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -122,6 +122,11 @@ def run_ranks(argv: list, folder: Path, *, world_size: int, status: int = 0, **o
     with RankGroup(argv, folder, world_size=world_size, **options) as group:
         assert group.wait() == [status] * world_size, group.said()
         return group.output()
+
+
+def run_sft(argv: list[str]) -> None:
+    """A hook that runs the second stage, not the first."""
+    sys.exit(train_sft_vlm.main(list(map(str, argv))))
 
 
 def record_steps(folder: Path, name: str) -> None:

@@ -1,11 +1,14 @@
 """If this fails, models of generation 3 are trained otherwise than their recipe says."""
 
 import json
+import random
 
 import pytest
 import torch
 from conftest import make_records, train_flags
 from support.plain_third import read_samples, train
+from support.published_rows import in_type, mixed_rows, write
+from support.rank_group import RankGroup, run_ranks, run_sft
 from support.third_generation import make_assets3, make_loaded3
 from support.tiny_vlm import save_tiny
 
@@ -94,3 +97,45 @@ def test_a_weight_of_another_generation_is_one_line(stage, assets, assets3, data
     assert stage.main([*argv, "--generation", "3"]) == 1
     line = capfd.readouterr().err
     assert line.startswith("error: the tokenizer has no token <|image_pad|>")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_rows", [120, pytest.param(3000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_parquet_as_published_trains_and_resumes_with_equal_bits(
+    stage, num_rows, assets3, tmp_path
+):
+    """Rows of text alone with a black picture, several pictures, dictionaries in lists; with random
+    system messages and think blocks; killed with `kill -9` in the middle."""
+    texts, images = mixed_rows(random.Random(0), num_rows)
+    data = tmp_path / f"{stage}_i2t.parquet"
+    write(data, texts, in_type(images, "list of dictionary"), data_page_size=4096)
+
+    def argv(name):
+        flags = {"from_weight": assets3 / "sft_vlm_32.pth", "freeze_llm": None, "batch_size": 10}
+        flags |= {"num_workers": 1, "save_interval": 3, "from_resume": 1}
+        return train_flags(assets3, tmp_path / name, data, None, **flags)
+
+    def launch(name) -> dict:
+        hook = (run_sft, argv(name)) if stage == "sft" else None
+        return {"argv": argv(name), "folder": tmp_path, "hook": hook, "name": name}
+
+    run_ranks(world_size=1, **launch("whole"))
+    with RankGroup(world_size=1, **launch("cut")) as group:
+        group.wait_for(lambda: len(losses_so_far(tmp_path / "cut")) > num_rows // 20)
+        group.kill()
+        group.wait()
+    assert "resumed" in run_ranks(world_size=1, **launch("cut"))
+    whole, cut = (
+        torch.load(next((tmp_path / name / "checkpoints").glob("*_resume.pth")), weights_only=True)
+        for name in ("whole", "cut")
+    )
+    assert whole["progress"] == cut["progress"] and whole["progress"]["bad_samples"] == 0
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, cut["model"][name]), name
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "cut")
+
+
+def losses_so_far(folder) -> list[str]:
+    files = list((folder / "out").glob("*_metrics.jsonl"))
+    return files[0].read_text().splitlines() if files else []

@@ -2,9 +2,7 @@
 text alone as bad, or needs more memory the larger it is.
 """
 
-import io
 import itertools
-import json
 import os
 import pickle
 import random
@@ -12,9 +10,9 @@ import random
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import conversation
 from PIL import Image
 from support.processor3 import make_processor3
+from support.published_rows import FORMATS, TYPES, in_type, mixed_rows, picture, turns, write
 
 from dataset.lm_dataset import BadSample, VLMDataset
 from dataset.records import parquet_pages
@@ -25,49 +23,11 @@ from dataset.records.stand_in import is_stand_in
 from dataset.records.thrift import Reader, write_struct
 
 NUM_ROWS = 900
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-LIST = pyarrow.list_(pyarrow.binary())
-TYPES = {
-    "binary": pyarrow.binary(),
-    "large binary": pyarrow.large_binary(),
-    "list": LIST,
-    "large list": pyarrow.large_list(pyarrow.large_binary()),
-    "dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.binary()),
-    "list of dictionary": pyarrow.list_(pyarrow.dictionary(pyarrow.int32(), pyarrow.binary())),
-}
-BLACK = (0, 0, 0)
 
 
 @pytest.fixture(scope="module")
 def processor3(tmp_path_factory):
     return make_processor3(tmp_path_factory.mktemp("tokenizer3"))
-
-
-def picture(colour=BLACK, *, size=(8, 8), kind="PNG", mode="RGB") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).convert(mode).save(file, kind)
-    return file.getvalue()
-
-
-def turns(question="What?", answer="A circle.") -> str:
-    return json.dumps(conversation(question, answer)["conversations"], ensure_ascii=False)
-
-
-def in_type(values: list, name: str) -> pyarrow.Array:
-    """Pictures (bytes, lists of them, None) in a column of a type."""
-    if name == "list of dictionary":
-        plain = pyarrow.array(values, LIST)
-        pool = plain.values.dictionary_encode()
-        return pyarrow.ListArray.from_arrays(plain.offsets, pool, mask=plain.is_null())
-    if name == "dictionary":
-        return pyarrow.array(values, pyarrow.binary()).dictionary_encode()
-    return pyarrow.array(values, TYPES[name])
-
-
-def write(path, conversations: list, images, **options) -> None:
-    kind = options.pop("text", pyarrow.string())
-    columns = {"conversations": pyarrow.array(conversations, kind), "image_bytes": images}
-    pyarrow.parquet.write_table(pyarrow.table(columns), path, **options)
 
 
 def random_images(dice: random.Random, *, in_lists: bool) -> list:
@@ -263,25 +223,6 @@ def test_a_damaged_page_is_a_bad_record_of_its_rows(tmp_path):
         BadRecordError, match="row 7: .*pages of column 'image_bytes' cannot be fou"
     ):
         ParquetRecords(path)[7]
-
-
-def mixed_rows(dice: random.Random) -> tuple[list[str], list[list[bytes]]]:
-    """Rows as published: every fifth of text alone, the others with one picture or two."""
-    blacks = [picture(kind=kind) for kind in FORMATS]
-    colours = [
-        picture((40 * i, 200 - 20 * i, 90), size=(32 + i, 40), kind=FORMATS[i % 4])
-        for i in range(10)
-    ]
-    texts, images = [], []
-    for i in range(3000):
-        if i % 5 == 0:
-            texts.append(turns(f"What is {i}?", "<think>\nhm\n</think>\n\nA number."))
-            images.append([dice.choice(blacks)])
-        else:
-            number = 2 if i % 7 == 0 else 1
-            texts.append(turns("<image>" * number + "\nWhat is it?", f"A picture {i}."))
-            images.append(dice.choices(colours, k=number))
-    return texts, images
 
 
 @pytest.mark.parametrize("name", ["list", "list of dictionary", "dictionary"])

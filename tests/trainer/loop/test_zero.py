@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, make_records, script_environment, train_flags
 from support.rank_group import RankGroup, run_ranks
+from support.third_generation import make_assets3
 
 from trainer import train_pretrain_vlm
 from trainer.loop.zero_engine import CONFIG_DIR
@@ -28,6 +29,8 @@ VARIANTS = {  # stage, flags
     "zero2-bfloat16-moe": (2, {"use_moe": 1, "dtype": "bfloat16"}),
     "zero3": (3, {}),
     "zero3-bfloat16": (3, {"dtype": "bfloat16"}),
+    "zero2-third-moe": (2, {"generation": 3, "use_moe": 1}),
+    "zero3-third-moe": (3, {"generation": 3, "use_moe": 1}),
     "zero1-projection": (1, {"freeze_llm": 1}),
     "zero2-projection": (2, {"freeze_llm": 1}),
     "zero3-projection": (3, {"freeze_llm": 1}),
@@ -83,6 +86,9 @@ def assert_same_bits(left: dict, right: dict):
 )
 def test_zero_is_the_training_of_ddp(name, assets, tmp_path, data):
     stage, options = VARIANTS[name]
+    if "generation" in options:
+        assets = tmp_path / "assets3"
+        make_assets3(assets)
     val = make_records(tmp_path / "val", num_records=7, seed=1)
     options = options | {"val_data_path": val[0], "val_images_path": val[1]}
     run_ranks(flags_of(assets, tmp_path / "ddp", data, **options), tmp_path, world_size=2)
