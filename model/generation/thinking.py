@@ -8,6 +8,7 @@ text begins inside it. A block that does not end has no answer behind it. Later 
 from typing import NamedTuple
 
 OPEN, CLOSE = "<think>", "</think>"
+THINKING, ANSWER = "thinking / 思考", "answer / 回答"  # as a terminal names the parts
 
 
 class Piece(NamedTuple):
@@ -107,3 +108,8 @@ def without_thinking(text: str) -> str:
     if marker:
         return answer.lstrip("\n")
     return "" if text.lstrip().startswith(OPEN) else text
+
+
+def marked(answer: str, reasoning: str | None) -> str:
+    """Both parts for a terminal, under their names; the answer alone where there is no thinking."""
+    return answer if reasoning is None else f"[{THINKING}]\n{reasoning}\n[{ANSWER}]\n{answer}"
