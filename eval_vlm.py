@@ -37,6 +37,8 @@ from model.evaluation.result_files import check_result_files, write_html, write_
 from model.evaluation.task import Output, Task, run_task
 from model.generation.engine import VLMEngine
 from model.generation.sampling import add_sampling_arguments, sampling_from
+from model.generation.thinking import without_thinking
+from model.generations import GENERATIONS
 from model.machine.device import memory_guard
 from model.machine.paths import ROOT
 from model.machine.terminal import Terminated, one_line, printing, sigterm_as_ctrl_c, silence_stdout
@@ -45,9 +47,7 @@ from model.serving.terminal_chat import chat
 from model.vlm_processor import VLMProcessor, tokenizer_sha256
 from trainer.ranks.group import Logger, Ranks, init_distributed_mode, warn
 
-DEFAULT_PROMPT = "仔细看一下这张图：\n\n<image>\n\n描述一下这个图像的内容。"
-DESCRIBE_DEFAULTS = {"max_new_tokens": 512, "temperature": 0.65}
-SCORE_DEFAULTS = {"max_new_tokens": 64, "temperature": 0.0}
+MAX_NEW_TOKENS, SCORE_MAX_NEW_TOKENS = 512, 64
 LOWEST = {"batch_size": 1, "max_seq_len": 1, "num_records": 1, "num_generate": 0, "num_wrong": 1}
 WINDOW_BATCHES = 4  # batches of records that are read and sorted by length together
 READER_LEFT = 141  # exit status, as a shell has it for SIGPIPE (which Windows lacks)
@@ -59,13 +59,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_model_arguments(parser)
     add_describe_arguments(parser)
     add_sampling_arguments(parser)
-    parser.set_defaults(**dict.fromkeys(DESCRIBE_DEFAULTS))
+    parser.set_defaults(max_new_tokens=None)
     add_score_arguments(parser)
     args = parser.parse_args(argv)
-    defaults = SCORE_DEFAULTS if args.data_path else DESCRIBE_DEFAULTS
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if args.max_new_tokens is None:
+        is_short = args.data_path and not args.open_thinking
+        args.max_new_tokens = SCORE_MAX_NEW_TOKENS if is_short else MAX_NEW_TOKENS
+    if args.data_path and args.temperature is None:
+        args.temperature = 0.0
     return args
 
 
@@ -77,8 +78,17 @@ def add_describe_arguments(parser: argparse.ArgumentParser) -> None:
         default=ROOT / "dataset" / "eval_images",
         help="folder of images to describe / 要描述的图像目录",
     )
-    prompt_help = "question; without <image>, the image comes first / 提问"
-    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help=prompt_help)
+    prompt_help = (
+        "question; without <image>, the image comes first; default: the generation's / 提问"
+    )
+    parser.add_argument("--prompt", help=prompt_help)
+    parser.add_argument(
+        "--show_speed",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        help="tokens/s to stderr, of --chat too; default: 1 in generation 3 / 显示生成速度",
+    )
     parser.add_argument("--html", type=parse_path, help="write a gallery here / 生成 HTML 图集")
 
 
@@ -164,8 +174,9 @@ def printing_of(args: argparse.Namespace) -> Callable[[], AbstractContextManager
 
 
 def load(args: argparse.Namespace) -> VLMEngine:
-    """The engine of the flags; prints which weight it is."""
+    """The engine of the flags, which it suits; prints which weight it is."""
     engine = VLMEngine.from_args(args)
+    sampling_from(args, engine.generation)
     with printing(is_extra=has_files(args)):
         Logger(f"weights: {engine.path}")
     if engine.warning:
@@ -173,18 +184,28 @@ def load(args: argparse.Namespace) -> VLMEngine:
     return engine
 
 
+def shows_speed(args: argparse.Namespace, engine: VLMEngine) -> bool:
+    """Whether answers are followed by their speed: the flag, else as the generation has it."""
+    own = GENERATIONS[engine.generation]
+    return own.shows_speed if args.show_speed is None else args.show_speed
+
+
 def describe_folder(args: argparse.Namespace, ranks: Ranks) -> int:
     """Describe every sample, naming those that cannot be; returns the exit status."""
+    samples = find_samples(args.image_dir)
+    engine = load(args)
+    if args.prompt is None:
+        args.prompt = GENERATIONS[engine.generation].prompt
     task = FolderDescriptions(
-        find_samples(args.image_dir),
+        samples,
         args.prompt,
-        sampling_from(args),
+        sampling_from(args, engine.generation),
         batch_size=args.batch_size,
         with_thumbnails=bool(args.html),
+        show_speed=shows_speed(args, engine),
         group=ranks,
         printing=printing_of(args),
     )
-    engine = load(args)
     try:
         found = task.run(engine)
     except BaseException:  # Ctrl-C too: the descriptions so far are written
@@ -218,6 +239,7 @@ def open_data(args: argparse.Namespace, processor: VLMProcessor) -> EvalData:
         num_wrong=args.num_wrong,
         seed=args.seed,
         window=WINDOW_BATCHES * args.batch_size,
+        answer_of=without_thinking if processor.can_think else str,
     )
 
 
@@ -226,7 +248,7 @@ def make_task(args: argparse.Namespace, ranks: Ranks) -> Task[Any]:
     if args.data_path:
         return RecordScores(
             partial(open_data, args),
-            sampling_from(args),
+            partial(sampling_from, args),
             source=args.data_path,
             batch_size=args.batch_size,
             num_generate=args.num_generate,
@@ -293,13 +315,20 @@ def second_args(args: argparse.Namespace) -> argparse.Namespace:
 def check_second(args: argparse.Namespace) -> str:
     """Load the weight to compare with and let go of it, so that what is wrong with it is reported
     before the first one is scored; returns its tokenizer's digest."""
-    return tokenizer_sha256(VLMEngine.from_args(second_args(args)).processor.tokenizer)
+    engine = VLMEngine.from_args(second_args(args))
+    sampling_from(args, engine.generation)
+    return tokenizer_sha256(engine.processor.tokenizer)
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """Do the task of the flags; returns the exit status."""
     if args.chat:
-        return chat(load(args), sampling_from(args))
+        engine = load(args)
+        return chat(
+            engine,
+            sampling_from(args, engine.generation),
+            show_speed=shows_speed(args, engine),
+        )
     check_outputs(args, ranks)
     is_scored = args.data_path or args.choices
     # Not with several ranks: one that waits in a collective operation would not run the handler.

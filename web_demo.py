@@ -73,13 +73,16 @@ def main(argv: list[str] | None = None) -> int:
                 "--concurrency must be at least 1, --queue at least 0, --port 0 to 65535; got "
                 f"{args.concurrency}, {args.queue}, {args.port}"
             )
-        defaults = sampling_from(args)
+        sampling_from(args)  # wrong flags are told before anything is loaded
         if args.api:
             engine = VLMEngine.from_args(args)
+            defaults = sampling_from(args, engine.generation)
             print_warning(engine)
             return serve_api(engine, defaults, **where, **limits, api_key=args.api_key)
         weights = Weights(args)
-        print_warning(weights.get(weights.default))
+        first = weights.get(weights.default)
+        defaults = sampling_from(args, first.generation)
+        print_warning(first)
         return serve_page(
             weights, defaults, **where, **limits, password=args.password, examples=args.examples
         )

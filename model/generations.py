@@ -31,6 +31,8 @@ class Generation:
     prompt: the question about each picture of `eval_vlm.py`.
     draws: defaults of training's flags of the same names: the share of samples that get a system
         message, and of those that keep their empty think blocks.
+    can_think: whether an answer may stand behind a think block.
+    shows_speed: whether `eval_vlm.py` tells the tokens per second where no flag says so.
     """
 
     config: dict[str, Any]
@@ -47,6 +49,8 @@ class Generation:
     lr_peak: float
     prompt: str
     draws: dict[str, float]
+    can_think: bool
+    shows_speed: bool
 
 
 GENERATIONS = {
@@ -76,6 +80,8 @@ GENERATIONS = {
         sampling={"temperature": 0.65, "top_p": 0.85, "top_k": 0},
         prompt="仔细看一下这张图：\n\n<image>\n\n描述一下这个图像的内容。",
         draws={"system_share": 0.0, "empty_think_share": 1.0},
+        can_think=False,
+        shows_speed=False,
     ),
     3: Generation(
         config={
@@ -103,5 +109,7 @@ GENERATIONS = {
         sampling={"temperature": 0.7, "top_p": 0.85, "top_k": 50},
         prompt="<image>\n请描述这张图中的主要物体和场景。",
         draws={"system_share": 0.2, "empty_think_share": 0.2},
+        can_think=True,
+        shows_speed=True,
     ),
 }

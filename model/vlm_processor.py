@@ -123,6 +123,7 @@ class VLMProcessor:
         self.image_processor = image_processor
         self.image_ids = config.placeholder_ids
         self.placeholder = config.placeholder
+        self.can_think = GENERATIONS[config.generation].can_think
         self.special_tokens = [
             str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
         ]

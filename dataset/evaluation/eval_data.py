@@ -7,6 +7,7 @@ a time.
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from random import Random
@@ -75,6 +76,7 @@ class EvalData:
         num_wrong: wrong captions for each right one.
         seed: chooses the wrong captions.
         window: records that are read together.
+        answer_of: what of a record's answer is a reference, without what the model thinks first.
     Raises:
         ValueError: no usable record with images.
     """
@@ -87,7 +89,9 @@ class EvalData:
         num_wrong: int,
         seed: int,
         window: int,
+        answer_of: Callable[[str], str] = str,
     ):
+        self._answer_of = answer_of
         self.dataset, self.num_wrong, self.seed, self.window = dataset, num_wrong, seed, window
         self.left_out: Counter[str] = Counter()
         self.examples: dict[str, str] = {}  # reason -> the first record left out for it
@@ -121,7 +125,7 @@ class EvalData:
                 self._leave_out("broken", str(error))
                 continue
             if record.images:
-                cards.append(_card(index, record))
+                cards.append(_card(index, record, answer_of=self._answer_of))
             else:
                 self._leave_out("no images", record.where)
         return cards
@@ -266,10 +270,13 @@ class EvalData:
         return list(groups.values())
 
     def messages(self, question: Question) -> tuple[list[dict[str, str]], list[bytes]]:
-        """The conversation before an answer, and the images in it."""
+        """The conversation before an answer, earlier answers without thinking, and its images."""
         record = self.dataset.records[question.card.index]
         ends = [i for i, m in enumerate(record.messages) if m["role"] == "assistant"]
-        before = record.messages[: ends[question.turn]]
+        before = [
+            m | {"content": self._answer_of(m["content"])} if m["role"] == "assistant" else m
+            for m in record.messages[: ends[question.turn]]
+        ]
         num_images = sum(m["content"].count(IMAGE_TAG) for m in before)
         read = self.dataset.records.read_image
         return before, [read(image) for image in record.images[:num_images]]
@@ -284,13 +291,13 @@ def _sentence_questions(cards: list[Card]) -> set[str]:
     return {question for question, n in lengths.items() if sum(n) > SHORT_WORDS * len(n)}
 
 
-def _card(index: int, record: Record) -> Card:
+def _card(index: int, record: Record, *, answer_of: Callable[[str], str]) -> Card:
     """The texts of a record and the keys of its images."""
     questions, answers, asked = [], [], ""
     for message in record.messages:
         if message["role"] == "assistant":
             questions.append(" ".join(asked.replace(IMAGE_TAG, "").split()))
-            answers.append(message["content"])
+            answers.append(answer_of(message["content"]))
         else:
             asked = message["content"]
     types = (*record.types, *[""] * len(answers))[: len(answers)]

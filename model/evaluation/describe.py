@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -18,6 +19,8 @@ from torch import Tensor
 from model.evaluation.task import Group
 from model.generation.engine import VLMEngine, ask
 from model.generation.sampling import Sampling
+from model.generation.speed import Speed
+from model.generation.thinking import THINKING, marked
 from model.machine.terminal import one_line, shown
 from model.pictures import open_image
 from model.vlm_processor import IMAGE_TAG, VLMProcessor
@@ -52,6 +55,7 @@ class Description:
     answer: str | None = None
     finish_reason: str | None = None
     error: str | None = None
+    reasoning: str | None = None  # what the model thought in front of the answer
     thumbnails: tuple[str, ...] = ()  # JPEG in base64
 
 
@@ -90,6 +94,7 @@ class FolderDescriptions:
     Args:
         samples: as `find_samples` gives them.
         with_thumbnails: keep a small picture of each image, for the gallery.
+        show_speed: one rank alone prints the tokens per second of each batch to stderr.
         printing: a context in which to print.
     """
 
@@ -101,11 +106,13 @@ class FolderDescriptions:
         *,
         batch_size: int,
         with_thumbnails: bool,
+        show_speed: bool,
         group: Group,
         printing: Callable[[], AbstractContextManager[None]],
     ):
         self.samples, self.prompt, self.sampling = samples, prompt, sampling
         self.batch_size, self.with_thumbnails = batch_size, with_thumbnails
+        self.show_speed = show_speed
         self.group, self.printing = group, printing
         self.so_far: list[Description] = []  # of this rank; remains if the run is interrupted
 
@@ -117,13 +124,15 @@ class FolderDescriptions:
 
     def _describe_share(self, engine: VLMEngine) -> list[Description]:
         for batch in self.group.batches(self.samples, self.batch_size):
-            described = describe_samples(
+            described, speed = describe_samples(
                 engine, batch, self.prompt, self.sampling, with_thumbnails=self.with_thumbnails
             )
             self.so_far.extend(described)
             if self.group.world_size == 1:
                 with self.printing():
                     print_descriptions(to_json(described))
+                if self.show_speed and speed.num_tokens:
+                    print(speed, file=sys.stderr, flush=True)
         return self.so_far
 
     def report(self, result: list[Description]) -> dict[str, Any]:
@@ -150,8 +159,9 @@ def describe_samples(
     sampling: Sampling,
     *,
     with_thumbnails: bool = False,
-) -> list[Description]:
-    """Answers to a batch of samples; a sample that cannot be asked about has an error instead."""
+) -> tuple[list[Description], Speed]:
+    """Answers to a batch of samples, and how quickly they came; a sample that cannot be asked about
+    has an error instead."""
     found: dict[int, Description] = {}
     asked, conversations = [], []
     for place, sample in enumerate(samples):
@@ -160,7 +170,11 @@ def describe_samples(
             messages = ask(_repeat_tag(prompt, len(names)), num_images=len(names))
             _check_tags(messages, num_images=len(names))
             # Pictures that cannot fit are not even decoded.
-            engine.context.fit(messages, max_new_tokens=sampling.max_new_tokens)
+            engine.context.fit(
+                messages,
+                max_new_tokens=sampling.max_new_tokens,
+                open_thinking=sampling.open_thinking,
+            )
             pixels, thumbnails = _read_images(
                 engine.processor, sample.images, with_thumbnails=with_thumbnails
             )
@@ -169,16 +183,19 @@ def describe_samples(
             continue
         asked.append((place, names, thumbnails))
         conversations.append((messages, pixels))
+    started_s = time.perf_counter()
     answers = engine.generate(conversations, sampling) if asked else []
+    speed = Speed(sum(a.num_new_tokens for a in answers), time.perf_counter() - started_s)
     for (place, names, thumbnails), answer in zip(asked, answers, strict=True):
         found[place] = Description(
             samples[place].name,
             names,
             answer.text,
             answer.finish_reason,
+            reasoning=answer.reasoning,
             thumbnails=thumbnails,
         )
-    return [found[place] for place in range(len(samples))]
+    return [found[place] for place in range(len(samples))], speed
 
 
 def _repeat_tag(prompt: str, num_images: int) -> str:
@@ -229,7 +246,8 @@ def print_descriptions(samples: list[dict[str, Any]]) -> None:
             line = one_line(f"{sample['name']}: {sample['error']}")
             print(f"error: {line}", file=sys.stderr, flush=True)
         else:
-            print(f"[{one_line(sample['name'])}] {shown(sample['answer'])}\n", flush=True)
+            text = marked(sample["answer"], sample.get("reasoning"))
+            print(f"[{one_line(sample['name'])}] {shown(text)}\n", flush=True)
 
 
 def to_json(descriptions: list[Description]) -> list[dict[str, Any]]:
@@ -247,6 +265,9 @@ def gallery(descriptions: list[Description], *, weight: str, prompt: str) -> str
             for name, data in zip(d.images, d.thumbnails, strict=False)
         )
         text = html.escape(d.answer if d.error is None else d.error)
+        if d.reasoning is not None:
+            title = html.escape(THINKING)
+            text = f"<details><summary>{title}</summary>{html.escape(d.reasoning)}</details>{text}"
         kind = "" if d.error is None else ' class="error"'
         figures.append(
             f"<figure><div>{pictures}</div><figcaption{kind}>{text}</figcaption>"

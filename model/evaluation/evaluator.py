@@ -5,7 +5,7 @@ Shapes: I images, P patches, D hidden, S image side in pixels.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol, TypeVar
 
@@ -19,8 +19,10 @@ from model.evaluation.likelihood import (
     score_candidates,
     score_sequences,
 )
+from model.evaluation.think_block import without_blocks
 from model.generation.engine import VLMEngine
 from model.generation.sampling import Sampling
+from model.generation.thinking import without_thinking
 
 # Images shown: the record's own, another record's, plain grey ones, none (and no image tags).
 CONDITIONS = ("right", "shuffled", "grey", "blind")
@@ -213,11 +215,19 @@ class Evaluator:
             "grey": [self._grey] * len(case.card.images),
         }
         sequences = {
-            condition: labelled_sequence(case.sample, torch.stack(some))
+            condition: self._sequence(case.sample, torch.stack(some))
             for condition, some in images.items()
             if some
         }
-        return sequences | {"blind": labelled_sequence(case.blind, None)}
+        return sequences | {"blind": self._sequence(case.blind, None)}
+
+    def _sequence(self, sample: SampleLike, features: Tensor | None) -> LabelledSequence:
+        """A conversation whose answers are scored without their think blocks."""
+        sequence = labelled_sequence(sample, features)
+        if not self.engine.can_think:
+            return sequence
+        labels = without_blocks(sequence.labels, self.processor.tokenizer)
+        return replace(sequence, labels=labels)
 
     def _rank_caption(self, case: CaseLike, features: dict[str, Tensor]) -> CaptionRow:
         is_right = {}
@@ -235,7 +245,7 @@ class Evaluator:
         self, samples: Sequence[SampleLike], features: Tensor
     ) -> list[AnswerScore]:
         """Scores of several answers to one prompt about images with these features (I, P, D)."""
-        sequences = [labelled_sequence(sample, features) for sample in samples]
+        sequences = [self._sequence(sample, features) for sample in samples]
         return score_candidates(self.model, sequences)
 
     def answer(
@@ -257,7 +267,8 @@ class Evaluator:
             some = order[start : start + self.batch_size]
             answers = self.engine.generate([conversations[i] for i in some], sampling)
             for question, answer in zip((questions[i] for i in some), answers, strict=True):
-                rows.append(_text_row(question, answer.text))
+                text = without_thinking(answer.text) if self.engine.can_think else answer.text
+                rows.append(_text_row(question, text))
         return rows
 
 

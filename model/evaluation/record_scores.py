@@ -53,6 +53,7 @@ class RecordScores:
 
     Args:
         open_data: the data for a processor; each weight brings its own.
+        sampling: of a weight's generation.
         source: the data's file, as errors name it.
         num_generate: answers to generate; 0 generates none.
         warn: prints a warning.
@@ -61,7 +62,7 @@ class RecordScores:
     def __init__(
         self,
         open_data: Callable[[VLMProcessor], ScorableData],
-        sampling: Sampling,
+        sampling: Callable[[int], Sampling],
         *,
         source: Path,
         batch_size: int,
@@ -130,10 +131,11 @@ class RecordScores:
         """This rank's generated answers."""
         chosen = spread(questions, self.num_generate)
         batches = list(self.group.batches(chosen, data.window))
+        sampling = self.sampling(evaluator.engine.generation)
         rows = []
         for batch in progress(batches, self.group, title="answering"):
             conversations = [data.messages(question) for question in batch]
-            rows += evaluator.answer(batch, conversations, self.sampling)
+            rows += evaluator.answer(batch, conversations, sampling)
         return rows
 
     def report(self, result: Results) -> dict[str, Any]:

@@ -31,12 +31,16 @@ class Context:
         """A text with more characters cannot fit, whatever it says: it need not be tokenized."""
         return self.max_tokens * self._max_token_bytes
 
-    def fit(self, messages: list[Message], *, max_new_tokens: int) -> tuple[list[Message], int]:
+    def fit(
+        self, messages: list[Message], *, max_new_tokens: int, open_thinking: bool = False
+    ) -> tuple[list[Message], int]:
         """Drop the oldest turns until prompt and answer fit.
 
         Turns are dropped for an answer of up to 1/`RESERVED_SHARE` of the context. A longer answer
         gets what room is left, so that a large `max_new_tokens` does not erase the conversation.
 
+        Args:
+            open_thinking: as `VLMProcessor.render` takes it.
         Returns:
             messages, and the number of dropped turns.
         Raises:
@@ -52,7 +56,7 @@ class Context:
 
         @cache
         def num_tokens(num_dropped: int) -> int:
-            return self._num_tokens(without(num_dropped))
+            return self._num_tokens(without(num_dropped), open_thinking=open_thinking)
 
         def fits(num_dropped: int) -> bool:
             return num_tokens(num_dropped) + reserved <= self.max_tokens
@@ -108,8 +112,10 @@ class Context:
         texts = [text.encode(errors="replace").decode() for text in texts]
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
-    def _num_tokens(self, messages: list[Message]) -> int:
-        text = self._processor.render(messages, add_generation_prompt=True)
+    def _num_tokens(self, messages: list[Message], *, open_thinking: bool) -> int:
+        text = self._processor.render(
+            messages, add_generation_prompt=True, open_thinking=open_thinking
+        )
         return len(self._processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -6,6 +6,7 @@ the same answer everywhere.
 
 import argparse
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from model.generation.attention_map import image_attention
 from model.generation.context import Context
 from model.generation.decoding import AnswerState, Decoder, TextPieces
-from model.generation.sampling import Sampling
+from model.generation.sampling import Sampling, cannot_think
+from model.generation.thinking import Piece, ThinkingSplitter, without_thinking
 from model.machine.device import memory_guard
 from model.pictures import Picture
 from model.vlm_processor import IMAGE_TAG, Message
@@ -33,6 +35,7 @@ class Answer:
         finish_reason: "stop" (the model wrote its end token), "length" or "cancelled".
         num_new_tokens: the end token included.
         num_dropped_turns: old turns that the context had no room for.
+        reasoning: the thinking in front of `text`; None where there is none.
     """
 
     text: str
@@ -40,6 +43,7 @@ class Answer:
     num_prompt_tokens: int
     num_new_tokens: int
     num_dropped_turns: int
+    reasoning: str | None = None
 
 
 def ask(prompt: str, *, num_images: int) -> list[Message]:
@@ -52,6 +56,7 @@ def ask(prompt: str, *, num_images: int) -> list[Message]:
 class Stream:
     """One answer as it comes: iterate over the pieces of its text, then read `answer`.
 
+    Thinking comes first; `is_thinking` says whether the piece that was returned last belongs to it.
     Nothing is computed between two pieces, and each may be read by another thread. Closing the
     stream, leaving it as a context manager or setting `cancel` ends the answer at the next token.
     """
@@ -60,30 +65,35 @@ class Stream:
         self,
         decoder: Decoder,
         pieces: TextPieces,
+        splitter: ThinkingSplitter,
         *,
         num_dropped_turns: int,
         cancel: threading.Event | None,
     ):
-        self._decoder, self._pieces = decoder, pieces
+        self.is_thinking = False
+        self._decoder, self._pieces, self._splitter = decoder, pieces, splitter
+        self._ready: deque[Piece] = deque()
         self._num_dropped_turns = num_dropped_turns
         self._cancel = cancel
-        self._text = ""
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     @memory_guard(NO_ROOM_ADVICE)
     def __next__(self) -> str:
-        while not self._decoder.is_done:
+        while not self._ready and not self._decoder.is_done:
             if self._cancel is not None and self._cancel.is_set():
                 self.close()
                 break
             self._decoder.step()
-            piece = self._pieces.push(self._decoder.answers[0].new_ids[-1])
-            if piece:
-                self._text += piece
-                return piece
-        raise StopIteration
+            text = self._pieces.push(self._decoder.answers[0].new_ids[-1])
+            self._ready += self._splitter.push(text)
+        if not self._ready:
+            self._ready += self._splitter.finish()
+        if not self._ready:
+            raise StopIteration
+        text, self.is_thinking = self._ready.popleft()
+        return text
 
     def __enter__(self) -> "Stream":
         return self
@@ -102,13 +112,19 @@ class Stream:
             raise ValueError(
                 "the answer has not ended yet: read the stream to its end, or close it"
             )
-        return _answer(self._decoder.answers[0], self._text, self._num_dropped_turns)
+        self._ready += self._splitter.finish()
+        return _answer(self._decoder.answers[0], self._splitter, self._num_dropped_turns)
 
 
-def _answer(state: AnswerState, text: str, num_dropped_turns: int) -> Answer:
+def _answer(state: AnswerState, split: ThinkingSplitter, num_dropped_turns: int) -> Answer:
     assert state.finish_reason is not None
     return Answer(
-        text, state.finish_reason, state.num_prompt_tokens, len(state.new_ids), num_dropped_turns
+        split.answer,
+        state.finish_reason,
+        state.num_prompt_tokens,
+        len(state.new_ids),
+        num_dropped_turns,
+        split.reasoning,
     )
 
 
@@ -127,6 +143,16 @@ class VLMEngine:
     def from_args(cls, args: argparse.Namespace) -> "VLMEngine":
         """Load the model that the flags name, strictly; raises as `load_model` does."""
         return cls(load_model(args))
+
+    @property
+    def generation(self) -> int:
+        """Of the model; a key of `GENERATIONS`."""
+        return self.model.config.generation
+
+    @property
+    def can_think(self) -> bool:
+        """Whether its answers may stand behind a think block."""
+        return self.processor.can_think
 
     @property
     def warning(self) -> str | None:
@@ -168,10 +194,14 @@ class VLMEngine:
                 decoder.step()
         answers = []
         for state, num_dropped_turns in zip(decoder.answers, dropped, strict=True):
-            pieces = TextPieces(self.processor.tokenizer)
-            text = "".join(pieces.push(token) for token in state.new_ids)
-            answers.append(_answer(state, text, num_dropped_turns))
+            pieces, splitter = TextPieces(self.processor.tokenizer), self._splitter(sampling)
+            splitter.push("".join(pieces.push(token) for token in state.new_ids))
+            splitter.finish()
+            answers.append(_answer(state, splitter, num_dropped_turns))
         return answers
+
+    def _splitter(self, sampling: Sampling) -> ThinkingSplitter:
+        return ThinkingSplitter(can_think=self.can_think, is_open=sampling.open_thinking)
 
     @memory_guard(NO_ROOM_ADVICE)
     def stream(
@@ -192,6 +222,7 @@ class VLMEngine:
         return Stream(
             decoder,
             TextPieces(self.processor.tokenizer),
+            self._splitter(sampling),
             num_dropped_turns=num_dropped_turns,
             cancel=cancel,
         )
@@ -202,12 +233,17 @@ class VLMEngine:
         """A decoder, and how many turns were dropped from each conversation."""
         if not conversations:
             raise ValueError("no conversation to answer")
+        thinks = sampling.open_thinking
+        if thinks and not self.can_think:
+            raise ValueError(f"open_thinking: {cannot_think(self.generation)}")
         prompts, dropped = [], []
         for messages, images in conversations:
-            kept, num_dropped = self.context.fit(messages, max_new_tokens=sampling.max_new_tokens)
+            kept, num_dropped = self.context.fit(
+                messages, max_new_tokens=sampling.max_new_tokens, open_thinking=thinks
+            )
             prompts.append((kept, images))
             dropped.append(num_dropped)
-        batch = self.processor.prompt_batch(prompts)
+        batch = self.processor.prompt_batch(prompts, open_thinking=thinks)
         answers = []
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
             prompt_ids = ids[mask.bool()]
@@ -220,8 +256,11 @@ class VLMEngine:
     def remember(self, messages: list[Message], answer: str) -> list[Message]:
         """The conversation with the model's answer appended, for the next question.
 
-        Where an answer spells `<image>` or a special token, it is made ordinary text.
+        Where an answer spells `<image>` or a special token, it is made ordinary text. Thinking
+        does not stay in the conversation.
         """
+        if self.can_think:
+            answer = without_thinking(answer)
         return [*messages, {"role": "assistant", "content": self.processor.plain(answer)}]
 
     @memory_guard(NO_ROOM_ADVICE)

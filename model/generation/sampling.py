@@ -1,4 +1,4 @@
-"""Owns how the next token is chosen: temperature, top-k, top-p, repetition penalty, seed.
+"""Owns how an answer is generated: temperature, top-k, top-p, repetition penalty, seed, thinking.
 
 Shapes: V vocabulary.
 """
@@ -6,6 +6,7 @@ Shapes: V vocabulary.
 import argparse
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers.generation.logits_process import (
@@ -16,13 +17,16 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from model.generations import DEFAULT_GENERATION, GENERATIONS
+from model.options import parse_bool
+
 MAX_SEED = 2**63 - 1
 MAX_TOP_K = 1_000_000
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How an answer is generated.
 
     Args:
         temperature: 0 is greedy decoding.
@@ -31,6 +35,7 @@ class Sampling:
         repetition_penalty: of tokens that prompt or answer already hold: positive logits are
             divided by it, negative ones multiplied; 1 is off.
         seed: of each answer's own random numbers; None draws a new one.
+        open_thinking: the model thinks first; only one of a generation that can.
     Raises:
         ValueError: a value is out of its range; the message names the flag.
     """
@@ -41,6 +46,7 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    open_thinking: bool = False
 
     def __post_init__(self) -> None:
         def must(is_right: bool, name: str, wanted: str) -> None:
@@ -78,27 +84,56 @@ DEFAULT_SEED = 2026
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `Sampling`; `sampling_from` reads them."""
+    """The flags of `Sampling`; `sampling_from` reads them.
+
+    Those whose default is the generation's are None where they are not given.
+    """
     add = parser.add_argument
     add("--max_new_tokens", type=int, default=512, help="longest answer / 最大生成长度")
-    add("--temperature", type=float, default=0.65, help="0 is greedy / 采样温度")
-    add("--top_p", type=float, default=0.85, help="nucleus sampling / 核采样阈值")
-    add("--top_k", type=int, default=0, help="likeliest tokens only; 0: all / 仅取前 k 个")
+    add("--temperature", type=float, help=f"0 is greedy{_defaults('temperature')} / 采样温度")
+    add("--top_p", type=float, help=f"nucleus sampling{_defaults('top_p')} / 核采样阈值")
+    add("--top_k", type=int, help=f"likeliest tokens only{_defaults('top_k')} / 仅取前 k 个")
     add("--repetition_penalty", type=float, default=1.0, help="1 is none / 重复惩罚")
     add("--seed", type=int, default=DEFAULT_SEED, help="of the sampling / 随机种子")
+    thinking_help = "think before answering (generation 3) / 先思考再回答（第三代）"
+    add(
+        "--open_thinking", type=parse_bool, nargs="?", const=True, default=False, help=thinking_help
+    )
 
 
-def sampling_from(args: argparse.Namespace) -> Sampling:
+def _defaults(name: str) -> str:
+    """A flag's default of each generation, for its help."""
+    values = (f"{own.sampling[name]:g} in generation {n}" for n, own in GENERATIONS.items())
+    return f"; default {', '.join(values)}"
+
+
+def sampling_from(args: argparse.Namespace, generation: int | None = None) -> Sampling:
     """The `Sampling` of parsed flags.
 
+    Args:
+        generation: of the loaded weight, whose defaults stand for flags that are not given; None
+            while none is loaded, to check the flags alone.
     Raises:
-        ValueError: a flag out of its range.
+        ValueError: a flag out of its range, or thinking of a model that cannot.
     """
+    own = GENERATIONS[DEFAULT_GENERATION if generation is None else generation]
+    if args.open_thinking and generation is not None and not own.can_think:
+        raise ValueError(f"--open_thinking 1: {cannot_think(generation)}")
+    chosen: dict[str, Any] = dict(own.sampling)
+    chosen |= {name: v for name in chosen if (v := getattr(args, name)) is not None}
     return Sampling(
-        args.max_new_tokens,
-        args.temperature,
-        args.top_p,
-        args.top_k,
-        args.repetition_penalty,
-        args.seed,
+        max_new_tokens=args.max_new_tokens,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        open_thinking=args.open_thinking,
+        **chosen,
+    )
+
+
+def cannot_think(generation: int) -> str:
+    """Why a model does not take `open_thinking`, and what to do."""
+    able = " or ".join(str(number) for number, own in GENERATIONS.items() if own.can_think)
+    return (
+        f"a model of generation {generation} does not think; set it to 0, or take a weight of "
+        f"generation {able}"
     )

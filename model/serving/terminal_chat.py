@@ -2,14 +2,18 @@
 
 import contextlib
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 from PIL import Image
 
-from model.generation.engine import VLMEngine, ask
+from model.generation.engine import Stream, VLMEngine, ask
 from model.generation.sampling import Sampling
+from model.generation.speed import Speed
+from model.generation.thinking import ANSWER, THINKING
 from model.machine.terminal import shown
 from model.options import parse_path
 from model.pictures import open_image
@@ -30,10 +34,14 @@ Ctrl-C stops an answer / 停止回答"""
 
 
 class Chat:
-    """One conversation: its messages and pictures, and the pictures for the next question."""
+    """One conversation: its messages and pictures, and the pictures for the next question.
 
-    def __init__(self, engine: VLMEngine, sampling: Sampling):
-        self.engine, self.sampling = engine, sampling
+    Args:
+        show_speed: print the tokens per second of each answer to stderr.
+    """
+
+    def __init__(self, engine: VLMEngine, sampling: Sampling, *, show_speed: bool = False):
+        self.engine, self.sampling, self.show_speed = engine, sampling, show_speed
         self.clear()
 
     def clear(self) -> None:
@@ -95,16 +103,31 @@ class Chat:
             )
         messages = self.messages + ask(question, num_images=len(self.new_images))
         images = self.images + self.new_images
+        started_s = time.perf_counter()
         with _stopped_by_ctrl_c() as cancel:
             stream = self.engine.stream(messages, images, self.sampling, cancel=cancel)
-            for piece in stream:
-                print(shown(piece), end="", flush=True)
+            _print_parts(stream)
         answer = stream.answer
         print(" [stopped / 已停止]" if answer.finish_reason == "cancelled" else "", flush=True)
+        if answer.finish_reason == "length" and answer.reasoning and not answer.text:
+            print("[no answer: the thinking did not end; raise --max_new_tokens / 思考未结束]")
         if answer.num_dropped_turns:
             print(f"[{answer.num_dropped_turns} old turn(s) had no room / 较早的对话已略去]")
+        if self.show_speed:
+            seconds = time.perf_counter() - started_s
+            print(Speed(answer.num_new_tokens, seconds), file=sys.stderr, flush=True)
         self.messages = self.engine.remember(messages, answer.text)
         self.images, self.new_images = images, []
+
+
+def _print_parts(stream: Stream) -> None:
+    """Print the pieces as they come; thinking, and the answer behind it, have their names."""
+    is_thinking = False
+    for piece in stream:
+        if stream.is_thinking != is_thinking:
+            is_thinking = stream.is_thinking
+            print(f"[{THINKING}]" if is_thinking else f"\n[{ANSWER}]")
+        print(shown(piece), end="", flush=True)
 
 
 @contextlib.contextmanager
@@ -123,9 +146,9 @@ def _stopped_by_ctrl_c() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def chat(engine: VLMEngine, sampling: Sampling) -> int:
+def chat(engine: VLMEngine, sampling: Sampling, *, show_speed: bool = False) -> int:
     """Talk until /quit or Ctrl-D; returns the exit status."""
-    conversation = Chat(engine, sampling)
+    conversation = Chat(engine, sampling, show_speed=show_speed)
     print(HELP)
     while True:
         try:

@@ -4,7 +4,8 @@ model.
     python tests/support/web_site.py RECORD [flags of web_demo.py]
 
 A question that holds BREAK breaks the model. Each token takes a moment, so that there is time to
-press Stop, and no answer ends before its longest length. With SHORT in the environment visitors
+press Stop, and no answer ends before its longest length; with SAY in the environment every answer
+is that text. With SHORT in the environment visitors
 may upload little, and all that waits for hours or minutes waits for seconds.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `support`
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from support.third_generation import make_it_say
 from support.tiny_vlm import never_end
 
 import web_demo
@@ -45,7 +47,10 @@ def record(path: Path) -> None:
 
     def endless(self, loaded):
         make(self, loaded)
-        never_end(self.model)
+        if said := os.environ.get("SAY"):
+            make_it_say(loaded, said)
+        else:
+            never_end(self.model)
 
     def recorded(self, messages, images, sampling, **options):
         write(event="question", weight=self.path.stem, messages=messages, images=images)

@@ -1,5 +1,6 @@
 """Owns the replies of `/v1/chat/completions`: whole or in chunks, ended at stop strings.
 
+Thinking is `reasoning_content`, beside `content`, as vLLM and others have it.
 Source: https://platform.openai.com/docs/api-reference/chat/object
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 from anyio import to_thread
 
 from model.generation.engine import Answer, Stream
+from model.generation.thinking import Piece
 from model.serving.api.request import ChatRequest
 
 DONE = b"data: [DONE]\n\n"
@@ -85,18 +87,24 @@ class Completion:
     created: int = field(default_factory=lambda: int(time.time()))
     _is_cut: bool = field(default=False, init=False)  # by a stop string
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """Text as it comes, up to a stop string; the tokens are computed in a thread."""
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Text as it comes, up to a stop string; the tokens are computed in a thread.
+
+        Only the answer is searched for stop strings: in the thinking they would leave none.
+        """
         stop = StopText(self.request.stops)
         while (piece := await to_thread.run_sync(next, self.stream, None)) is not None:
+            if self.stream.is_thinking:
+                yield Piece(piece, is_thinking=True)
+                continue
             if text := stop.push(piece):
-                yield text
+                yield Piece(text, is_thinking=False)
             if stop.is_found:
                 self._is_cut = True
                 self.stream.close()
                 return
         if text := stop.rest():
-            yield text
+            yield Piece(text, is_thinking=False)
 
     @property
     def answer(self) -> Answer:
@@ -114,7 +122,9 @@ class Completion:
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def whole(self, text: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self.answer.reasoning is not None:
+            message["reasoning_content"] = self.answer.reasoning
         choice = {
             "index": 0,
             "message": message,

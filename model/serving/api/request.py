@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from model.generation.engine import VLMEngine, ask
-from model.generation.sampling import Sampling
+from model.generation.sampling import Sampling, cannot_think
 from model.pictures import picture_size
 from model.vlm_processor import IMAGE_TAG, Message
 
@@ -24,7 +24,7 @@ MAX_DIGITS = 400  # of an integer
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 USED = {
     "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed",
-    "stop", "stream", "stream_options", "n", "top_k", "repetition_penalty",
+    "stop", "stream", "stream_options", "n", "top_k", "repetition_penalty", "chat_template_kwargs",
 }  # fmt: skip
 # Accepted and ignored: HARMLESS fields. Those of NOT_OFFERED would change the answer: only their
 # neutral values, listed here, are accepted. The protocol refuses all other names.
@@ -108,6 +108,9 @@ def parse_request(
         raise _bad("stream_options is only allowed when stream is true", "stream_options")
     with_usage = _take(options or {}, "include_usage", bool) or False
     sampling = _parse_sampling(fields, defaults, max_tokens=engine.max_tokens)
+    open_thinking = _parse_thinking(fields, engine)
+    if open_thinking is not None:
+        sampling = replace(sampling, open_thinking=open_thinking)
     entries = _take(fields, "messages", list, required=True)
     messages, images = parse_messages(entries, engine, check=check)
     return ChatRequest(messages, images, sampling, stops, is_stream, with_usage)
@@ -211,6 +214,20 @@ def _parse_sampling(fields: dict[str, Any], defaults: Sampling, *, max_tokens: i
     except ValueError as error:
         message = str(error).removeprefix("--")
         raise _bad(message, message.split()[0]) from None
+
+
+def _parse_thinking(fields: dict[str, Any], engine: VLMEngine) -> bool | None:
+    """`open_thinking` of `chat_template_kwargs`, a field of vLLM's; None where it is not given."""
+    options, where = _take(fields, "chat_template_kwargs", dict) or {}, "chat_template_kwargs"
+    for name in options:
+        if name != "open_thinking":
+            raise _bad(f"{where}.{name[:100]} is not supported; only open_thinking is", where)
+    value = options.get("open_thinking")
+    if value is not None and not isinstance(value, bool):
+        raise _bad(f"{where}.open_thinking must be true or false", where)
+    if value and not engine.can_think:
+        raise _bad(f"{where}.open_thinking: {cannot_think(engine.generation)}", where)
+    return value
 
 
 def _parse_stops(fields: dict[str, Any]) -> list[str]:

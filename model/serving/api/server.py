@@ -165,7 +165,8 @@ class ChatCompletions:
             if request.is_stream:
                 await self._send_events(completion, send)
             else:
-                text = "".join([piece async for piece in completion.pieces()])
+                pieces = [piece async for piece in completion.pieces()]
+                text = "".join(piece.text for piece in pieces if not piece.is_thinking)
                 await JSONResponse(completion.whole(text))(scope, receive, send)
 
     async def _send_events(self, completion: Completion, send: Send) -> None:
@@ -179,7 +180,8 @@ class ChatCompletions:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await body(completion.chunk({"role": "assistant", "content": ""}))
         async for piece in completion.pieces():
-            await body(completion.chunk({"content": piece}))
+            field = "reasoning_content" if piece.is_thinking else "content"
+            await body(completion.chunk({field: piece.text}))
         await body(completion.chunk({}, finish_reason=completion.finish_reason))
         if completion.request.with_usage:
             await body(completion.usage_chunk())

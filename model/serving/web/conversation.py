@@ -22,12 +22,14 @@ SHARED_SIDE, SHARED_QUALITY = 768, 85  # of pictures in a shared page
 
 @dataclass
 class ChatTurn:
-    """A question with its pictures, and the answer; `note` is the line of figures below it."""
+    """A question with its pictures, and the answer; `note` is the line of figures below it, and
+    `reasoning` what the model thought first."""
 
     question: str
     images: list[str] = field(default_factory=list)
     answer: str = ""
     note: str = ""
+    reasoning: str = ""
 
 
 def check_image(path: str | Path) -> None:
@@ -77,13 +79,21 @@ def prompt_of(engine: VLMEngine, turns: list[ChatTurn]) -> tuple[list[Message], 
     return messages, [image for turn in turns for image in turn.images]
 
 
-def chat_messages(turns: list[ChatTurn]) -> list[dict[str, Any]]:
-    """The turns for Gradio's chat, escaped: it renders text as HTML even with Markdown off."""
+def chat_messages(turns: list[ChatTurn], *, thinking: str = "") -> list[dict[str, Any]]:
+    """The turns for Gradio's chat, escaped: it renders text as HTML even with Markdown off.
+
+    Args:
+        thinking: the title under which a turn's reasoning is folded.
+    """
     messages = []
     for turn in turns:
         shown = [{"path": image, "alt_text": Path(image).name} for image in turn.images]
         question, answer = (html.escape(t, quote=False) for t in (turn.question, turn.answer))
         messages.append({"role": "user", "content": [*shown, question]})
+        if turn.reasoning:
+            folded = {"title": thinking, "status": "done"}  # Gradio opens what is "pending"
+            reasoning = html.escape(turn.reasoning, quote=False)
+            messages.append({"role": "assistant", "content": reasoning, "metadata": folded})
         if answer:
             messages.append({"role": "assistant", "content": answer})
     return messages
@@ -130,6 +140,9 @@ def to_html(turns: list[ChatTurn], *, language: str, text: Callable[[str, str], 
     for turn in turns:
         images = "".join(figure(i, otherwise=text("gone", language)) for i in turn.images)
         question, answer, note = map(html.escape, (turn.question, turn.answer, turn.note))
+        if turn.reasoning:
+            title, reasoning = map(html.escape, (text("thinking", language), turn.reasoning))
+            answer = f"<details><summary>{title}</summary>{reasoning}</details>{answer}"
         who = html.escape(text("user", language))
         parts.append(
             f'<section class="user"><b>{who}</b>{images and images + "<br>"}{question}</section>\n'

@@ -23,7 +23,7 @@ class Layout:
 
     Args:
         choices: of the weight: (what is shown, name).
-        num_layers: of the first weight's model.
+        num_layers, can_think: of the first weight's model.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class Layout:
         weight: str,
         choices: list[tuple[str, str]],
         num_layers: int,
+        can_think: bool,
         examples: list[Path],
     ):
         self._texts: dict[gr.blocks.Block, dict[str, str]] = {}  # part -> property -> text
@@ -53,7 +54,7 @@ class Layout:
             with gr.Column(scale=3, min_width=300):
                 self._add_sources(weight, choices, examples)
                 self._add_look(num_layers)
-                self._add_sampling(defaults)
+                self._add_sampling(defaults, can_think=can_think)
 
     def _named(self, part: Any, **texts: str) -> Any:
         """Make properties of a part follow the language: property -> key of its text."""
@@ -152,7 +153,11 @@ class Layout:
         self._named(self.look_layer, label="look_layer")
         self._named(self.look_go, value="look_go")
 
-    def _add_sampling(self, defaults: Sampling) -> None:
+    def _add_sampling(self, defaults: Sampling, *, can_think: bool) -> None:
+        self.thinking = self._named(
+            gr.Checkbox(defaults.open_thinking, visible=can_think, elem_id="thinking"),
+            label="open_thinking",
+        )
         with self._named(gr.Accordion(open=False, elem_id="sampling"), label="sampling"):
             self.sliders = [
                 self._named(_slider(key, getattr(defaults, key)), label=key) for key in LIMITS

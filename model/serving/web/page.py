@@ -10,12 +10,13 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from model.generation.engine import VLMEngine
 from model.generation.sampling import MAX_SEED, Sampling
 from model.serving.web import conversation as web_chat
 from model.serving.web.attention_picture import draw_look
@@ -43,17 +44,22 @@ AT_ONCE: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden",
 
 @dataclass(frozen=True)
 class Wish:
-    """Options of an answer; `settings` are the seed's text (empty: a new one) and the sliders."""
+    """Options of an answer; `settings` are the seed's text (empty: a new one) and the sliders.
+
+    `open_thinking` asks a model that can to think first.
+    """
 
     session: str
     weight: str
     language: str
     settings: tuple[Any, ...]
+    open_thinking: bool = False
 
     @classmethod
-    def of(cls, request: gr.Request, weight: str, language: str, *settings: Any) -> "Wish":
+    def of(cls, request: gr.Request, weight: str, language: str, *values: Any) -> "Wish":
         """From the values of the page's parts."""
-        return cls(request.session_hash, weight, LANGUAGES[language], settings)
+        *settings, thinks = values
+        return cls(request.session_hash, weight, LANGUAGES[language], tuple(settings), bool(thinks))
 
     def sampling(self) -> Sampling:
         """Raises `ValueError` for a value out of its range."""
@@ -86,13 +92,16 @@ class Page:
     ):
         self.weights, self.examples = weights, examples
         self._cancels: dict[str, threading.Event] = {}  # of the sessions being answered
-        self._begins_blind = not weights.get(weights.default).can_see
+        first = weights.get(weights.default)
+        self._begins_blind = not first.can_see
+        self._generations = {weights.default: first.generation}  # of the weights that were loaded
         with gr.Blocks(title="MiniMind-V", analytics_enabled=False) as self.blocks:
             self.parts = Layout(
                 defaults,
                 weight=weights.default,
                 choices=self._choices(),
-                num_layers=self._num_layers(weights.default),
+                num_layers=first.model.config.num_hidden_layers,
+                can_think=first.can_think,
                 examples=examples,
             )
             self._wire(concurrency)
@@ -100,13 +109,10 @@ class Page:
     def _choices(self) -> list[tuple[str, str]]:
         return [(shown, name) for name, shown in self.weights.names().items()]
 
-    def _num_layers(self, weight: str) -> int:
-        return self.weights.get(weight).model.config.num_hidden_layers
-
     def _wire(self, concurrency: int) -> None:
         """Connect events to handlers; answers and attention maps are queued, others run at once."""
         at = self.parts
-        asked = [at.turns, at.current, at.language, at.seed, *at.sliders]
+        asked = [at.turns, at.current, at.language, at.seed, *at.sliders, at.thinking]
         rest = [at.turns, at.chat, at.box, at.status, at.stop, at.again, at.share]
         queued: dict[str, Any] = {
             "concurrency_id": "answers",
@@ -126,7 +132,7 @@ class Page:
         at.weight.select(
             self._switch,
             [at.weight, at.current, at.language],
-            [at.weight, at.current, at.look_layer, at.status],
+            [at.weight, at.current, at.look_layer, at.status, at.thinking, *at.sliders],
             concurrency_limit=1,
             **PRIVATE,
         )
@@ -168,7 +174,7 @@ class Page:
     ) -> Iterator[Updates]:
         """Answer the question in the box."""
         wish = Wish.of(request, *choices)
-        default_question = text("describe", wish.language)
+        default_question = text(f"describe_{self._generations[wish.weight]}", wish.language)
         try:
             turn = new_turn(box["text"], box["files"], default_question=default_question)
         except ValueError as error:
@@ -194,9 +200,9 @@ class Page:
             return
         cancel = self._cancels[wish.session] = threading.Event()
         try:
-            yield self._running(turns) | ({at.box: None} if box else {})
+            yield self._running(turns, language) | ({at.box: None} if box else {})
             yield from self._generate(turns, wish, cancel)
-            yield self._done(turns)
+            yield self._done(turns, language)
         except Exception as error:  # any error is shown to the visitor and frees the slot
             if not isinstance(error, ValueError | OSError):
                 log.exception("an answer failed")
@@ -204,7 +210,7 @@ class Page:
             else:
                 shown = error
             self._warn("failed", language, error=shown)
-            yield self._done(before) | ({at.box: box} if box else {})
+            yield self._done(before, language) | ({at.box: box} if box else {})
         finally:
             del self._cancels[wish.session]
 
@@ -214,13 +220,17 @@ class Page:
         """Fill in the last turn's answer, piece by piece."""
         sampling, turn = wish.sampling(), turns[-1]
         engine = self.weights.get(wish.weight)
+        sampling = replace(sampling, open_thinking=wish.open_thinking and engine.can_think)
         started_s = shown_s = time.perf_counter()
         with engine.stream(*prompt_of(engine, turns), sampling, cancel=cancel) as pieces:
             for piece in pieces:
-                turn.answer += piece
+                if pieces.is_thinking:
+                    turn.reasoning += piece
+                else:
+                    turn.answer += piece
                 if time.perf_counter() - shown_s >= SHOW_EVERY_S:
                     shown_s = time.perf_counter()
-                    yield {self.parts.chat: chat_messages(turns)}
+                    yield {self.parts.chat: _shown(turns, wish.language)}
         answer, language = pieces.answer, wish.language
         count, reason = answer.num_dropped_turns, answer.finish_reason
         turn.note = text(
@@ -234,21 +244,21 @@ class Page:
             dropped=text("dropped", language, count=count) if count else "",
         )
 
-    def _running(self, turns: list[ChatTurn]) -> Updates:
+    def _running(self, turns: list[ChatTurn], language: str) -> Updates:
         at = self.parts
         return {
-            at.chat: chat_messages(turns),
+            at.chat: _shown(turns, language),
             at.status: "…",
             at.stop: gr.update(interactive=True),
             at.again: gr.update(interactive=False),
         }
 
-    def _done(self, turns: list[ChatTurn]) -> Updates:
+    def _done(self, turns: list[ChatTurn], language: str) -> Updates:
         """The page between answers."""
         at = self.parts
         return {
             at.turns: turns,
-            at.chat: chat_messages(turns),
+            at.chat: _shown(turns, language),
             at.status: turns[-1].note if turns else "",
             at.stop: gr.update(interactive=False),
             at.again: gr.update(interactive=bool(turns)),
@@ -264,7 +274,7 @@ class Page:
             return self._warn("busy", LANGUAGES[language])
         at = self.parts
         gone = dict.fromkeys((at.box, at.look_picture, at.look_share))
-        return self._done([]) | gone
+        return self._done([], LANGUAGES[language]) | gone
 
     def _add_example(self, box: Box, event: gr.SelectData) -> Box:
         if event.index not in range(len(self.examples)):
@@ -285,11 +295,23 @@ class Page:
             return {at.weight: current}
         layers = engine.model.config.num_hidden_layers
         key = "loaded" if engine.can_see else "blind"
-        return {
+        return self._of_generation(wanted, current, engine) | {
             at.current: wanted,
             at.look_layer: gr.update(maximum=layers, value=0),
             at.status: text(key, code, weight=wanted),
         }
+
+    def _of_generation(self, wanted: str, current: str, engine: VLMEngine) -> Updates:
+        """Another generation brings its own defaults of sampling, and the switch for thinking or
+        not; within one, what the visitor has set stays."""
+        before = self._generations[current]
+        self._generations[wanted] = engine.generation
+        if engine.generation == before:
+            return {}
+        at, own = self.parts, self.weights.sampling(engine)
+        values = (getattr(own, key) for key in LIMITS)
+        thinking = gr.update(visible=engine.can_think, value=own.open_thinking)
+        return dict(zip(at.sliders, values, strict=True)) | {at.thinking: thinking}
 
     def _look(
         self, turns: list[ChatTurn], weight: str, language: str, image: int, layer: int
@@ -316,3 +338,8 @@ class Page:
         values = {k: without_paths(v) if k == "error" else v for k, v in values.items()}
         gr.Warning(html.escape(text(key, language, **values)))
         return {self.parts.status: gr.skip()}
+
+
+def _shown(turns: list[ChatTurn], language: str) -> list[dict[str, Any]]:
+    """The turns as the page's chat has them."""
+    return chat_messages(turns, thinking=text("thinking", language))

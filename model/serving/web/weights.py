@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from model.generation.engine import VLMEngine
+from model.generation.sampling import Sampling, sampling_from
 from model.weights.build_model import check_native
 from model.weights.metadata import read_metadata, tower_sha256
 
@@ -84,6 +85,11 @@ class Weights:
                 while len(self._loaded) > MAX_LOADED:
                     self._loaded.popitem(last=False)
             return engine
+
+    def sampling(self, engine: VLMEngine) -> Sampling:
+        """What the flags say for one of the weights, and its generation where they say nothing."""
+        thinking = {"open_thinking": self._args.open_thinking and engine.can_think}
+        return sampling_from(argparse.Namespace(**vars(self._args) | thinking), engine.generation)
 
     def _load(self, name: str) -> VLMEngine:
         if name not in self.names():

@@ -185,6 +185,8 @@ def _fits(kind: str, value: Any) -> bool:
         )
     if kind == "Image":
         return value is None or _is_file(value)
+    if kind == "Checkbox":
+        return isinstance(value, bool)
     if kind == "Slider":
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "Number":
