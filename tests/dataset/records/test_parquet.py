@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 from support.processor3 import make_processor3
-from support.published_rows import FORMATS, TYPES, in_type, mixed_rows, picture, turns, write
+from support.published_rows import FORMATS, LIST, TYPES, in_type, mixed_rows, picture, turns, write
 
 from dataset.lm_dataset import BadSample, VLMDataset
 from dataset.records import parquet_pages
