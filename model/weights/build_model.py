@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -133,14 +134,16 @@ def _load_native(args: argparse.Namespace, flags: dict[str, Any]) -> LoadedModel
 
 
 def _seed_projection(model: MiniMindVLM) -> None:
-    """Initialise the projection of a language model, the same at every start.
+    """Initialise the linear layers of a language model's projection, the same at every start.
 
     With the bound of `nn.Linear`, and without using the global random generator.
     """
     generator = torch.Generator().manual_seed(PROJECTION_SEED)
-    bound = model.config.vision_hidden_size**-0.5
-    for parameter in model.vision_proj.parameters():
-        torch.nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    for layer in model.vision_proj.modules():
+        if isinstance(layer, nn.Linear):
+            bound = layer.in_features**-0.5
+            for parameter in layer.parameters():
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
 
 def placeholder_config(
