@@ -24,14 +24,12 @@ from model.weights.saving import half_state
 BLACK = Image.new("RGB", (8, 8))
 # A weight of 32 hidden units is not in what is published, but its name says so, as theirs do.
 SECOND = [
-    ("trainer", "python train_pretrain_vlm.py --epochs 1 --from_weight llm"),
-    (".", "python trainer/train_sft_vlm.py --epochs 2 --from_weight pretrain_vlm"),
+    (".", "python trainer/train_sft_vlm.py --epochs 2 --from_weight llm"),
     (".", "python eval_vlm.py --load_from model --weight sft_vlm"),
 ]
 THIRD = [
-    ("trainer", "python train_pretrain_vlm.py --epochs 1 --from_weight llm"),
+    ("trainer", "torchrun --nproc_per_node 2 train_pretrain_vlm.py"),
     ("trainer", "python train_sft_vlm.py --epochs 2 --from_weight llm --use_compile 1"),
-    ("trainer", "torchrun --nproc_per_node 2 train_sft_vlm.py"),
     (".", "python eval_vlm.py --load_from model --weight sft_vlm"),
     (".", "python eval_vlm.py --load_from minimind-3v"),
 ]
