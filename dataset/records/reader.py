@@ -1,10 +1,15 @@
 """Owns opening a data file by its suffix, and the default paths of the published data."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dataset.records.data_file import check_file
 from dataset.records.jsonl import JsonlRecords
-from dataset.records.parquet import ParquetRecords
+
+if TYPE_CHECKING:
+    from dataset.records.parquet import ParquetRecords
 
 DATASET_DIR = Path(__file__).resolve().parents[1]
 DEFAULT_FILES = {
@@ -42,5 +47,7 @@ def open_records(data_path: Path, images_path: Path | None) -> JsonlRecords | Pa
     """
     check_file(data_path, what="data file", flag="--data_path")
     if data_path.suffix == ".parquet":
+        from dataset.records.parquet import ParquetRecords  # pyarrow is slow to import
+
         return ParquetRecords(data_path)
     return JsonlRecords(data_path, images_path)
