@@ -321,15 +321,22 @@ class MiniMindVLM(MiniMindForCausalLM):
     def prepare_inputs_for_generation(  # type: ignore[override]  # the rest comes by keyword
         self, input_ids: LongTensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Pass the prompt's image mask on wherever the images are passed on, padded to the ids."""
+        """Pass the prompt's image mask on wherever the images are passed on, padded to the ids.
+
+        With the mask, generated tokens go on as embeddings: none is taken for a placeholder.
+        """
         image_mask = kwargs.pop("image_mask", None)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         fed = inputs.get("input_ids")
-        if image_mask is not None and inputs.get("pixel_values") is not None and fed is not None:
+        if image_mask is None or fed is None:
+            return inputs
+        if inputs.get("pixel_values") is not None:
             generated = fed.shape[1] - image_mask.shape[1]
             inputs["image_mask"] = nn.functional.pad(image_mask, (0, generated))
+        elif not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
+            inputs["inputs_embeds"] = self.model.embed_tokens(inputs.pop("input_ids"))
         return inputs
 
     def _expand_inputs_for_generation(  # type: ignore[override]  # never without input_ids

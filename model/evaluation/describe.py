@@ -138,6 +138,7 @@ class FolderDescriptions:
     def report(self, result: list[Description]) -> dict[str, Any]:
         """The descriptions, and how many samples are missing, if any."""
         report: dict[str, Any] = {"prompt": self.prompt, "seed": self.sampling.seed}
+        report["decoding"] = self.sampling.decoding
         if len(result) < len(self.samples):
             report["not_described"] = len(self.samples) - len(result)
         return report | {"samples": to_json(result)}

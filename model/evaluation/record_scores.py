@@ -79,7 +79,9 @@ class RecordScores:
         evaluator = Evaluator(engine, batch_size=self.batch_size)
         results = self._score(evaluator, data)
         questions = self._questions(data, results)
-        texts = self.group.collect(partial(self._answer, evaluator, data, questions))
+        sampling = self.sampling(engine.generation)
+        texts = self.group.collect(partial(self._answer, evaluator, data, questions, sampling))
+        results.decoding = sampling.decoding if texts else {}
         results.texts = sorted(texts, key=lambda row: (row.index, row.turn))
         for question in questions:
             if question.is_caption:
@@ -126,12 +128,15 @@ class RecordScores:
         return sorted(data.questions(usable), key=lambda question: question.language)
 
     def _answer(
-        self, evaluator: Evaluator, data: ScorableData, questions: Sequence[QuestionLike]
+        self,
+        evaluator: Evaluator,
+        data: ScorableData,
+        questions: Sequence[QuestionLike],
+        sampling: Sampling,
     ) -> list[TextRow]:
         """This rank's generated answers."""
         chosen = spread(questions, self.num_generate)
         batches = list(self.group.batches(chosen, data.window))
-        sampling = self.sampling(evaluator.engine.generation)
         rows = []
         for batch in progress(batches, self.group, title="answering"):
             conversations = [data.messages(question) for question in batch]

@@ -45,6 +45,7 @@ class Results:
     Args:
         references: of every captioned picture, by language; the document frequencies of CIDEr-D
             come from them.
+        decoding: how the texts were generated, as `Sampling.decoding` has it.
     """
 
     answers: list[AnswerRow]
@@ -52,6 +53,7 @@ class Results:
     texts: list[TextRow] = field(default_factory=list)
     references: dict[str, list[list[str]]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
+    decoding: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def ciders(self) -> dict[str, CiderD]:
@@ -183,6 +185,7 @@ def build_report(results: Results) -> dict[str, Any]:
         "languages": languages,
         "vqa_by_type": vqa_by_type(results),
         "left_out": dict(results.left_out),
+        "decoding": results.decoding,
         "bootstrap": BOOTSTRAP,
     }
 

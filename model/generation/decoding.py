@@ -28,7 +28,7 @@ class AnswerState:
         self.num_prompt_tokens = len(prompt_ids)
         self.new_ids: list[int] = []
         self.finish_reason: str | None = None  # "stop", "length" or "cancelled"
-        self._max_new_tokens = max_new_tokens
+        self.max_new_tokens = max_new_tokens
         self._is_greedy = sampling.temperature == 0
         self._processors = sampling.processors()
         self._ids = F.pad(prompt_ids, (0, max_new_tokens))  # filled as the answer grows
@@ -55,9 +55,16 @@ class AnswerState:
         self.new_ids.append(token)
         if token == eos_token_id:
             self.finish_reason = "stop"
-        elif len(self.new_ids) == self._max_new_tokens:
+        elif len(self.new_ids) == self.max_new_tokens:
             self.finish_reason = "length"
         return token
+
+    def set_tokens(self, ids: list[int], *, eos_token_id: int) -> None:
+        """Take a whole answer, found elsewhere; what stands behind its end or limit is dropped."""
+        ids = ids[: self.max_new_tokens]
+        has_end = eos_token_id in ids
+        self.new_ids = ids[: ids.index(eos_token_id) + 1] if has_end else ids
+        self.finish_reason = "stop" if has_end else "length"
 
 
 class Decoder:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.generation.attention_map import image_attention
+from model.generation.beam_search import BeamDecoder, beam_room
 from model.generation.context import Context
 from model.generation.decoding import AnswerState, Decoder, TextPieces
 from model.generation.sampling import Sampling, cannot_think
@@ -59,11 +60,13 @@ class Stream:
     Thinking comes first; `is_thinking` says whether the piece that was returned last belongs to it.
     Nothing is computed between two pieces, and each may be read by another thread. Closing the
     stream, leaving it as a context manager or setting `cancel` ends the answer at the next token.
+    Beam search gives the answer as a whole, once it is found; if `cancel` is set meanwhile, that
+    is the best beam so far.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | BeamDecoder,
         pieces: TextPieces,
         splitter: ThinkingSplitter,
         *,
@@ -85,8 +88,10 @@ class Stream:
             if self._cancel is not None and self._cancel.is_set():
                 self.close()
                 break
+            answer = self._decoder.answers[0]
+            num_before = len(answer.new_ids)
             self._decoder.step()
-            text = self._pieces.push(self._decoder.answers[0].new_ids[-1])
+            text = "".join(map(self._pieces.push, answer.new_ids[num_before:]))
             self._ready += self._splitter.push(text)
         if not self._ready:
             self._ready += self._splitter.finish()
@@ -186,7 +191,7 @@ class VLMEngine:
             ValueError, OSError: a conversation or picture that cannot be used.
             OutOfMemory: (a ValueError too) memory ran out; what was allocated is free again.
         """
-        decoder, dropped = self._start(conversations, sampling)
+        decoder, dropped = self._start(conversations, sampling, cancel)
         while not decoder.is_done:
             if cancel is not None and cancel.is_set():
                 decoder.cancel()
@@ -218,7 +223,7 @@ class VLMEngine:
             ValueError, OSError: as `generate`, before the first piece.
             OutOfMemory: here or while any piece is read.
         """
-        decoder, (num_dropped_turns,) = self._start([(messages, images)], sampling)
+        decoder, (num_dropped_turns,) = self._start([(messages, images)], sampling, cancel)
         return Stream(
             decoder,
             TextPieces(self.processor.tokenizer),
@@ -228,8 +233,11 @@ class VLMEngine:
         )
 
     def _start(
-        self, conversations: list[tuple[list[Message], Images]], sampling: Sampling
-    ) -> tuple[Decoder, list[int]]:
+        self,
+        conversations: list[tuple[list[Message], Images]],
+        sampling: Sampling,
+        cancel: threading.Event | None,
+    ) -> tuple[Decoder | BeamDecoder, list[int]]:
         """A decoder, and how many turns were dropped from each conversation."""
         if not conversations:
             raise ValueError("no conversation to answer")
@@ -247,11 +255,13 @@ class VLMEngine:
         answers = []
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
             prompt_ids = ids[mask.bool()]
-            room = self.max_tokens - len(prompt_ids)
+            room = beam_room(len(prompt_ids), sampling.num_beams, max_tokens=self.max_tokens)
             limit = min(sampling.max_new_tokens, room)
             answers.append(AnswerState(prompt_ids, sampling, max_new_tokens=limit))
-        eos_token_id = self.processor.tokenizer.eos_token_id
-        return Decoder(self.model, batch, answers, eos_token_id=eos_token_id), dropped
+        what, end = (self.model, batch, answers), self.processor.tokenizer.eos_token_id
+        if sampling.num_beams == 1:
+            return Decoder(*what, eos_token_id=end), dropped
+        return BeamDecoder(*what, sampling, eos_token_id=end, cancel=cancel), dropped
 
     def remember(self, messages: list[Message], answer: str) -> list[Message]:
         """The conversation with the model's answer appended, for the next question.

@@ -1,4 +1,5 @@
-"""Owns how an answer is generated: temperature, top-k, top-p, repetition penalty, seed, thinking.
+"""Owns how an answer is generated: temperature, top-k, top-p, repetition penalty, seed, thinking,
+beams.
 
 Shapes: V vocabulary.
 """
@@ -22,6 +23,7 @@ from model.options import parse_bool
 
 MAX_SEED = 2**63 - 1
 MAX_TOP_K = 1_000_000
+MAX_BEAMS = 16
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,12 @@ class Sampling:
             divided by it, negative ones multiplied; 1 is off.
         seed: of each answer's own random numbers; None draws a new one.
         open_thinking: the model thinks first; only one of a generation that can.
+        num_beams: of beam search, which draws nothing: above 1 it needs temperature 0. 1 is none.
+        length_penalty: of beam search: an answer's log probability is divided by its number of
+            tokens to this power, as in transformers; 0 takes the sum, as the captioning papers do.
     Raises:
-        ValueError: a value is out of its range; the message names the flag.
+        ValueError: a value is out of its range, or beams at a temperature above 0; the message
+            names the flag.
     """
 
     max_new_tokens: int = 512
@@ -47,6 +53,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
     open_thinking: bool = False
+    num_beams: int = 1
+    length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         def must(is_right: bool, name: str, wanted: str) -> None:
@@ -59,6 +67,19 @@ class Sampling:
         must(0 <= self.top_k <= MAX_TOP_K, "top_k", f"0 (all tokens) to {MAX_TOP_K}")
         must(0.1 <= self.repetition_penalty <= 10, "repetition_penalty", "0.1 to 10 (1 is none)")
         must(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", f"from 0 to {MAX_SEED}")
+        must(1 <= self.num_beams <= MAX_BEAMS, "num_beams", f"1 (no beam search) to {MAX_BEAMS}")
+        must(-10 <= self.length_penalty <= 10, "length_penalty", "from -10 to 10")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ValueError(
+                f"--num_beams {self.num_beams} searches and draws nothing: it needs --temperature "
+                f"0; got {self.temperature}"
+            )
+
+    @property
+    def decoding(self) -> dict[str, float]:
+        """What a report says of how its answers were generated."""
+        names = ("temperature", "num_beams", "length_penalty")
+        return {name: getattr(self, name) for name in names}
 
     def processors(self) -> LogitsProcessorList:
         """The logits processors of one answer, in the order that transformers' `generate` uses."""
@@ -95,6 +116,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top_k", type=int, help=f"likeliest tokens only{_defaults('top_k')} / 仅取前 k 个")
     add("--repetition_penalty", type=float, default=1.0, help="1 is none / 重复惩罚")
     add("--seed", type=int, default=DEFAULT_SEED, help="of the sampling / 随机种子")
+    beams_help = f"beam search: 1 (none) to {MAX_BEAMS}, at temperature 0 by default / 束宽"
+    add("--num_beams", type=int, default=1, help=beams_help)
+    length_help = "of beam search: above 0 favours long answers, 0 is the papers' sum / 长度惩罚"
+    add("--length_penalty", type=float, default=1.0, help=length_help)
     thinking_help = "think before answering (generation 3) / 先思考再回答（第三代）"
     add(
         "--open_thinking", type=parse_bool, nargs="?", const=True, default=False, help=thinking_help
@@ -120,12 +145,16 @@ def sampling_from(args: argparse.Namespace, generation: int | None = None) -> Sa
     if args.open_thinking and generation is not None and not own.can_think:
         raise ValueError(f"--open_thinking 1: {cannot_think(generation)}")
     chosen: dict[str, Any] = dict(own.sampling)
+    if args.num_beams > 1:
+        chosen["temperature"] = 0.0
     chosen |= {name: v for name in chosen if (v := getattr(args, name)) is not None}
     return Sampling(
         max_new_tokens=args.max_new_tokens,
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
         open_thinking=args.open_thinking,
+        num_beams=args.num_beams,
+        length_penalty=args.length_penalty,
         **chosen,
     )
 

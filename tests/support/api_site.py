@@ -171,6 +171,7 @@ def malformed(rng: random.Random) -> bytes:
                 "stream_options",
                 "nonsense",
                 "top_k",
+                "num_beams",
             ]
         )
         body[wrong] = rng.choice([[1], {"a": 1}, [""], 10**400, "", {"include_usage": 3}])

@@ -16,6 +16,8 @@ class Places:
     """Bounds the requests that the server holds.
 
     A request holds a place from before its body is read, and a slot while its answer is generated.
+    Beam searches, which compute as much as many answers, run one at a time: they never hold more
+    than one of several slots.
 
     Args:
         concurrency: slots.
@@ -23,7 +25,7 @@ class Places:
     """
 
     def __init__(self, *, concurrency: int, queue: int):
-        self._free = asyncio.Semaphore(concurrency)
+        self._free, self._search = asyncio.Semaphore(concurrency), asyncio.Semaphore(1)
         self._num_places = concurrency + queue
 
     @contextlib.contextmanager
@@ -42,21 +44,22 @@ class Places:
             self._num_places += 1
 
     @contextlib.asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
+    async def slot(self, *, is_search: bool = False) -> AsyncIterator[None]:
         """Wait for a free slot and hold it.
 
+        Args:
+            is_search: by beams; it waits for the search before it, and only then for a slot.
         Raises:
             ApiError: 503 if the wait is too long.
         """
-        try:
-            with anyio.fail_after(MAX_WAIT_S):
-                await self._free.acquire()
-        except TimeoutError:
-            raise ApiError(503, "the server is overloaded; try again later") from None
-        try:
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                with anyio.fail_after(MAX_WAIT_S):
+                    for gate in (self._search, self._free) if is_search else (self._free,):
+                        await held.enter_async_context(gate)
+            except TimeoutError:
+                raise ApiError(503, "the server is overloaded; try again later") from None
             yield
-        finally:
-            self._free.release()
 
 
 class Gone(Exception):

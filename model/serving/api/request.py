@@ -25,6 +25,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 USED = {
     "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed",
     "stop", "stream", "stream_options", "n", "top_k", "repetition_penalty", "chat_template_kwargs",
+    "num_beams", "length_penalty",
 }  # fmt: skip
 # Accepted and ignored: HARMLESS fields. Those of NOT_OFFERED would change the answer: only their
 # neutral values, listed here, are accepted. The protocol refuses all other names.
@@ -201,6 +202,12 @@ def _parse_sampling(fields: dict[str, Any], defaults: Sampling, *, max_tokens: i
         raise _bad("top_p must be from 0 to 1", "top_p")
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise _bad("seed must be a 64-bit integer", "seed")
+    num_beams = _take(fields, "num_beams", int)
+    # What a request names counts before the other's default: beams do not go with a temperature.
+    if temperature is None and num_beams is not None and num_beams > 1:
+        temperature = 0.0
+    elif temperature and num_beams is None:
+        num_beams = 1
     chosen = {
         "max_new_tokens": limit,
         "temperature": temperature,
@@ -208,11 +215,13 @@ def _parse_sampling(fields: dict[str, Any], defaults: Sampling, *, max_tokens: i
         "top_k": _take(fields, "top_k", int),
         "repetition_penalty": _take(fields, "repetition_penalty", float),
         "seed": None if seed is None else seed % 2**63,
+        "num_beams": num_beams,
+        "length_penalty": _take(fields, "length_penalty", float),
     }
     try:
         return replace(defaults, **{k: v for k, v in chosen.items() if v is not None})
     except ValueError as error:
-        message = str(error).removeprefix("--")
+        message = str(error).replace("--", "")
         raise _bad(message, message.split()[0]) from None
 
 

@@ -3,8 +3,8 @@
     POST /v1/chat/completions   text and pictures (data URLs), whole or streamed
     GET  /v1/models
 
-A few requests run at once, the others wait in a queue. A client that disconnects, or keeps the
-server waiting too long, frees its place.
+A few requests run at once, but one beam search at most; the others wait in a queue. A client that
+disconnects, or keeps the server waiting too long, frees its place.
 """
 
 import hmac
@@ -118,7 +118,7 @@ class ChatCompletions:
         try:
             request = await to_thread.run_sync(self._parse, body, client, limiter=self._parsing)
             body.clear()  # megabytes that are not needed while it waits
-            async with self._places.slot():
+            async with self._places.slot(is_search=request.sampling.num_beams > 1):
                 await self._answer(request, client, scope, receive, send_reply)
         except Gone:
             pass

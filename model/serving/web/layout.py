@@ -15,6 +15,7 @@ LIMITS = {  # of each slider: from, to (a flag's default outside widens it), ste
     "top_k": (0, 200, 1),
     "repetition_penalty": (1, 2, 0.05),
     "max_new_tokens": (1, 2048, 1),
+    "num_beams": (1, 8, 1),
 }
 
 

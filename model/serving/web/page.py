@@ -70,7 +70,10 @@ class Wish:
         seed = int(wanted) if wanted else random.randrange(NUM_DRAWN_SEEDS)
         whole = (step == 1 for _, _, step in LIMITS.values())
         values = [int(v) if is_whole else v for v, is_whole in zip(values, whole, strict=True)]
-        return Sampling(**dict(zip(LIMITS, values, strict=True)), seed=seed)
+        chosen = dict(zip(LIMITS, values, strict=True))
+        if chosen["num_beams"] > 1:  # as the slider's label says
+            chosen["temperature"] = 0
+        return Sampling(**chosen, seed=seed)
 
 
 class Page:
@@ -91,6 +94,7 @@ class Page:
         concurrency: int,
     ):
         self.weights, self.examples = weights, examples
+        self._length_penalty = defaults.length_penalty  # of beam search; the page has no slider
         self._cancels: dict[str, threading.Event] = {}  # of the sessions being answered
         first = weights.get(weights.default)
         self._begins_blind = not first.can_see
@@ -220,7 +224,11 @@ class Page:
         """Fill in the last turn's answer, piece by piece."""
         sampling, turn = wish.sampling(), turns[-1]
         engine = self.weights.get(wish.weight)
-        sampling = replace(sampling, open_thinking=wish.open_thinking and engine.can_think)
+        sampling = replace(
+            sampling,
+            open_thinking=wish.open_thinking and engine.can_think,
+            length_penalty=self._length_penalty,
+        )
         started_s = shown_s = time.perf_counter()
         with engine.stream(*prompt_of(engine, turns), sampling, cancel=cancel) as pieces:
             for piece in pieces:
@@ -233,12 +241,14 @@ class Page:
                     yield {self.parts.chat: _shown(turns, wish.language)}
         answer, language = pieces.answer, wish.language
         count, reason = answer.num_dropped_turns, answer.finish_reason
+        beams = sampling.num_beams
         turn.note = text(
             "status",
             language,
             tokens=answer.num_new_tokens,
             seed=sampling.seed,
             weight=wish.weight,
+            beams=text("beams", language, count=beams) if beams > 1 else "",
             seconds=time.perf_counter() - started_s,
             ending="" if reason == "stop" else text(f"ending_{reason}", language),
             dropped=text("dropped", language, count=count) if count else "",

@@ -33,6 +33,10 @@ TEXTS = {
     "top_k": ("Top-k (0: off)", "Top-k（0 为关闭）"),
     "repetition_penalty": ("Repeat penalty (1: off)", "重复惩罚（1 为关闭）"),
     "max_new_tokens": ("Longest answer (tokens)", "最大生成长度"),
+    "num_beams": (
+        "Beam search: beams (1: off; with more, the temperature does not count)",
+        "束搜索宽度（1 为关闭；大于 1 时温度不起作用）",
+    ),
     "seed": ("Seed (empty: a new one each time)", "随机种子（留空则每次不同）"),
     "look": ("Where does it look?", "它在看哪里？"),
     "look_help": (
@@ -74,9 +78,10 @@ TEXTS = {
     ),
     "busy": ("Wait for the answer, or stop it first.", "请等回答结束，或先停止。"),
     "status": (
-        "{tokens} tokens · {seconds:.1f} s · seed {seed} · {weight}{ending}{dropped}",
-        "{tokens} 个词元 · {seconds:.1f} 秒 · 种子 {seed} · {weight}{ending}{dropped}",
+        "{tokens} tokens · {seconds:.1f} s · seed {seed} · {weight}{beams}{ending}{dropped}",
+        "{tokens} 个词元 · {seconds:.1f} 秒 · 种子 {seed} · {weight}{beams}{ending}{dropped}",
     ),
+    "beams": (" · {count} beams", " · 束宽 {count}"),
     "ending_cancelled": (" · stopped", " · 已停止"),
     "ending_length": (" · cut at the longest length", " · 达到最大长度"),
     "dropped": (

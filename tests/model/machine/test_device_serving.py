@@ -86,6 +86,7 @@ def test_page_tells_the_visitor_and_answers_the_next(engine, tmp_path, monkeypat
         "top_p": 1,
         "top_k": 0,
         "repetition_penalty": 1,
+        "num_beams": 1,
     }
     wish = Wish("visitor", MODEL, "en", ("5", *(values[name] for name in LIMITS)))
     engine.has_room = False

@@ -119,7 +119,7 @@ def test_page_has_a_switch_where_the_weight_can_think(page):
     back = page._switch("a_32", "b_32", "English")
     assert back[at.thinking]["visible"] is False and back[at.sliders[0]] == 0.65
 
-    settings = ("5", 0, 1, 0, 1, 80)
+    settings = ("5", 0, 1, 0, 1, 80, 1)
     for weight, wanted, expected in (
         ("b_32", True, (EVIL, "Red.")),
         ("a_32", True, ("", "".join(SAID))),
