@@ -67,7 +67,7 @@ def load_tokenizer(
         )
     for folder in present:
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder)
         except Exception as error:  # a damaged file raises almost anything
             raise ValueError(
                 f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}); fetch "
