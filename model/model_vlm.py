@@ -223,13 +223,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         keep_cls: bool = False,
         vision_layer: int | None = None,
     ) -> Tensor:
-        """The tower's last hidden states: of CLIP before its post-layernorm, of SigLIP after it.
-
-        Args:
-            pixel_values: (I, 3, S, S). keep_cls, vision_layer: see `tower_features`.
-        Returns:
-            (I, G * G, V) for G x G patches, without gradient.
-        """
+        """What the tower says of each patch of (I, 3, S, S); see `tower_features`."""
         return tower_features(
             vision_model, pixel_values, keep_cls=keep_cls, vision_layer=vision_layer
         )

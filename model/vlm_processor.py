@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BaseImageProcessor
 
 from model.generations import DEFAULT_GENERATION, GENERATIONS
@@ -46,6 +46,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, or the first of the default folders that has the expected one.
 
+    It is read by the library's own class, so that no code is run, or asked for, that the folder
+    names in an `auto_map`.
+
     Args:
         tokenizer_path: a folder with `tokenizer.json`; None looks into the generation's places.
         expected_sha256: from a weight's metadata: the tokenizer it was trained with.
@@ -64,7 +67,7 @@ def load_tokenizer(
         )
     for folder in present:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder)
         except Exception as error:  # a damaged file raises almost anything
             raise ValueError(
                 f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}); fetch "

@@ -19,6 +19,7 @@ from model.machine.device import (
     memory_guard,
     prepare_device,
 )
+from model.model_minimind import MiniMindConfig
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.options import NATIVE
 from model.vision_tower import count_image_tokens, find_vision_dir, read_tower_shape
@@ -39,6 +40,11 @@ CONFIG_FLAGS = (
     "generation", "hidden_size", "num_hidden_layers", "use_moe", "keep_cls", "vision_layer",
     "token_merge", "image_special_token", "inference_rope_scaling",
 )  # fmt: skip
+# What a folder's config may say: nothing else of it reaches transformers, which would fetch and run
+# a kernel that `attn_implementation` names. How RoPE is stretched is a flag's.
+FOLDER_FIELDS = {
+    *MiniMindConfig.__annotations__, *VLMConfig.__annotations__, *VLMConfig.attribute_map,
+} - {"rope_parameters", "inference_rope_scaling"}  # fmt: skip
 PROJECTION_SEED = 0  # of the random projection that a language model gets
 
 
@@ -243,9 +249,13 @@ def _folder_config(folder: Path, flags: dict[str, Any]) -> VLMConfig:
         if name in names:
             fields["projector"] = projector
     given = {name: value for name, value in flags.items() if value is not None}
-    config = VLMConfig.from_dict(
-        fields | {"inference_rope_scaling": given.pop("inference_rope_scaling", False)}
-    )
+    fields = {name: value for name, value in fields.items() if name in FOLDER_FIELDS}
+    try:
+        config = VLMConfig(
+            **fields, inference_rope_scaling=given.pop("inference_rope_scaling", False)
+        )
+    except Exception as error:  # wrong fields raise almost anything
+        raise ValueError(_unreadable(folder, error)) from error
     for name, wanted in given.items():
         if getattr(config, name) != wanted:
             raise ValueError(f"{folder} has {name} {getattr(config, name)}, not {wanted}")

@@ -22,6 +22,8 @@ PROJECTION_LAYERS = {  # projector -> the layer that takes the patches
     "linear": "vision_proj.vision_proj.0.weight",
     "mlp": "vision_proj.mlp.1.weight",
 }
+# Of a described projection, what no tensor's shape tells, and what it is where not described.
+UNSAID = {"token_merge": 1, "vision_layer": None}
 
 # The first release (2024) called its tensors tok_embeddings, attention.wq, feed_forward.w1, ...
 FIRST_RELEASE_KEY = re.compile(r"tok_embeddings|attention\.w[qkvo]|feed_forward\.w\d")
@@ -134,6 +136,10 @@ def weight_config(state: dict[str, Tensor], *, path: Path, flags: dict[str, Any]
     """
     config: dict[str, Any] = read_metadata(path).get("config", {})
     given = {name: value for name, value in flags.items() if value is not None}
+    for name, usual in UNSAID.items() if "vision_hidden_size" in config else ():
+        found = config.get(name, usual)
+        if given.get(name, found) != found:
+            raise ValueError(_contradicts(path, name, found, given[name]))
     sizes = sizes_from_tensors(state, path=path, known=given | config)
     for name, size in sizes.items():
         if name in config and config[name] != size:
@@ -144,11 +150,15 @@ def weight_config(state: dict[str, Tensor], *, path: Path, flags: dict[str, Any]
     config = config | sizes
     for name, wanted in given.items():
         if name in SIZE_FIELDS and name in config and config[name] != wanted:
-            raise ValueError(
-                f"{path} has {name} {config[name]}, not {wanted} as the flags say; leave the "
-                f"flag out, or choose another weight"
-            )
+            raise ValueError(_contradicts(path, name, config[name], wanted))
     return config | given
+
+
+def _contradicts(path: Path, name: str, found: Any, wanted: Any) -> str:
+    return (
+        f"{path} has {name} {found}, not {wanted} as the flags say; leave the flag out, or choose "
+        "another weight"
+    )
 
 
 def load_weights(

@@ -174,7 +174,7 @@ def test_language_model_stage_leads_to_pretraining(assets, tmp_path, capfd):
     assert not any("vision" in name for name in weight)
     assert train_llm.main([*argv, "--from_resume", "1"]) == 0
 
-    capfd.readouterr()
+    assert "generation 2; trains: language model\n" in capfd.readouterr().out
     data = make_records(tmp_path / "data", num_records=8)
     argv = train_flags(assets, tmp_path, *data, from_weight="llm", freeze_llm=1)
     assert train_pretrain_vlm.main(argv) == 0

@@ -33,6 +33,8 @@ def print_header(
         )
     Logger("arguments: " + " ".join(f"--{k} {v}" for k, v in args.as_text().items()))
     trained = TRAINED_WORDS[FROZEN[args.generation][args.freeze_llm]]
+    if stage.data_kind == "text":
+        trained = trained.replace("language model and projection", "language model")
     what = f"what --trainable names ({args.trainable})" if args.trainable else trained
     Logger(f"generation {args.generation}; trains: {what}")
     report_parameters(model)

@@ -131,8 +131,20 @@ def _read(path: Path, identity: dict[str, Any], former_identity: dict[str, Any])
         if found != expected and found is not None and found == former_identity.get(name):
             Logger(f"{path.name}: its {name} is as an earlier version computed it, from less of it")
         elif found != expected:
+            found, expected = _unlike(found, expected)
             raise ValueError(
                 f"{path} cannot be resumed: its {name} is {found!r}, this run's is {expected!r}; "
                 "use the same, or drop --from_resume to start afresh"
             )
     return loaded
+
+
+def _unlike(found: Any, expected: Any) -> tuple[Any, Any]:
+    """Two parts of an identity; of two tables or lists only what differs, for a message."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        names = [n for n in found | expected if found.get(n) != expected.get(n)]
+        return tuple({n: part.get(n, "default") for n in names} for part in (found, expected))
+    if isinstance(found, list) and isinstance(expected, list):
+        only = [[n for n in a if n not in b] for a, b in ((found, expected), (expected, found))]
+        return tuple(f"with {len(n)} more, such as {n[0]}" if n else "without them" for n in only)
+    return found, expected

@@ -3,6 +3,7 @@ that does not fit its tokenizer or tower.
 """
 
 import argparse
+import json
 
 import pytest
 import torch
@@ -94,6 +95,34 @@ def test_load_model_says_that_a_folder_is_damaged(assets, tmp_path, name):
         with pytest.raises(ValueError, match="cannot be read") as caught:
             load_model(arguments(assets, tmp_path, "--load_from", tmp_path))
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_load_model_runs_no_code_of_a_folder(assets, tmp_path, monkeypatch):
+    """Code that config or tokenizer name is neither run nor asked for, nor is a kernel fetched."""
+    folder, trap = tmp_path / "hf", tmp_path / "trap"
+    saved = make_loaded(assets)
+    saved.model.save_pretrained(folder)
+    saved.processor.tokenizer.save_pretrained(folder)
+    (folder / "own.py").write_text(f"open({str(trap)!r}, 'w')")
+    auto_map = {"AutoConfig": "own.Config", "AutoTokenizer": ["own.Slow", "own.Fast"]}
+    kernel = {name: "some/kernel" for name in ("attn_implementation", "_attn_implementation")}
+    for name, own in (("config.json", kernel), ("tokenizer_config.json", {})):
+        fields = json.loads((folder / name).read_text()) | own | {"auto_map": auto_map}
+        (folder / name).write_text(json.dumps(fields))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    arguments_of_folder = arguments(assets, tmp_path, "--load_from", folder)
+    arguments_of_folder.tokenizer_path = None
+    assert texts(load_model(arguments_of_folder)) == texts(saved)
+    assert not trap.exists()
+
+
+def test_load_model_stretches_rope_by_the_flag_alone(assets, tmp_path):
+    make_loaded(assets).model.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    rope = {"type": "yarn", "factor": 16, "original_max_position_embeddings": 2048}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_scaling": rope}))
+    loaded = load_model(arguments(assets, tmp_path, "--load_from", tmp_path))
+    assert loaded.model.config.rope_parameters["rope_type"] == "default"
 
 
 def test_load_model_first_release_placeholder(assets, tmp_path):

@@ -218,6 +218,14 @@ def test_json_of_another_program_beside_a_weight_is_left_alone(tmp_path):
     assert read_metadata(tmp_path / "x.pth") == {}
 
 
+@pytest.mark.parametrize("name", ["token_merge", "vision_layer"])
+def test_flags_that_contradict_what_no_shape_tells_are_refused(assets, tmp_path, name):
+    """A described weight without the field has the usual value of it."""
+    path = save(make_vlm(assets), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=f"has {name} (1|None), not 2 as the flags say"):
+        weight_config(read_weights(path), path=path, flags={name: 2})
+
+
 def test_flags_that_contradict_the_weight_are_refused(assets, tmp_path):
     path = save(make_vlm(assets), tmp_path / "x.pth")
     state = read_weights(path)

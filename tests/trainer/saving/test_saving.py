@@ -130,6 +130,20 @@ def die_at_every_moment(folder: Path, is_first: bool, results) -> None:
     results.put(None)
 
 
+def test_state_of_another_run_is_refused_by_what_differs(tmp_path):
+    path = tmp_path / "x_resume.pth"
+    identity = {"model": {"hidden_size": 32}, "trained parameters": ["a", "b"]}
+    vlm_checkpoint(path, state_number(1), identity=identity, is_first=True)
+    changes = (
+        ({"model": {"hidden_size": 32, "projector": "mlp"}}, "{'projector': 'default'}"),
+        ({"trained parameters": ["a"]}, "'with 1 more, such as b', this run's is 'without them'"),
+    )
+    for change, says in changes:
+        with pytest.raises(ValueError, match="cannot be resumed") as caught:
+            vlm_checkpoint(path, identity=identity | change)
+        assert says in str(caught.value) and "32" not in str(caught.value)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("is_first", [False, True], ids=["own state", "over another run's"])
 def test_kill_at_every_moment_of_a_save(is_first, tmp_path):
