@@ -20,7 +20,14 @@ from trainer.loop.loop_state import Progress, Run
 from trainer.loop.optimizers import make_optimizer, set_trainable
 from trainer.loop.randomness import setup_seed
 from trainer.loop.train_loop import train
-from trainer.ranks.group import Logger, Ranks, init_distributed_mode, is_main_process, local_ranks
+from trainer.ranks.group import (
+    Logger,
+    Ranks,
+    init_distributed_mode,
+    is_main_process,
+    local_ranks,
+    warn,
+)
 from trainer.ranks.signals import CLOSED_OUTPUT, StopSignal
 from trainer.ranks.watch import RankWatch, leave_at_once
 from trainer.run import preflight
@@ -200,6 +207,8 @@ def train_and_save(run: Run, state: RunState) -> bool:
 
 def check_run(args: TrainArgs, ranks: Ranks, parts: Parts, paths: RunPaths) -> None:
     """Checks before the first step; every rank comes to the same result."""
+    if args.use_compile:
+        warn("--use_compile 1 is accepted but does nothing yet: steps run as without it")
     preflight.check_disk(
         parts.model,
         save_dir=args.save_dir,
