@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_records, train_flags
 from support.cuda_errors import CUDA_ERROR
+from support.tiny_vlm import make_loaded, save_tiny
 
 from model.machine import device as devices
 from model.machine.device import (
@@ -199,7 +200,9 @@ def test_float32_without_tf32_is_said(device, dtype, tf32, is_said, monkeypatch,
     ranks = Ranks(0, 1, torch.device(device))
     paths = RunPaths(*map(Path, "abcd"))
     model = torch.nn.Linear(1, 1)
-    print_header(STAGE, TrainArgs(dtype=dtype, tf32=tf32), ranks, model, paths)
+    print_header(
+        STAGE, TrainArgs(dtype=dtype, tf32=tf32, generation=2, freeze_llm=0), ranks, model, paths
+    )
     assert ("--tf32 1 is several times as fast" in capsys.readouterr().out) == is_said
 
 
@@ -242,9 +245,8 @@ def model_args(assets, *flags) -> argparse.Namespace:
 
 
 def test_model_is_loaded_in_what_the_device_computes_in(assets, tmp_path, monkeypatch, cuda):
-    argv = train_flags(assets, tmp_path, *make_records(tmp_path / "data", num_records=4))
-    assert train_pretrain_vlm.main(argv) == 0
-    args = model_args(assets, "--save_dir", tmp_path / "out", "--weight", "pretrain_vlm")
+    save_tiny(make_loaded(assets), tmp_path / "pretrain_vlm_32.pth")
+    args = model_args(assets, "--save_dir", tmp_path, "--weight", "pretrain_vlm")
     monkeypatch.setattr("model.weights.build_model.default_dtype", lambda _device: "float16")
     assert load_model(args).model.dtype == torch.float16
     args.device, args.dtype, cuda.capability = "cuda", "bfloat16", (7, 5)
@@ -343,7 +345,9 @@ def test_ranks_of_a_machine_share_its_cores(variables, num_workers, monkeypatch)
     for name in ("check_disk", "check_records", "report_memory"):
         monkeypatch.setattr(f"trainer.run.preflight.{name}", lambda *_, **__: None)
     launch(monkeypatch, RANK=0, WORLD_SIZE=3, **(variables or {"LOCAL_WORLD_SIZE": 1}))
-    args = argparse.Namespace(num_workers=64, save_dir=None, checkpoint_dir=None, on_bad_sample="")
+    args = argparse.Namespace(
+        num_workers=64, save_dir=None, checkpoint_dir=None, on_bad_sample="", use_compile=False
+    )
     paths = SimpleNamespace(
         state=SimpleNamespace(parent=SimpleNamespace(glob=lambda _: []), name="")
     )

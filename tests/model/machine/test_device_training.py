@@ -242,10 +242,10 @@ def test_copy_for_validation_touches_no_other_gpus_generator(monkeypatch):
     )
     engine = ZeroEngine.__new__(ZeroEngine)
     engine._ranks, engine._tower = Ranks(0, 1, CPU), None
-    engine._module = MiniMindForCausalLM(MiniMindConfig(**TINY_MODEL))
+    engine.module = MiniMindForCausalLM(MiniMindConfig(**TINY_MODEL))
     engine._gather = contextlib.nullcontext
     copy = engine._whole_copy()
-    assert torch.equal(copy.lm_head.weight, engine._module.lm_head.weight)
+    assert torch.equal(copy.lm_head.weight, engine.module.lm_head.weight)
     assert forks == [((), {"devices": []})]
 
 
