@@ -295,11 +295,11 @@ class VLMProcessor:
         if not images:
             side = self.pixel_range.side
             return torch.zeros(0, 3, side, side)
-        return torch.cat([self._preprocess(image) for image in images])
+        return torch.cat(
+            [i[None] if isinstance(i, Tensor) else self._preprocess(i) for i in images]
+        )
 
-    def _preprocess(self, image: Picture | Tensor) -> Tensor:  # (1, 3, S, S)
-        if isinstance(image, Tensor):
-            return image[None]
+    def _preprocess(self, image: Picture) -> Tensor:  # (1, 3, S, S)
         inputs = self.image_processor(images=open_image(image), return_tensors="pt")
         pixel_values: Tensor = inputs["pixel_values"]
         return pixel_values

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from random import Random
 
+import torch
 from torch import Tensor
 
 from dataset.evaluation.language import detect_language, num_words
@@ -186,7 +187,7 @@ class EvalData:
     ) -> Sample:
         return make_sample(
             replace(record, messages=messages),
-            pictures,
+            as_images(pictures),
             self.dataset.processor,
             index=card.index,
             max_length=self.dataset.max_length,
@@ -281,6 +282,13 @@ class EvalData:
         num_images = sum(m["content"].count(IMAGE_TAG) for m in before)
         read = self.dataset.records.read_image
         return before, [read(image) for image in record.images[:num_images]]
+
+
+def as_images(pictures: list[Tensor]) -> list[Tensor] | Tensor:
+    """Preprocessed pictures as one tensor (I, 3, S, S); a list where some are features."""
+    if any(picture.ndim == 2 for picture in pictures):
+        return pictures
+    return torch.stack(pictures) if pictures else torch.zeros(0, 3, 1, 1)
 
 
 def _sentence_questions(cards: list[Card]) -> set[str]:
