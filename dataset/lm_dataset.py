@@ -25,6 +25,7 @@ from dataset.records.fingerprint import ends_fingerprint
 from dataset.records.reader import open_records
 
 AS_IT_STANDS = Drawn()
+FEATURE_FIELDS = ("vision_features", "has_features")
 IGNORE_INDEX = -100  # label of a position that is not supervised
 
 
@@ -106,8 +107,7 @@ def make_sample(
     max_length: int,
     drawn: Drawn = AS_IT_STANDS,
 ) -> Sample:
-    """A record as a sample, with its encoded or preprocessed pictures or their features, as
-    `Processor` takes them.
+    """A record, with its images as `Processor` takes them, as a sample.
 
     Raises:
         BadRecordError: a broken picture, a text that cannot be a prompt, no supervised token.
@@ -137,8 +137,7 @@ def make_sample(
         image_mask=encoded["image_mask"],
         pixel_values=encoded["pixel_values"],
         is_truncated=encoded["is_truncated"],
-        vision_features=encoded.get("vision_features"),
-        has_features=encoded.get("has_features", ()),
+        **{name: encoded[name] for name in FEATURE_FIELDS if name in encoded},
     )
 
 

@@ -78,8 +78,7 @@ def prepare_features(
         datasets: each with the number of its first records that are used.
         log, warn: print a line on the main process.
     Raises:
-        ValueError, OSError: on every rank: a folder or disk that does not do, memory that does
-            not suffice.
+        ValueError, OSError: on every rank: the folder, disk or memory does not suffice.
     """
     (cache, *_) = group.collect(lambda: [open_cache(maker, options)])
     try:

@@ -8,6 +8,7 @@ import signal
 import types
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import make_tower, train_flags
@@ -187,6 +188,20 @@ def test_broken_pictures_stay_bad_samples(assets, noise, tmp_path, capfd):
     assert told[0] == told[1] and len(told[0]) == 1 and "data.jsonl:1: not a readable" in told[0][0]
     assert any("1 cannot be read, the first: data.jsonl:1: not a" in line for line in out)
     assert num_entries(tmp_path / "cache") == num - 1
+
+
+def test_pictures_in_parquet_are_found_by_their_bytes(assets, noise, cached, tmp_path, capfd):
+    records = [json.loads(line) for line in noise[0].read_text().splitlines()]
+    columns = {
+        "conversations": [json.dumps(record["conversations"]) for record in records],
+        "image_bytes": [[(noise[1] / n).read_bytes() for n in r["image"]] for r in records],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "data.parquet")
+    found = train(
+        assets, tmp_path, (tmp_path / "data.parquet", None), cache_vision_features=cached[0]
+    )
+    assert torch.equal(losses(found), cached[1])
+    assert "compute" not in capfd.readouterr().out
 
 
 def test_resumes_with_equal_bits(assets, noise, cached, tmp_path, monkeypatch):
