@@ -29,6 +29,8 @@ import torch.distributed as dist
 
 from dataset.evaluation.eval_data import EvalData
 from dataset.evaluation.multiple_choice import MODES, ChoiceFile
+from dataset.features.making import CacheOptions
+from dataset.features.prepare import prepare_features
 from dataset.lm_dataset import VLMDataset
 from model.evaluation.choices import Choices
 from model.evaluation.describe import Description, FolderDescriptions, find_samples, gallery
@@ -42,9 +44,18 @@ from model.generations import GENERATIONS
 from model.machine.device import memory_guard
 from model.machine.paths import ROOT
 from model.machine.terminal import Terminated, one_line, printing, sigterm_as_ctrl_c, silence_stdout
-from model.options import NATIVE, OnceParser, add_model_arguments, parse_bool, parse_path
+from model.options import (
+    NATIVE,
+    OnceParser,
+    add_cache_arguments,
+    add_model_arguments,
+    cache_folder,
+    parse_bool,
+    parse_path,
+)
 from model.serving.terminal_chat import chat
-from model.vlm_processor import VLMProcessor, tokenizer_sha256
+from model.vision_features import FeatureMaker
+from model.vlm_processor import tokenizer_sha256
 from trainer.ranks.group import Logger, Ranks, init_distributed_mode, warn
 
 MAX_NEW_TOKENS, SCORE_MAX_NEW_TOKENS = 512, 64
@@ -61,6 +72,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_sampling_arguments(parser)
     parser.set_defaults(max_new_tokens=None)
     add_score_arguments(parser)
+    add_cache_arguments(parser)
     args = parser.parse_args(argv)
     if args.max_new_tokens is None:
         is_short = args.data_path and not args.open_thinking
@@ -147,6 +159,8 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < low:
             raise ValueError(f"--{name} must be {low} or more, got {value}")
+    if cache_folder(args.cache_vision_features, args.save_dir) and not args.data_path:
+        raise ValueError("--cache_vision_features needs --data_path")
     sampling_from(args)
 
 
@@ -230,9 +244,22 @@ def write_descriptions(
         write_json(args.json, {"weight": str(weight)} | task.report(found))
 
 
-def open_data(args: argparse.Namespace, processor: VLMProcessor) -> EvalData:
-    """The records of --data_path."""
+def open_data(args: argparse.Namespace, ranks: Ranks, engine: VLMEngine) -> EvalData:
+    """The records of --data_path, with their pictures' features where the flags say so."""
+    processor = engine.processor
     dataset = VLMDataset(args.data_path, args.images_path, processor, max_length=args.max_seq_len)
+    folder = cache_folder(args.cache_vision_features, args.save_dir)
+    if folder is not None:
+        num_records = min(args.num_records or len(dataset), len(dataset))
+        with printing(is_extra=has_files(args)):
+            prepare_features(
+                [(dataset, num_records)],
+                FeatureMaker(engine.model, processor, batch_size=args.batch_size),
+                CacheOptions(folder, args.cache_dtype, max_gib=args.cache_gb),
+                ranks,
+                log=Logger,
+                warn=warn,
+            )
     return EvalData(
         dataset,
         num_records=args.num_records,
@@ -247,7 +274,7 @@ def make_task(args: argparse.Namespace, ranks: Ranks) -> Task[Any]:
     """The scoring task of the flags: gives the data of `dataset/` to the tasks of `model/`."""
     if args.data_path:
         return RecordScores(
-            partial(open_data, args),
+            partial(open_data, args, ranks),
             partial(sampling_from, args),
             source=args.data_path,
             batch_size=args.batch_size,

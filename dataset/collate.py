@@ -1,6 +1,7 @@
 """Owns batching: pads to the longest sample of the batch and concatenates the images of all.
 
-Shapes: B batch, T tokens (padding included), I images of the whole batch, S image side.
+Shapes: B batch, T tokens (padding included), I images of the whole batch, J more whose features are
+given, G patches along a side, V width of the vision tower.
 """
 
 from dataclasses import dataclass, field
@@ -100,7 +101,31 @@ class VLMCollator:
             "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
             "image_mask": stack("image_mask", False),
             "pixel_values": images if len(images) else None,
+            **collate_features(samples),
         }
+
+
+def collate_features(samples: list[Sample]) -> dict[str, Any]:
+    """The features of a batch, (J, G * G, V), and where some images have none, `image_order`
+    (I + J,): which of the features, and of the pixel values behind them, each image is.
+
+    Returns:
+        {} where no image has features.
+    """
+    given = [s.vision_features for s in samples if s.vision_features is not None]
+    if not given:
+        return {}
+    features = torch.cat(given)
+    has_features = [
+        flag for s in samples for flag in s.has_features or (False,) * len(s.pixel_values)
+    ]
+    order, next_features, next_pixels = [], 0, len(features)
+    for flag in has_features:
+        order.append(next_features if flag else next_pixels)
+        next_features, next_pixels = next_features + flag, next_pixels + (not flag)
+    if all(has_features):
+        return {"vision_features": features}
+    return {"vision_features": features, "image_order": torch.tensor(order)}
 
 
 def target_positions(labels: Tensor) -> Tensor:

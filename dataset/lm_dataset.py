@@ -3,7 +3,8 @@
 `VLMDataset[i]` is a record as it stands, for validation and scores; `VLMDataset.for_epoch(e)[i]`
 is what training sees of it in an epoch, with what is drawn at random.
 
-Shapes: T tokens, I images, S image side in pixels.
+Shapes: T tokens, I images, J more whose features were computed before, G patches along a side, V
+width of the vision tower, S image side in pixels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from dataset.records.fingerprint import ends_fingerprint
 from dataset.records.reader import open_records
 
 AS_IT_STANDS = Drawn()
+FEATURE_FIELDS = ("vision_features", "has_features")
 IGNORE_INDEX = -100  # label of a position that is not supervised
 
 
@@ -43,13 +45,23 @@ class Processor(Protocol):
     ) -> Mapping[str, Any]:
         """`input_ids` (T,), `image_mask` (T,), `pixel_values` (I, 3, S, S), `is_truncated`.
 
-        Of `prompt_options`, `keep_empty_thinking=False` drops empty think blocks."""
+        Among the images a (3, S, S) tensor is a preprocessed picture, and a (G * G, V) tensor the
+        features of one; for features there are also `vision_features` (J, G * G, V) and
+        `has_features`. Of `prompt_options`, `keep_empty_thinking=False` drops empty think blocks.
+        """
 
     def pixel_values(self, images: Any) -> Tensor:
         """Preprocessed pictures: (I, 3, S, S) float32."""
 
     def pictures(self, pixel_values: Tensor) -> list[Image.Image]:
         """The pictures of `pixel_values`, with their colours restored."""
+
+
+class Features(Protocol):
+    """Features of the vision tower that were computed before; `dataset.features`."""
+
+    def get(self, image: str | bytes) -> Tensor | None:
+        """(G * G, V) of a picture, by its name or bytes; None where there are none."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,9 @@ class Sample:
     """One training sample.
 
     input_ids (T,) int64; labels (T,) int64, -100 where not supervised; image_mask (T,) bool;
-    pixel_values (I, 3, S, S) float32; where: file and line, for messages.
+    pixel_values (I, 3, S, S) float32; where: file and line, for messages. Where some images have
+    features, vision_features (J, G * G, V) holds these, has_features says which of the I + J
+    images in reading order they are, and pixel_values holds the others.
     """
 
     index: int
@@ -75,6 +89,8 @@ class Sample:
     image_mask: Tensor
     pixel_values: Tensor
     is_truncated: bool
+    vision_features: Tensor | None = None
+    has_features: tuple[bool, ...] = ()
 
 
 def _about(record: Record) -> str:
@@ -84,14 +100,14 @@ def _about(record: Record) -> str:
 
 def make_sample(
     record: Record,
-    images: Sequence[bytes] | Tensor,
+    images: Sequence[bytes | Tensor] | Tensor,
     processor: Processor,
     *,
     index: int,
     max_length: int,
     drawn: Drawn = AS_IT_STANDS,
 ) -> Sample:
-    """A record with its encoded pictures, or their (I, 3, S, S) pixel values, as a sample.
+    """A record, with its images as `Processor` takes them, as a sample.
 
     Raises:
         BadRecordError: a broken picture, a text that cannot be a prompt, no supervised token.
@@ -121,6 +137,7 @@ def make_sample(
         image_mask=encoded["image_mask"],
         pixel_values=encoded["pixel_values"],
         is_truncated=encoded["is_truncated"],
+        **{name: encoded[name] for name in FEATURE_FIELDS if name in encoded},
     )
 
 
@@ -155,6 +172,7 @@ class VLMDataset(Dataset[Sample | BadSample]):
         self.max_length = max_length
         self.on_bad_sample = on_bad_sample
         self.draws = draws
+        self.features: Features | None = None  # what may be read instead of decoding pictures
 
     def __len__(self) -> int:
         return len(self.records)
@@ -206,9 +224,18 @@ class VLMDataset(Dataset[Sample | BadSample]):
                 return BadSample(index, str(error))
             raise
 
-    def _read_images(self, record: Record) -> list[bytes]:
+    def read_picture(self, image: str | bytes) -> bytes | Tensor:
+        """A picture of a record: its features (G * G, V) if there are any, else its bytes.
+
+        Raises:
+            ValueError, OSError: it cannot be read.
+        """
+        found = None if self.features is None else self.features.get(image)
+        return self.records.read_image(image) if found is None else found
+
+    def _read_images(self, record: Record) -> list[bytes | Tensor]:
         try:
-            return [self.records.read_image(image) for image in record.images]
+            return [self.read_picture(image) for image in record.images]
         except (ValueError, OSError) as error:
             raise BadRecordError(f"{record.where}: {error}{_about(record)}") from error
 

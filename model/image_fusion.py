@@ -116,3 +116,31 @@ def fuse_images(inputs_embeds: Tensor, image_mask: Tensor, features: Tensor) -> 
     row = (image_mask.flatten().cumsum(0) - 1).clamp(min=0).view_as(image_mask)
     # An embedding lookup rather than masked_scatter, whose backward waits for the host.
     return torch.where(image_mask[..., None], F.embedding(row, rows), inputs_embeds)
+
+
+def flat_images(
+    pixel_values: Tensor | None, *, batch_size: int
+) -> tuple[Tensor | None, int | None]:
+    """All images as (I, 3, S, S), and the number of images per sample if the shape implies it."""
+    if pixel_values is None:
+        return None, None
+    if pixel_values.ndim == 4:
+        return (pixel_values if len(pixel_values) else None), None
+    shape = tuple(pixel_values.shape)
+    if pixel_values.ndim == 6 and shape[2] == 1:
+        pixel_values = pixel_values.squeeze(2)
+    if pixel_values.ndim != 5 or shape[0] != batch_size:
+        raise ValueError(
+            f"pixel_values has shape {shape}; expected (I, 3, H, W), ({batch_size}, N, 3, H, W) "
+            f"or ({batch_size}, N, 1, 3, H, W)"
+        )
+    return (pixel_values.flatten(0, 1) if shape[1] else None), shape[1]
+
+
+def check_features(vision_features: Tensor, num_patches: int, width: int) -> None:
+    """Raise ValueError unless the features of a tower are (J, num_patches, width)."""
+    if vision_features.ndim != 3 or tuple(vision_features.shape[1:]) != (num_patches, width):
+        raise ValueError(
+            f"vision_features has shape {tuple(vision_features.shape)}; this model takes "
+            f"(images, {num_patches}, {width}), as its own tower gives them"
+        )

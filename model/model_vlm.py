@@ -1,7 +1,7 @@
 """Owns the vision-language model: VLMConfig, VisionProj, MiniMindVLM.
 
-Shapes: B batch, T tokens, I images of the whole batch, N images of a sample, P image tokens,
-V width of the vision tower, D hidden, S image side in pixels.
+Shapes: B batch, T tokens, I images of the whole batch, J more whose features are given, N of a
+sample, G patches along a side, P image tokens, V width of the tower, D hidden, S side in pixels.
 """
 
 from pathlib import Path
@@ -16,8 +16,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from model.generations import GENERATIONS
 from model.image_fusion import (
+    check_features,
     check_image_count,
     check_placeholder,
+    flat_images,
     fuse_images,
     images_per_sample,
     merge_patches,
@@ -247,6 +249,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         logits_to_keep: int | Tensor = 0,
         *,
         image_mask: Tensor | None = None,  # (B, T) bool
+        vision_features: Tensor | None = None,  # (J, G * G, V), or with a prefix
+        image_order: Tensor | None = None,  # (I + J,) int64
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> MiniMindOutput:
@@ -254,6 +258,10 @@ class MiniMindVLM(MiniMindForCausalLM):
 
         Args:
             pixel_values: all images of the batch in reading order, or N for every sample.
+            vision_features: images whose features, as `get_image_embeddings` gives them, were
+                computed before; the tower does not see these.
+            image_order: where both kinds are given: which of the features, and of the pixel values
+                counted on behind them, each image in reading order is.
             image_mask: which positions are image tokens, as the collator gives it, already checked
                 against the number of images. Without it they are found and counted here, at the
                 cost of one host sync on a GPU.
@@ -261,8 +269,14 @@ class MiniMindVLM(MiniMindForCausalLM):
             ValueError: a sample's placeholders and images differ in number.
         """
         if inputs_embeds is None and input_ids is not None:
-            inputs_embeds = self._embed(input_ids, pixel_values, image_mask)
-        elif pixel_values is not None:
+            inputs_embeds = self._embed(
+                input_ids,
+                pixel_values,
+                image_mask,
+                vision_features=vision_features,
+                image_order=image_order,
+            )
+        elif pixel_values is not None or vision_features is not None:
             raise ValueError("images need input_ids, which say where they stand")
         return super().forward(
             None,
@@ -276,19 +290,26 @@ class MiniMindVLM(MiniMindForCausalLM):
         )
 
     def _embed(
-        self, input_ids: Tensor, pixel_values: Tensor | None, image_mask: Tensor | None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        image_mask: Tensor | None,
+        *,
+        vision_features: Tensor | None = None,
+        image_order: Tensor | None = None,
     ) -> Tensor:
         """(B, T) ids and the batch's images to (B, T, D)."""
         inputs_embeds: Tensor = self.model.embed_tokens(input_ids)
-        images, per_sample = _flat_images(pixel_values, batch_size=input_ids.shape[0])
+        images, per_sample = flat_images(pixel_values, batch_size=input_ids.shape[0])
+        num_images = sum(len(some) for some in (images, vision_features) if some is not None)
         is_counted = image_mask is not None and not input_ids.is_cpu
         if image_mask is None:
             image_mask = placeholder_mask(input_ids, self.config.placeholder_ids)
-        may_hold_images = images is not None or input_ids.shape[1] >= self.config.num_image_tokens
+        may_hold_images = num_images > 0 or input_ids.shape[1] >= self.config.num_image_tokens
         if may_hold_images and not is_counted and not input_ids.is_meta:
             counts = images_per_sample(image_mask, self.config.num_image_tokens)
-            check_image_count(counts, 0 if images is None else len(images), per_sample=per_sample)
-        if images is None:
+            check_image_count(counts, num_images, per_sample=per_sample)
+        if not num_images:
             if self.training and torch.is_grad_enabled():
                 # DDP expects a gradient of every parameter on every rank, so the projection takes
                 # part in a batch without images too.
@@ -296,21 +317,48 @@ class MiniMindVLM(MiniMindForCausalLM):
                 blank = inputs_embeds.new_zeros(num_patches, self.config.vision_hidden_size)
                 inputs_embeds = inputs_embeds + 0.0 * self.vision_proj(blank).sum()
             return inputs_embeds
-        return fuse_images(inputs_embeds, image_mask, self.encode_images(images))
+        encoded = self.encode_images(
+            images, vision_features=vision_features, image_order=image_order
+        )
+        return fuse_images(inputs_embeds, image_mask, encoded)
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """(I, 3, S, S) to projected features (I, P, D)."""
+    def encode_images(
+        self,
+        images: Tensor | None,  # (I, 3, S, S)
+        *,
+        vision_features: Tensor | None = None,
+        image_order: Tensor | None = None,
+    ) -> Tensor:
+        """Images, and features that were computed before, to projected features (I + J, P, D).
+
+        Raises:
+            ValueError: no tower for images, features of another shape, or both without an order.
+        """
+        weight = next(self.vision_proj.parameters())
+        parts = []
+        if vision_features is not None:
+            num_patches = self.config.num_image_tokens * self.config.token_merge**2
+            check_features(vision_features, num_patches, self.config.vision_hidden_size)
+            parts.append(vision_features.to(weight.dtype))
+        if images is not None:
+            parts.append(self._look_at(images).to(weight.dtype))
+        if len(parts) > 1 and image_order is None:
+            raise ValueError("pixel_values and vision_features together need an image_order")
+        patches = torch.cat(parts) if len(parts) > 1 else parts[0]
+        features: Tensor = self.vision_proj(
+            patches if image_order is None else patches[image_order]
+        )
+        return features
+
+    def _look_at(self, images: Tensor) -> Tensor:
         if self.vision_encoder is None:
             raise ValueError("this model has no vision tower; call load_vision_encoder(folder)")
-        patches = self.get_image_embeddings(
+        return self.get_image_embeddings(
             images,
             self.vision_encoder,
             keep_cls=self.config.keep_cls,
             vision_layer=self.config.vision_layer,
         )
-        weight = next(self.vision_proj.parameters())
-        features: Tensor = self.vision_proj(patches.to(weight.dtype))
-        return features
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # the rest comes by keyword
         self, input_ids: LongTensor, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -337,7 +385,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         self, expand_size: int, is_encoder_decoder: bool, input_ids: LongTensor, **kwargs: Any
     ) -> tuple[LongTensor, dict[str, Any]]:
         """For beams and several answers: repeat each sample's images, keeping their order."""
-        images, _ = _flat_images(kwargs.pop("pixel_values", None), batch_size=len(input_ids))
+        images, _ = flat_images(kwargs.pop("pixel_values", None), batch_size=len(input_ids))
         if images is not None and expand_size > 1:
             mask = kwargs.get("image_mask")
             if mask is None:
@@ -351,22 +399,3 @@ class MiniMindVLM(MiniMindForCausalLM):
         if images is not None:
             kwargs["pixel_values"] = images
         return input_ids, kwargs
-
-
-def _flat_images(
-    pixel_values: Tensor | None, *, batch_size: int
-) -> tuple[Tensor | None, int | None]:
-    """All images as (I, 3, S, S), and the number of images per sample if the shape implies it."""
-    if pixel_values is None:
-        return None, None
-    if pixel_values.ndim == 4:
-        return (pixel_values if len(pixel_values) else None), None
-    shape = tuple(pixel_values.shape)
-    if pixel_values.ndim == 6 and shape[2] == 1:
-        pixel_values = pixel_values.squeeze(2)
-    if pixel_values.ndim != 5 or shape[0] != batch_size:
-        raise ValueError(
-            f"pixel_values has shape {shape}; expected (I, 3, H, W), ({batch_size}, N, 3, H, W) "
-            f"or ({batch_size}, N, 1, 3, H, W)"
-        )
-    return (pixel_values.flatten(0, 1) if shape[1] else None), shape[1]

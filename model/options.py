@@ -1,6 +1,7 @@
 """Owns how all commands read their flags, and the flags that name a model and a device."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,13 @@ from typing import Any
 from model.generations import GENERATIONS
 from model.machine.paths import OUT_DIR
 
+CACHE_DTYPES = ("float16", "int8")
+CACHE_HELP = {
+    "cache_vision_features": "keep what the frozen tower says of each picture: 0, 1 (in features "
+    "of --save_dir) or a folder / 缓存视觉特征",
+    "cache_dtype": "of the kept features; int8: half the size, with a scale a token / 缓存精度",
+    "cache_gb": "largest size of the folder in GiB; the rest is computed as without / 缓存上限",
+}
 NATIVE = "model"  # --load_from: this project's own weight files
 # Flags that name what a command reads. Given twice, both files would be meant, and no command
 # reads two.
@@ -71,6 +79,23 @@ def parse_bool(text: str) -> bool:
     return values[text.lower()]
 
 
+def cache_folder(text: str, save_dir: Path) -> Path | None:
+    """The folder that `--cache_vision_features` names: none for 0, `features` in the folder of
+    weights for 1.
+
+    Raises:
+        ValueError: a word or number that looks like another answer than a folder.
+    """
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return save_dir / "features" if parse_bool(text) else None
+    if not text or text.isdigit() or text.lower() in ("yes", "no", "on", "off"):
+        raise ValueError(
+            f"--cache_vision_features {text!r} is not 0, 1 or a folder; a folder of that name is "
+            f"./{text}"
+        )
+    return parse_path(text)
+
+
 def parse_path(text: str) -> Path:
     """A path; `~` is expanded here too, for the shell does not in `--flag=~/x`."""
     return Path(text).expanduser()
@@ -84,6 +109,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     _add_weight_arguments(parser)
     _add_input_format_arguments(parser)
     _add_device_arguments(parser)
+
+
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the feature cache, as the training scripts have them."""
+    add, told = parser.add_argument, CACHE_HELP
+    add(
+        "--cache_vision_features",
+        default="0",
+        nargs="?",
+        const="1",
+        metavar="0/1/PATH",
+        help=told["cache_vision_features"],
+    )
+    add("--cache_dtype", choices=CACHE_DTYPES, default=CACHE_DTYPES[0], help=told["cache_dtype"])
+    add("--cache_gb", type=float, help=told["cache_gb"])
 
 
 def _add_weight_arguments(parser: argparse.ArgumentParser) -> None:

@@ -210,7 +210,7 @@ class VLMProcessor:
     def __call__(
         self,
         messages: list[Message],
-        images: Sequence[Picture] | Tensor,
+        images: Sequence[Picture | Tensor] | Tensor,
         *,
         max_length: int | None = None,
         **prompt_options: bool,
@@ -220,12 +220,15 @@ class VLMProcessor:
         Args:
             messages: `{"role", "content"}` each, with one `<image>` per picture.
             images: pictures in reading order: PIL images, encoded bytes or paths; or, where they
-                are preprocessed already, their `pixel_values`.
+                are preprocessed already, their `pixel_values`. In a list, a (3, S, S) tensor is a
+                preprocessed picture, and a (G * G, V) tensor the features of one that the tower
+                has seen before.
             max_length: tokens to keep; the text ends before an image that would be cut.
             prompt_options: those of `render`.
         Returns:
             `input_ids` (T,) int64, `image_mask` (T,) bool, `pixel_values` (I, 3, S, S) float32,
-            `is_truncated`.
+            `is_truncated`; for features in `images` also `vision_features` (J, G * G, V) and
+            `has_features`, a flag for each image.
         Raises:
             ValueError: tags and pictures differ in number, or a picture is broken.
         """
@@ -251,9 +254,26 @@ class VLMProcessor:
         return {
             "input_ids": input_ids,
             "image_mask": mask,
-            "pixel_values": self.pixel_values(images),
+            **self._look(images),
             "is_truncated": is_truncated,
         }
+
+    def _look(self, images: Sequence[Picture | Tensor] | Tensor) -> dict[str, Any]:
+        """The images as the model takes them; those with features are not preprocessed."""
+        if isinstance(images, Tensor):
+            return {"pixel_values": images}
+        features: list[Tensor] = []
+        pictures: list[Picture | Tensor] = []
+        for image in images:
+            if isinstance(image, Tensor) and image.ndim == 2:
+                features.append(image)
+            else:
+                pictures.append(image)
+        looked: dict[str, Any] = {"pixel_values": self.pixel_values(pictures)}
+        if features:
+            flags = (isinstance(image, Tensor) and image.ndim == 2 for image in images)
+            looked |= {"vision_features": torch.stack(features), "has_features": tuple(flags)}
+        return looked
 
     def _cut(self, mask: Tensor, max_length: int) -> tuple[int, int]:
         """How many tokens and images of a (T,) image mask fit into `max_length` tokens."""
@@ -268,7 +288,7 @@ class VLMProcessor:
         """Side S and range of the pixels that the tower takes."""
         return measure(self.image_processor)
 
-    def pixel_values(self, images: Sequence[Picture] | Tensor) -> Tensor:
+    def pixel_values(self, images: Sequence[Picture | Tensor] | Tensor) -> Tensor:
         """Preprocess pictures: (I, 3, S, S) float32; (0, 3, S, S) for none.
 
         One at a time: the pictures of a request, all decoded in full size, could fill the memory.
@@ -278,7 +298,9 @@ class VLMProcessor:
         if not images:
             side = self.pixel_range.side
             return torch.zeros(0, 3, side, side)
-        return torch.cat([self._preprocess(image) for image in images])
+        return torch.cat(
+            [i[None] if isinstance(i, Tensor) else self._preprocess(i) for i in images]
+        )
 
     def _preprocess(self, image: Picture) -> Tensor:  # (1, 3, S, S)
         inputs = self.image_processor(images=open_image(image), return_tensors="pt")

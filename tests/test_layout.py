@@ -25,6 +25,7 @@ ALLOWED = {
     "model/machine": "",
     "model": "model/machine",
     "model/weights": "model model/machine",
+    "model/vision_features.py": MODEL,
     "model/generation": MODEL,
     "model/evaluation": f"{MODEL} model/generation",
     "model/serving": f"{MODEL} model/generation",
@@ -33,6 +34,7 @@ ALLOWED = {
     "model/serving/web": f"{MODEL} model/generation model/serving model/serving/web/protection",
     "dataset/records": "",
     "dataset": "dataset/records",
+    "dataset/features": DATASET,
     "dataset/evaluation": DATASET,
     "dataset/synthetic": "",
     "dataset/fetching": "",
@@ -42,15 +44,15 @@ ALLOWED = {
     "trainer/tracking": "model/machine trainer/train_args.py trainer/ranks",
     "trainer/loop": f"{MODEL} trainer/train_args.py trainer/ranks trainer/tracking",
     "trainer/saving": f"{MODEL} {TRAINER}",
-    "trainer/run": f"{MODEL} {DATASET} {TRAINER}",
+    "trainer/run": f"{MODEL} model/vision_features.py {DATASET} dataset/features {TRAINER}",
     "trainer/chain": f"{MODEL} model/generation dataset/synthetic trainer/tracking",
     "trainer/trainer_utils.py": f"{TRAINER} trainer/run",  # a face for readers of the original
 }
 # Commands may import any of their own package, and these may introduce strangers to one another;
 # nobody imports a command.
 COMMANDS = {
-    "eval_vlm.py": f"{MODEL} model/generation model/evaluation model/serving {DATASET} "
-    "dataset/evaluation trainer/ranks",
+    "eval_vlm.py": f"{MODEL} model/vision_features.py model/generation model/evaluation "
+    f"model/serving {DATASET} dataset/evaluation dataset/features trainer/ranks",
     "web_demo.py": f"{MODEL} model/generation model/serving/api model/serving/web",
     "dataset/download.py": f"{MODEL} dataset/fetching",
     "dataset/check_published.py": f"{MODEL} model/evaluation dataset/fetching",

@@ -9,7 +9,14 @@ from dataset.text_dataset import LOSS_ON
 from model.generations import DEFAULT_GENERATION, GENERATIONS
 from model.machine.paths import OUT_DIR, ROOT
 from model.model_vlm import PROJECTORS
-from model.options import OnceParser, parse_bool, parse_path
+from model.options import (
+    CACHE_DTYPES,
+    CACHE_HELP,
+    OnceParser,
+    cache_folder,
+    parse_bool,
+    parse_path,
+)
 from model.weights.file_names import find_weight
 from model.weights.strict_loading import is_third_generation, read_weights
 
@@ -108,6 +115,9 @@ class TrainArgs:
         "hidden state of the tower that is read, such as -2; default: its last output / "
         "取视觉塔哪一层"
     )
+    cache_vision_features: str = flag(CACHE_HELP["cache_vision_features"], "0")
+    cache_dtype: str = flag(CACHE_HELP["cache_dtype"], CACHE_DTYPES[0], choices=CACHE_DTYPES)
+    cache_gb: float = flag(CACHE_HELP["cache_gb"], low=0.0)
     projector: str = flag(
         "default: the generation's, linear or mlp / 投影层类型", choices=PROJECTORS
     )
@@ -157,6 +167,11 @@ class TrainArgs:
             raise ValueError(f"--learning_rate {self.learning_rate} must be above 0")
         if self.val_images_path and not self.val_data_path:
             raise ValueError("--val_images_path needs --val_data_path")
+        self.cache_folder()
+
+    def cache_folder(self) -> Path | None:
+        """The folder of kept features, or None; ValueError if the flag names neither."""
+        return cache_folder(self.cache_vision_features, self.save_dir)
 
     def tracker_name(self) -> str | None:
         """The tracker to use, or None."""
@@ -191,6 +206,8 @@ def parse_args(stage: Stage, argv: list[str] | None, *, description: str) -> Tra
         options = {"default": default, "help": item.metadata["help"] + shown, "dest": item.name}
         if item.name == "freeze_llm":
             options |= {"type": parse_freeze, "nargs": "?", "const": 1, "metavar": "0/1/2"}
+        elif item.name == "cache_vision_features":
+            options |= {"nargs": "?", "const": "1", "metavar": "0/1/PATH"}
         elif item.type is bool:
             options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "0/1"}
         else:

@@ -50,7 +50,8 @@ class Case:
 
 @dataclass
 class RecordWindow:
-    """Records that are scored together: `pictures` (3, S, S) by key; `left_out` (reason, where)."""
+    """Records that are scored together: `pictures` by key, (3, S, S) or the tower's features
+    (G * G, V); `left_out` (reason, where)."""
 
     cases: list[Case] = field(default_factory=list)
     pictures: dict[str, Tensor] = field(default_factory=dict)
@@ -161,50 +162,51 @@ class EvalData:
                 window.left_out.append(("too long", case.sample.where))
                 continue
             window.cases.append(case)
-            window.pictures.update(zip(case.card.images, case.sample.pixel_values, strict=True))
-            if case.others:
-                others = self._pictures_of(case.others)
-                window.pictures.update(zip(case.others, others, strict=True))
+            for keys in filter(None, (case.card.images, case.others)):
+                window.pictures.update(zip(keys, self._pictures_of(keys), strict=True))
         return window
 
     def _case(self, place: int) -> Case:
         card = self.cards[place]
         record = self.dataset.records[card.index]
-        pixels = self._pictures_of(card.images)
+        pictures = self._pictures_of(card.images)
         blind = [
             message | {"content": message["content"].replace(IMAGE_TAG, "").strip()}
             for message in record.messages
         ]
         return Case(
             card=card,
-            sample=self._sample(card, record.messages, pixels, record),
-            blind=self._sample(card, blind, pixels[:0], record),
+            sample=self._sample(card, record.messages, pictures, record),
+            blind=self._sample(card, blind, [], record),
             others=self._other_images(place),
-            candidates=self._candidates(card, record, pixels),
+            candidates=self._candidates(card, record, pictures),
         )
 
     def _sample(
-        self, card: Card, messages: list[Message], pixels: Tensor, record: Record
+        self, card: Card, messages: list[Message], pictures: list[Tensor], record: Record
     ) -> Sample:
         return make_sample(
             replace(record, messages=messages),
-            pixels,
+            as_images(pictures),
             self.dataset.processor,
             index=card.index,
             max_length=self.dataset.max_length,
         )
 
     def _read_pixels(self, key: str, index: int, number: int) -> Tensor:
+        """(3, S, S) of a picture, or its features (G * G, V) where the data set has them."""
         record = self.dataset.records[index]
         try:
-            image = self.dataset.records.read_image(record.images[number])
+            image = self.dataset.read_picture(record.images[number])
+            if isinstance(image, Tensor):
+                return image
             return self.dataset.processor.pixel_values([image])[0]
         except (ValueError, OSError) as error:
             raise BadRecordError(f"{record.where}: {error} (image {key})") from error
 
-    def _pictures_of(self, keys: tuple[str, ...]) -> Tensor:
-        """(I, 3, S, S) of the images of a record."""
-        return torch.stack([self._pixels(key, *self._where[key]) for key in keys])
+    def _pictures_of(self, keys: tuple[str, ...]) -> list[Tensor]:
+        """The images of a record, as `_read_pixels` gives each."""
+        return [self._pixels(key, *self._where[key]) for key in keys]
 
     def _other_images(self, place: int) -> tuple[str, ...] | None:
         """Images of a record half the data set away: as many, and none of them the record's own."""
@@ -220,7 +222,7 @@ class EvalData:
             return other.images
         return None
 
-    def _candidates(self, card: Card, record: Record, pixels: Tensor) -> list[Sample]:
+    def _candidates(self, card: Card, record: Record, pictures: list[Tensor]) -> list[Sample]:
         """The caption of a picture, then captions of other pictures in the same language.
 
         Empty but for the first record of its images and language.
@@ -232,10 +234,10 @@ class EvalData:
             return []
         first = next(i for i, m in enumerate(record.messages) if m["role"] == "assistant")
         prompt = record.messages[:first]
-        if sum(m["content"].count(IMAGE_TAG) for m in prompt) != len(pixels):
+        if sum(m["content"].count(IMAGE_TAG) for m in prompt) != len(pictures):
             return []
         samples = [
-            self._sample(card, [*prompt, {"role": "assistant", "content": text}], pixels, record)
+            self._sample(card, [*prompt, {"role": "assistant", "content": text}], pictures, record)
             for text in texts
         ]
         return [] if any(sample.is_truncated for sample in samples) else samples
@@ -280,6 +282,13 @@ class EvalData:
         num_images = sum(m["content"].count(IMAGE_TAG) for m in before)
         read = self.dataset.records.read_image
         return before, [read(image) for image in record.images[:num_images]]
+
+
+def as_images(pictures: list[Tensor]) -> list[Tensor] | Tensor:
+    """Preprocessed pictures as one tensor (I, 3, S, S); a list where some are features."""
+    if any(picture.ndim == 2 for picture in pictures):
+        return pictures
+    return torch.stack(pictures) if pictures else torch.zeros(0, 3, 1, 1)
 
 
 def _sentence_questions(cards: list[Card]) -> set[str]:

@@ -1,12 +1,12 @@
 """Owns running a model on evaluation data: losses under control images, the right caption ranked
 among wrong ones, generated answers. It knows the shape of the data's objects, but no data set.
 
-Shapes: I images, P patches, D hidden, S image side in pixels.
+Shapes: I images, P patches, D hidden, S image side in pixels; G patches along a side and V width of
+the vision tower.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Protocol, TypeVar
 
 import torch
@@ -82,8 +82,8 @@ class CaseLike(Protocol):
 
 
 class WindowLike(Protocol):
-    """Records that are scored together, their pictures (3, S, S) by key, and (reason, where) of
-    those left out."""
+    """Records that are scored together, their pictures (3, S, S), or what the tower says of them
+    (G * G, V), by key, and (reason, where) of those left out."""
 
     @property
     def cases(self) -> Sequence[CaseLike]: ...
@@ -167,14 +167,18 @@ class Evaluator:
 
     @torch.inference_mode()
     def encode(self, pictures: Mapping[K, Tensor]) -> dict[K, Tensor]:
-        """(3, S, S) pictures to features (P, D), each picture once."""
-        device, dtype = self.model.device, self.model.dtype
-        pixels = list(pictures.values())
-        batches = [
-            self.model.encode_images(torch.stack(pixels[i : i + self.batch_size]).to(device, dtype))
-            for i in range(0, len(pixels), self.batch_size)
-        ]
-        return dict(zip(pictures, chain.from_iterable(batches), strict=True))
+        """(3, S, S) pictures, or (G * G, V) of the tower, to features (P, D), each picture once."""
+        encoded = {}
+        for num_axes in (2, 3):
+            keys = [key for key, picture in pictures.items() if picture.ndim == num_axes]
+            for start in range(0, len(keys), self.batch_size):
+                some = keys[start : start + self.batch_size]
+                batch = torch.stack([pictures[key] for key in some])
+                batch = batch.to(self.model.device, self.model.dtype)
+                seen = {"vision_features": batch} if num_axes == 2 else {}
+                images = self.model.encode_images(None if seen else batch, **seen)
+                encoded |= dict(zip(some, images, strict=True))
+        return encoded
 
     def score_window(self, window: WindowLike) -> tuple[list[AnswerRow], list[CaptionRow]]:
         """All answers of a window's records under all conditions, and their captions."""

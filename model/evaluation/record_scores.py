@@ -19,7 +19,6 @@ from model.evaluation.report import Results, build_report, compare, print_figure
 from model.evaluation.task import Group, progress
 from model.generation.engine import VLMEngine
 from model.generation.sampling import Sampling
-from model.vlm_processor import VLMProcessor
 
 
 class ScorableData(Protocol):
@@ -52,7 +51,7 @@ class RecordScores:
     """The task of scoring records: `Task[Results]`.
 
     Args:
-        open_data: the data for a processor; each weight brings its own.
+        open_data: the data for an engine; each weight brings its own processor.
         sampling: of a weight's generation.
         source: the data's file, as errors name it.
         num_generate: answers to generate; 0 generates none.
@@ -61,7 +60,7 @@ class RecordScores:
 
     def __init__(
         self,
-        open_data: Callable[[VLMProcessor], ScorableData],
+        open_data: Callable[[VLMEngine], ScorableData],
         sampling: Callable[[int], Sampling],
         *,
         source: Path,
@@ -75,7 +74,7 @@ class RecordScores:
         self.group, self.warn = group, warn
 
     def run(self, engine: VLMEngine) -> Results:
-        data = self.open_data(engine.processor)
+        data = self.open_data(engine)
         evaluator = Evaluator(engine, batch_size=self.batch_size)
         results = self._score(evaluator, data)
         questions = self._questions(data, results)

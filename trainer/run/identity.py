@@ -24,6 +24,9 @@ def metadata_and_identity(
         "optimizer": args.optimizer,
         "seed": args.seed,
     }
+    # float16 keeps more bits than a tower in bfloat16 gives; int8 gives other numbers.
+    is_coarse = args.cache_folder() is not None and args.cache_dtype == "int8"
+    identity["--cache_dtype of the features"] = "int8" if is_coarse else None
     draws = getattr(parts.dataset, "draws", None)  # None too in states of earlier versions
     identity["random system messages and think blocks"] = draws and (
         f"--system_share {draws.system_share} --empty_think_share {draws.empty_think_share}"

@@ -70,9 +70,24 @@ def check_writable(folder: Path, *, flag: str) -> None:
 def check_disk(
     model: nn.Module, *, save_dir: Path, checkpoint_dir: Path, num_states: int = 0
 ) -> None:
-    """Raise ValueError unless weights and states fit; an old file stays until its successor is
-    complete.
+    """Raise ValueError unless weights and states fit."""
+    needs = saving_needs(
+        model, save_dir=save_dir, checkpoint_dir=checkpoint_dir, num_states=num_states
+    )
+    for folder, size in needs.values():
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise ValueError(
+                f"{folder} has {free / GIB:.2f} GiB free, saving needs {size / GIB:.2f}; free "
+                "some space or choose other folders by --save_dir and --checkpoint_dir"
+            )
 
+
+def saving_needs(
+    model: nn.Module, *, save_dir: Path, checkpoint_dir: Path, num_states: int
+) -> dict[int, list[Any]]:
+    """Folder and bytes that saving needs, by file system (`st_dev`); an old file stays until its
+    successor is complete.
 
     Args:
         num_states: how many states of this run are there already.
@@ -88,13 +103,7 @@ def check_disk(
     ):
         need = needs.setdefault(os.stat(folder).st_dev, [folder, 0])
         need[1] += size
-    for folder, size in needs.values():
-        free = shutil.disk_usage(folder).free
-        if free < size:
-            raise ValueError(
-                f"{folder} has {free / GIB:.2f} GiB free, saving needs {size / GIB:.2f}; free "
-                "some space or choose other folders by --save_dir and --checkpoint_dir"
-            )
+    return needs
 
 
 def estimate_memory_gib(model: nn.Module, *, batch_size: int, num_tokens: int) -> float:

@@ -32,6 +32,7 @@ from trainer.ranks.signals import CLOSED_OUTPUT, StopSignal
 from trainer.ranks.watch import RankWatch, leave_at_once
 from trainer.run import preflight
 from trainer.run.build import Loaders, Parts, build, lighten_tower
+from trainer.run.features import keep_features
 from trainer.run.identity import metadata_and_identity
 from trainer.run.output import surviving_output
 from trainer.run.report import INTERRUPTED, print_header, report_end
@@ -44,7 +45,7 @@ from trainer.train_args import Stage, TrainArgs, parse_args
 
 # Flags that may differ between ranks, or that only the main process reads.
 FLAGS_OF_A_RANK = {
-    "device", "num_workers", "local_rank", "rank_timeout", "from_weight",
+    "device", "num_workers", "cache_vision_features", "local_rank", "rank_timeout", "from_weight",
     "use_wandb", "tracker", "tracker_mode", "wandb_project", "wandb_run_name",
 }  # fmt: skip
 
@@ -156,6 +157,7 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
         former_identity={"data": parts.dataset.former_fingerprint[:16]},
     )
     with run_lock([lock_path(paths.weight), lock_path(paths.state)], ranks):
+        keep_features(args, ranks, parts, paths)
         return resume_and_train(state, parts, stop, zero_config)
 
 
@@ -182,7 +184,8 @@ def facts_to_share(args: TrainArgs, parts: Parts, identity: dict[str, Any]) -> d
         for f in fields(args)
         if f.type is not Path and f.name not in FLAGS_OF_A_RANK
     }
-    return {k: str(v) for k, v in (identity | data | flags).items()}
+    cache = {"feature cache": "off" if args.cache_folder() is None else "on"}
+    return {k: str(v) for k, v in (identity | data | flags | cache).items()}
 
 
 def train_and_save(run: Run, state: RunState) -> bool:
@@ -213,7 +216,7 @@ def check_run(args: TrainArgs, ranks: Ranks, parts: Parts, paths: RunPaths) -> N
         parts.model,
         save_dir=args.save_dir,
         checkpoint_dir=args.checkpoint_dir,
-        num_states=len(list(paths.state.parent.glob(paths.state.name + "*"))),
+        num_states=paths.num_states(),
     )
     for dataset in filter(None, (parts.dataset, parts.val_dataset)):
         preflight.check_records(dataset, on_bad_sample=args.on_bad_sample)

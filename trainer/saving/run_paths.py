@@ -18,6 +18,10 @@ class RunPaths:
     metrics: Path
     curves: Path
 
+    def num_states(self) -> int:
+        """How many states of this run are there."""
+        return len(list(self.state.parent.glob(self.state.name + "*")))
+
 
 def run_paths(args: TrainArgs, model: MiniMindForCausalLM) -> RunPaths:
     """The files of a run; the model's size is part of their names."""

@@ -1,0 +1,1 @@
+"""Features of the frozen vision tower, computed once and kept in files."""
