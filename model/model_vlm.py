@@ -1,4 +1,4 @@
-"""Owns the vision-language model: VLMConfig, VisionProj, MiniMindVLM.
+"""Owns the vision-language model: VLMConfig and MiniMindVLM.
 
 Shapes: B batch, T tokens, I images of the whole batch, J more whose features are given, N of a
 sample, G patches along a side, P image tokens, V width of the tower, D hidden, S side in pixels.
@@ -22,7 +22,6 @@ from model.image_fusion import (
     flat_images,
     fuse_images,
     images_per_sample,
-    merge_patches,
     placeholder_mask,
 )
 from model.model_minimind import (
@@ -33,6 +32,7 @@ from model.model_minimind import (
     takes_past_key_values,
 )
 from model.preprocessing import measure
+from model.vision_proj import PROJECTORS, VisionProj
 from model.vision_tower import (
     count_image_tokens,
     find_vision_dir,
@@ -42,8 +42,6 @@ from model.vision_tower import (
     tower_features,
     tower_shape,
 )
-
-PROJECTORS = ("linear", "mlp")
 
 
 class VLMConfig(MiniMindConfig):
@@ -109,43 +107,6 @@ class VLMConfig(MiniMindConfig):
         return self.image_ids * (self.image_token_len // len(self.image_ids))
 
 
-class VisionProj(nn.Module):
-    """From the tower's patches to the language model's width.
-
-    Generation 2 has one linear layer, generation 3 a LayerNorm and two layers. With `token_merge`
-    m > 1, m x m neighbouring patches are first joined to one that is m * m times as wide.
-    Source: Shi et al., "Real-Time Single Image and Video Super-Resolution" (2016).
-    """
-
-    def __init__(
-        self,
-        vision_hidden_size: int = 768,
-        hidden_size: int = 512,
-        *,
-        projector: str = "linear",
-        token_merge: int = 1,
-    ):
-        super().__init__()
-        self.token_merge = token_merge
-        width = vision_hidden_size * token_merge**2
-        if projector == "mlp":
-            self.mlp = nn.Sequential(
-                nn.LayerNorm(width),
-                nn.Linear(width, hidden_size),
-                nn.GELU(),
-                nn.Linear(hidden_size, hidden_size),
-            )
-        else:
-            self.vision_proj = nn.Sequential(nn.Linear(width, hidden_size))
-
-    def forward(self, patches: Tensor) -> Tensor:  # (..., P * m * m, V) -> (..., P, D)
-        if self.token_merge > 1:
-            patches = merge_patches(patches, self.token_merge)
-        layers = self.mlp if hasattr(self, "mlp") else self.vision_proj
-        features: Tensor = layers(patches)
-        return features
-
-
 class MiniMindVLM(MiniMindForCausalLM):
     """The language model that reads projected image features in place of placeholders.
 
@@ -198,8 +159,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         if shape.width != self.config.vision_hidden_size:
             raise ValueError(
                 f"{vision_model_path}: this tower is {shape.width} wide but the "
-                f"projection takes {self.config.vision_hidden_size}; use the tower this model "
-                "was made with"
+                f"projection takes {self.config.vision_hidden_size}; use the tower and the "
+                "--token_merge this model was made with"
             )
         tower.to(self.device)  # type: ignore[arg-type]  # its wrapper hides nn.Module.to
         self.vision_dir = folder.resolve()

@@ -8,7 +8,6 @@ from typing import Any, Literal
 from dataset.text_dataset import LOSS_ON
 from model.generations import DEFAULT_GENERATION, GENERATIONS
 from model.machine.paths import OUT_DIR, ROOT
-from model.model_vlm import PROJECTORS
 from model.options import (
     CACHE_DTYPES,
     CACHE_HELP,
@@ -17,6 +16,7 @@ from model.options import (
     parse_bool,
     parse_path,
 )
+from model.vision_proj import PROJECTORS
 from model.weights.file_names import find_weight
 from model.weights.strict_loading import is_third_generation, read_weights
 

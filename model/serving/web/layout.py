@@ -118,7 +118,9 @@ class Layout:
     ) -> None:
         """The weight, example pictures and camera."""
         self.weight = self._named(
-            gr.Dropdown(choices, value=weight, elem_id="weight"), label="weight"
+            # Not before its choices are those of now: a choice made earlier would be lost.
+            gr.Dropdown(choices, value=weight, elem_id="weight", interactive=False),
+            label="weight",
         )
         self._named(gr.Markdown(), value="examples")
         self.gallery = gr.Gallery(

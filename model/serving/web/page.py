@@ -163,7 +163,7 @@ class Page:
         code = page_language(request.headers.get("accept-language"))
         language = next(name for name, own in LANGUAGES.items() if own == code)
         texts = self.parts.texts(code)
-        texts[self.parts.weight] |= {"choices": self._choices()}
+        texts[self.parts.weight] |= {"choices": self._choices(), "interactive": True}
         if self._begins_blind:  # else the status stays: a quick visitor may have switched already
             texts[self.parts.status] = text("blind", code, weight=self.weights.default)
         return texts | {self.parts.language: language}

@@ -348,9 +348,7 @@ def test_ranks_of_a_machine_share_its_cores(variables, num_workers, monkeypatch)
     args = argparse.Namespace(
         num_workers=64, save_dir=None, checkpoint_dir=None, on_bad_sample="", use_compile=False
     )
-    paths = SimpleNamespace(
-        state=SimpleNamespace(parent=SimpleNamespace(glob=lambda _: []), name="")
-    )
+    paths = SimpleNamespace(num_states=lambda: 0)
     parts = SimpleNamespace(model=SimpleNamespace(config=None), dataset=None, val_dataset=None)
     check_run(args, None, parts, paths)
     assert args.num_workers == num_workers

@@ -161,8 +161,8 @@ def be_slow(rank: int, seconds: float) -> None:
 
 @pytest.mark.slow
 def test_slow_rank_is_not_taken_for_lost(assets, tmp_path, data):
-    argv = flags(assets, tmp_path, data, epochs=1, batch_size=10, rank_timeout=10)
-    run_ranks(argv, tmp_path, world_size=2, hook=(be_slow, 1, 20.0))
+    argv = flags(assets, tmp_path, data, epochs=1, batch_size=10, rank_timeout=6)
+    run_ranks(argv, tmp_path, world_size=2, hook=(be_slow, 1, 12.0))
     survived("a rank that is slow for twice the limit, and a slow disk")
 
 

@@ -72,6 +72,7 @@ def test_no_file_of_the_server_is_served_or_taken(site, folder):
             0,
             1,
             5,
+            1,
             False,
         ]
         event = {"data": data, "fn_index": submit["id"], "session_hash": "stranger"}
