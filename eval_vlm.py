@@ -54,7 +54,7 @@ from model.options import (
     parse_path,
 )
 from model.serving.terminal_chat import chat
-from model.vision_features import FeatureMaker
+from model.vision.features import FeatureMaker
 from model.vlm_processor import tokenizer_sha256
 from trainer.ranks.group import Logger, Ranks, init_distributed_mode, warn
 

@@ -3,8 +3,6 @@
 Shapes: B batch, T tokens, n placeholder tokens per image, D hidden, I images of the batch.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,20 +85,6 @@ def check_image_count(counts: list[int], num_images: int, *, per_sample: int | N
             f"the batch holds {sum(counts)} image placeholder(s), sample by sample {counts}, but "
             f"{num_images} image(s) were given; every <image> needs exactly one image"
         )
-
-
-def merge_patches(patches: Tensor, side: int) -> Tensor:
-    """Join `side` x `side` neighbouring patches of a square grid to one token (pixel shuffle).
-
-    Args:
-        patches: (..., G * G, V), row by row.
-    Returns:
-        (..., (G / side)^2, side * side * V); a token holds its patches row by row.
-    """
-    *batch, num_patches, width = patches.shape
-    grid = math.isqrt(num_patches) // side
-    blocks = patches.reshape(-1, grid, side, grid, side, width).transpose(2, 3)
-    return blocks.reshape(*batch, grid * grid, side * side * width)
 
 
 def fuse_images(inputs_embeds: Tensor, image_mask: Tensor, features: Tensor) -> Tensor:

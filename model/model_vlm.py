@@ -31,8 +31,8 @@ from model.model_minimind import (
     of_generation,
     takes_past_key_values,
 )
-from model.preprocessing import measure
-from model.vision_proj import PROJECTORS, VisionProj
+from model.vision.preprocessing import measure
+from model.vision.projection import PROJECTORS, VisionProj
 from model.vision_tower import (
     count_image_tokens,
     find_vision_dir,

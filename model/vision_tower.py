@@ -21,7 +21,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as hf_logging
 
 from model.generations import DEFAULT_GENERATION, GENERATIONS
-from model.preprocessing import (
+from model.vision.preprocessing import (
     default_image_processor,
     first_line,
     measure,

@@ -19,8 +19,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from model.generations import DEFAULT_GENERATION, GENERATIONS
 from model.image_fusion import images_per_sample, placeholder_mask
 from model.model_vlm import VLMConfig
-from model.pictures import Picture, open_image
-from model.preprocessing import PixelRange, measure
+from model.vision.pictures import Picture, open_image
+from model.vision.preprocessing import PixelRange, measure
 
 Message = dict[str, Any]  # "role", "content", and for a first system message "tools"
 Conversation = tuple[list[Message], Sequence[Picture] | Tensor]

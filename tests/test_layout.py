@@ -18,14 +18,15 @@ TOP_LEVEL = {
 PACKAGES = ("model", "dataset", "trainer")
 # Folder (or a file that stands lower than its folder) -> folders and files that it may import,
 # beside its own. Imports inside functions count too.
-MODEL = "model model/machine model/weights"
+MODEL = "model model/machine model/vision model/weights"
 DATASET = "dataset dataset/records"
 TRAINER = "trainer/train_args.py trainer/ranks trainer/tracking trainer/loop trainer/saving"
 ALLOWED = {
     "model/machine": "",
-    "model": "model/machine",
-    "model/weights": "model model/machine",
-    "model/vision_features.py": MODEL,
+    "model/vision": "",
+    "model": "model/machine model/vision",
+    "model/weights": "model model/machine model/vision",
+    "model/vision/features.py": MODEL,
     "model/generation": MODEL,
     "model/evaluation": f"{MODEL} model/generation",
     "model/serving": f"{MODEL} model/generation",
@@ -44,14 +45,14 @@ ALLOWED = {
     "trainer/tracking": "model/machine trainer/train_args.py trainer/ranks",
     "trainer/loop": f"{MODEL} trainer/train_args.py trainer/ranks trainer/tracking",
     "trainer/saving": f"{MODEL} {TRAINER}",
-    "trainer/run": f"{MODEL} model/vision_features.py {DATASET} dataset/features {TRAINER}",
+    "trainer/run": f"{MODEL} model/vision/features.py {DATASET} dataset/features {TRAINER}",
     "trainer/chain": f"{MODEL} model/generation dataset/synthetic trainer/tracking",
     "trainer/trainer_utils.py": f"{TRAINER} trainer/run",  # a face for readers of the original
 }
 # Commands may import any of their own package, and these may introduce strangers to one another;
 # nobody imports a command.
 COMMANDS = {
-    "eval_vlm.py": f"{MODEL} model/vision_features.py model/generation model/evaluation "
+    "eval_vlm.py": f"{MODEL} model/vision/features.py model/generation model/evaluation "
     f"model/serving {DATASET} dataset/evaluation dataset/features trainer/ranks",
     "web_demo.py": f"{MODEL} model/generation model/serving/api model/serving/web",
     "dataset/download.py": f"{MODEL} dataset/fetching",

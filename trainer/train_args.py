@@ -16,7 +16,7 @@ from model.options import (
     parse_bool,
     parse_path,
 )
-from model.vision_proj import PROJECTORS
+from model.vision.projection import PROJECTORS
 from model.weights.file_names import find_weight
 from model.weights.strict_loading import is_third_generation, read_weights
 

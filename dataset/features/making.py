@@ -30,7 +30,7 @@ WARM_UP, MEASURED = 1, 4  # pictures of each rank from which the time is estimat
 
 
 class Maker(Protocol):
-    """Computes features; `model.vision_features.FeatureMaker`."""
+    """Computes features; `model.vision.features.FeatureMaker`."""
 
     batch_size: int
     num_patches: int

@@ -22,7 +22,7 @@ from model.generation.sampling import Sampling
 from model.generation.speed import Speed
 from model.generation.thinking import THINKING, marked
 from model.machine.terminal import one_line, shown
-from model.pictures import open_image
+from model.vision.pictures import open_image
 from model.vlm_processor import IMAGE_TAG, VLMProcessor
 
 IMAGE_SUFFIXES = {  # HEIC and AVIF too: the error says how to convert them

@@ -20,7 +20,7 @@ from model.generation.decoding import AnswerState, Decoder, TextPieces
 from model.generation.sampling import Sampling, cannot_think
 from model.generation.thinking import Piece, ThinkingSplitter, without_thinking
 from model.machine.device import memory_guard
-from model.pictures import Picture
+from model.vision.pictures import Picture
 from model.vlm_processor import IMAGE_TAG, Message
 from model.weights.build_model import LoadedModel, load_model
 

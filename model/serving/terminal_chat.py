@@ -16,7 +16,7 @@ from model.generation.speed import Speed
 from model.generation.thinking import ANSWER, THINKING
 from model.machine.terminal import shown
 from model.options import parse_path
-from model.pictures import open_image
+from model.vision.pictures import open_image
 from model.vlm_processor import IMAGE_TAG, Message
 
 try:

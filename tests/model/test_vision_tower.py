@@ -17,9 +17,9 @@ from support.towers import TOWERS, make_tower_of, randomise
 
 from model.generation.attention_map import image_attention
 from model.generations import GENERATIONS
-from model.image_fusion import merge_patches
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.preprocessing import measure
+from model.vision.preprocessing import measure
+from model.vision.projection import merge_patches
 from model.vision_tower import (
     TowerShape,
     count_image_tokens,

@@ -12,7 +12,7 @@ from PIL import Image
 
 from model import vlm_processor
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.pictures import open_image
+from model.vision.pictures import open_image
 from model.vlm_processor import (
     VLMProcessor,
     check_special_tokens,

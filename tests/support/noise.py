@@ -50,7 +50,7 @@ def slow_tower(seconds: float) -> None:
     """A hook for a process: each batch of features takes so long."""
     import time
 
-    from model.vision_features import FeatureMaker
+    from model.vision.features import FeatureMaker
 
     real = FeatureMaker.features
 

@@ -35,7 +35,7 @@ def write_report(chain: Chain) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    from model.pictures import open_image
+    from model.vision.pictures import open_image
 
     figure = plt.figure(figsize=(13, 9), layout="constrained")
     grid = figure.add_gridspec(3, 4)

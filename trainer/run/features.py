@@ -7,7 +7,7 @@ from dataset.features.making import CacheOptions
 from dataset.features.prepare import prepare_features
 from dataset.lm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM
-from model.vision_features import FeatureMaker
+from model.vision.features import FeatureMaker
 from model.vlm_processor import VLMProcessor
 from trainer.ranks.group import Logger, Ranks, warn
 from trainer.run.build import Parts

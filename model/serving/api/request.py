@@ -11,7 +11,7 @@ from typing import Any
 
 from model.generation.engine import VLMEngine, ask
 from model.generation.sampling import Sampling, cannot_think
-from model.pictures import picture_size
+from model.vision.pictures import picture_size
 from model.vlm_processor import IMAGE_TAG, Message
 
 MAX_IMAGES = 16

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from model.generation.engine import VLMEngine, ask
-from model.pictures import open_image
 from model.serving.web.protection.privacy import without_paths
+from model.vision.pictures import open_image
 from model.vlm_processor import Message
 
 MAX_UPLOAD_BYTES = 20 * 2**20

@@ -19,10 +19,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Message, Receive
 
-from model.pictures import open_image
 from model.serving.web.conversation import MAX_UPLOAD_BYTES, check_image
 from model.serving.web.protection.quota import LEAST_BYTES, OverQuota, Quota
 from model.serving.web.text import page_language, text
+from model.vision.pictures import open_image
 
 MAX_FILES = 20  # chosen at once; a question takes fewer
 MAX_FORM_BYTES = MAX_FILES * MAX_UPLOAD_BYTES

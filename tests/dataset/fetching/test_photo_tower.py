@@ -31,7 +31,7 @@ from transformers import EfficientNetForImageClassification
 import eval_vlm
 from dataset import download
 from dataset.fetching import disk, efficientnet, package, photo_tower
-from model.preprocessing import measure
+from model.vision.preprocessing import measure
 from model.vision_tower import (
     load_image_processor,
     load_vision_config,

@@ -16,7 +16,7 @@ from dataset.lm_dataset import BadSample, VLMDataset
 from dataset.records.conversation import BadRecordError
 from dataset.records.images import ImageFolder, ImageZip
 from dataset.records.reader import open_records
-from model.pictures import open_image
+from model.vision.pictures import open_image
 
 METHODS = {
     "stored": zipfile.ZIP_STORED,

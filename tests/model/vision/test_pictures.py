@@ -11,8 +11,8 @@ import pytest
 from conftest import within_s, write_png
 from PIL import EpsImagePlugin, Image, ImageFile
 
-from model.pictures import FORMATS, open_image, picture_size
 from model.serving.web.conversation import check_image
+from model.vision.pictures import FORMATS, open_image, picture_size
 
 RED = (255, 0, 0)
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"

@@ -11,7 +11,7 @@ from support.tiny_vlm import make_loaded
 from support.towers import PROCESSORS, TOWERS, make_config, make_preprocessing
 
 from model.model_vlm import MiniMindVLM
-from model.preprocessing import measure
+from model.vision.preprocessing import measure
 from model.vision_tower import load_image_processor, load_vision_config, read_tower_shape
 
 KINDS = pytest.mark.parametrize("kind", TOWERS)

@@ -14,7 +14,7 @@ from support.towers import make_tower_of
 import eval_vlm
 from dataset.collate import VLMCollator
 from dataset.lm_dataset import VLMDataset
-from model.vision_features import FeatureMaker
+from model.vision.features import FeatureMaker
 from model.vision_tower import load_vision_tower
 
 

@@ -3,9 +3,9 @@
 Shapes: P image tokens, V width of the vision tower, D hidden, m patches a side of an image token.
 """
 
-from torch import Tensor, nn
+import math
 
-from model.image_fusion import merge_patches
+from torch import Tensor, nn
 
 PROJECTORS = ("linear", "mlp")
 
@@ -45,3 +45,17 @@ class VisionProj(nn.Module):
         layers = self.mlp if hasattr(self, "mlp") else self.vision_proj
         features: Tensor = layers(patches)
         return features
+
+
+def merge_patches(patches: Tensor, side: int) -> Tensor:
+    """Join `side` x `side` neighbouring patches of a square grid to one token (pixel shuffle).
+
+    Args:
+        patches: (..., G * G, V), row by row.
+    Returns:
+        (..., (G / side)^2, side * side * V); a token holds its patches row by row.
+    """
+    *batch, num_patches, width = patches.shape
+    grid = math.isqrt(num_patches) // side
+    blocks = patches.reshape(-1, grid, side, grid, side, width).transpose(2, 3)
+    return blocks.reshape(*batch, grid * grid, side * side * width)
