@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from trainer.ranks.signals import StopSignal, leave_signals_to_parent
 
 POLL_S = 1.0  # between two looks at the workers
+DEATH_S = 5.0  # within which a worker whose connection closed counts as ended, on a busy machine
 PROCESS, SAMPLE, MOVES, FIELDS = 0, 1, 2, 3  # columns of a worker's row on the board, and how many
 
 
@@ -260,7 +261,7 @@ class Guard:
         if self._verdict or not self._workers:
             return self._verdict
         # A dead worker's connection closes shortly before the process counts as ended.
-        wait([worker.sentinel for worker in self._workers], timeout=POLL_S)
+        wait([worker.sentinel for worker in self._workers], timeout=DEATH_S)
         for worker in self._workers:
             code = worker.exitcode
             if code is None:
