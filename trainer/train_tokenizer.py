@@ -175,7 +175,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(TOKENIZER_CONFIG, indent=2, ensure_ascii=False)
-    files = {"tokenizer.json": tokenizer.to_str(pretty=True), "tokenizer_config.json": config}
+    files = {"tokenizer.json": tokenizer.to_str(pretty=False), "tokenizer_config.json": config}
     for name, text in files.items():
         partial = folder / f"{name}.part"
         partial.write_text(text + "\n", encoding="utf-8", newline="\n")

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -48,6 +48,13 @@ FOLDER_FIELDS = {
 PROJECTION_SEED = 0  # of the random projection that a language model gets
 
 
+class InputFlags(Protocol):
+    """The flags that say how text and pictures become the model's inputs."""
+
+    tokenizer_path: Path | None
+    vision_model_path: Path | None
+
+
 @dataclass
 class LoadedModel:
     """A model ready for inference; `can_see` is False if its weight had no projection."""
@@ -79,6 +86,23 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
     return loaded
 
 
+def find_inputs(
+    args: InputFlags, metadata: Metadata, *, generation: int
+) -> tuple[PreTrainedTokenizerBase, Path]:
+    """The tokenizer of the flags, else the one a weight was trained with, and the tower's folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_tokenizer` and `find_vision_dir`.
+    """
+    tokenizer = load_tokenizer(
+        args.tokenizer_path,
+        expected_sha256=metadata.get("tokenizer_sha256"),
+        generation=generation,
+    )
+    named = metadata.get("vision_tower")
+    return tokenizer, find_vision_dir(args.vision_model_path, named=named, generation=generation)
+
+
 def check_native(args: argparse.Namespace, path: Path) -> Path:
     """Check a weight file as `load_model` does, without reading tensor values: a quick look.
 
@@ -89,16 +113,7 @@ def check_native(args: argparse.Namespace, path: Path) -> Path:
     """
     state, metadata = read_weights(path, shapes_only=True), read_metadata(path)
     fields = weight_config(state, path=path, flags={})
-    tokenizer = load_tokenizer(
-        args.tokenizer_path,
-        expected_sha256=metadata.get("tokenizer_sha256"),
-        generation=fields["generation"],
-    )
-    tower = find_vision_dir(
-        args.vision_model_path,
-        named=metadata.get("vision_tower"),
-        generation=fields["generation"],
-    )
+    tokenizer, tower = find_inputs(args, metadata, generation=fields["generation"])
     config = placeholder_config(fields, tokenizer, tower)
     shape = read_tower_shape(tower, vision_layer=config.vision_layer)
     num_tokens = count_image_tokens(shape, keep_cls=config.keep_cls, token_merge=config.token_merge)
@@ -120,16 +135,7 @@ def _load_native(args: argparse.Namespace, flags: dict[str, Any]) -> LoadedModel
     )
     state, metadata = read_weights(path), read_metadata(path)
     fields = weight_config(state, path=path, flags=flags)
-    tokenizer = load_tokenizer(
-        args.tokenizer_path,
-        expected_sha256=metadata.get("tokenizer_sha256"),
-        generation=fields["generation"],
-    )
-    tower = find_vision_dir(
-        args.vision_model_path,
-        named=metadata.get("vision_tower"),
-        generation=fields["generation"],
-    )
+    tokenizer, tower = find_inputs(args, metadata, generation=fields["generation"])
     model = MiniMindVLM(placeholder_config(fields, tokenizer, tower))
     can_see = load_weights(model, state, path=path, may_lack_projection=True)
     if not can_see:

@@ -19,9 +19,8 @@ from model.generations import GENERATIONS
 from model.machine.device import pad_multiple
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM
-from model.vision_tower import find_vision_dir
 from model.vlm_processor import VLMProcessor, check_special_tokens, load_tokenizer
-from model.weights.build_model import attach_tower, placeholder_config
+from model.weights.build_model import attach_tower, find_inputs, placeholder_config
 from model.weights.file_names import find_weight
 from model.weights.metadata import read_metadata
 from model.weights.strict_loading import load_weights, read_weights, weight_config
@@ -104,16 +103,7 @@ def init_vlm_model(args: TrainArgs, *, device: torch.device) -> tuple[MiniMindVL
         FileNotFoundError, ValueError: what is missing or does not fit, and what to do.
     """
     start = read_start(args)
-    tokenizer = load_tokenizer(
-        args.tokenizer_path,
-        expected_sha256=start.metadata.get("tokenizer_sha256"),
-        generation=args.generation,
-    )
-    tower = find_vision_dir(
-        args.vision_model_path,
-        named=start.metadata.get("vision_tower"),
-        generation=args.generation,
-    )
+    tokenizer, tower = find_inputs(args, start.metadata, generation=args.generation)
     model = MiniMindVLM(placeholder_config(start.fields, tokenizer, tower))
     if start.state is not None:
         has_projection = load_weights(model, start.state, path=start.path, may_lack_projection=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, script_environment
+from support.api_site import model_flags
 from support.tiny_vlm import make_loaded, picture, round_weights, save_tiny
 
 from model.generation.engine import VLMEngine, ask
@@ -94,14 +95,7 @@ def chat_command(assets: Path, folder: Path, *more) -> list[str]:
     command = [
         ROOT / "eval_vlm.py",
         "--chat",
-        "--save_dir",
-        folder,
-        "--device",
-        "cpu",
-        "--vision_model_path",
-        assets / "tower",
-        "--tokenizer_path",
-        assets / "tokenizer",
+        *model_flags(assets, folder),
         "--seed",
         3,
         *more,

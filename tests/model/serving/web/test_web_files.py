@@ -82,3 +82,11 @@ def test_no_file_of_the_server_is_served_or_taken(site, folder):
                 415,
             )
     assert len(site.events("question")) == num_before
+
+
+def test_picker_waits_for_the_weights_of_now(site):
+    """A choice made before they have come would be lost with the list that it was made in."""
+    client = Client(site, password=PASSWORD)
+    components = json.loads(client.get("/config"))["components"]
+    (picker,) = (c["props"] for c in components if c["props"].get("elem_id") == "weight")
+    assert picker["interactive"] is False

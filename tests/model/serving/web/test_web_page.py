@@ -17,8 +17,6 @@ from PIL import Image
 from support.tiny_vlm import never_end
 from support.web_site import BREAK
 from support.web_visitor import (
-    CHROMIUM_FLAGS,
-    CHROMIUM_NAMES,
     PATIENCE_S,
     Visitor,
     make_weights,
@@ -47,21 +45,6 @@ def folder(tmp_path_factory) -> Path:
     for colour in ("red", "blue", "green"):
         Image.new("RGB", (64, 48), colour).save(folder / f"{colour}.png")
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A real Chromium; without one these tests skip."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-    if path is None:
-        pytest.skip(f"no Chromium here (none of {', '.join(CHROMIUM_NAMES)})")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=path, args=CHROMIUM_FLAGS, timeout=1000 * PATIENCE_S
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

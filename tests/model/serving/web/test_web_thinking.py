@@ -1,29 +1,12 @@
 """If this fails, visitors of the page see thinking unfolded or as HTML, or cannot ask for it."""
 
-import shutil
-
 import pytest
 from support.third_generation import make_assets3, make_loaded3
 from support.tiny_vlm import save_tiny
-from support.web_visitor import CHROMIUM_FLAGS, CHROMIUM_NAMES, PATIENCE_S, serving, visiting
+from support.web_visitor import serving, visiting
 
 pytestmark = pytest.mark.slow
 EVIL = '<img src=x onerror="window.hacked=1"><b>It</b> is red.'
-
-
-@pytest.fixture
-def browser():
-    """A real Chromium; without one this test skips."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-    if path is None:
-        pytest.skip(f"no Chromium here (none of {', '.join(CHROMIUM_NAMES)})")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=path, args=CHROMIUM_FLAGS, timeout=1000 * PATIENCE_S
-        )
-        yield browser
-        browser.close()
 
 
 def test_thinking_is_folded_and_asked_for_by_a_switch(browser, tmp_path):
