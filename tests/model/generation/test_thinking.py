@@ -22,11 +22,11 @@ TEXTS = {
     ("<think>\nIt is red.\n</think>\n\nRed.", False): ("It is red.", "Red."),
     ("\n <think>\n\n</think>\n\n红色", False): ("", "红色"),
     ("<think>\nIt is", False): ("It is", ""),
-    ("<thi", False): (None, "<thi"),
+    ("<thin", False): (None, "<thin"),
     ("a</think>\n\nb", False): (None, "a</think>\n\nb"),
     ("\nIt is\n\nred.\n\n</think>\n\n Red.\n", True): ("It is\n\nred.", " Red.\n"),
     ("<think>\nIt is red.</think>Red.", True): ("It is red.", "Red."),
-    ("It is </thin> red\n</thi", True): ("It is </thin> red\n</thi", ""),
+    ("It is </thin> red\n</thin", True): ("It is </thin> red\n</thin", ""),
     ("It is red.\n\n", True): ("It is red.", ""),
     ("\n</think>\n", True): ("", ""),
     ("a</think>b</think>c <think>", True): ("a", "b</think>c <think>"),
@@ -65,7 +65,7 @@ def test_thinking_comes_out_before_it_ends():
 
 
 def test_a_model_that_does_not_think_keeps_its_text():
-    for text in ("<think>\na\n</think>\n\nb", "\n\n</think>", "<thi"):
+    for text in ("<think>\na\n</think>\n\nb", "\n\n</think>", "<thin"):
         splitter = ThinkingSplitter(can_think=False)
         assert [p for c in text for p in splitter.push(c)] == [(c, False) for c in text]
         assert splitter.finish() == [] and splitter.answer == text and splitter.reasoning is None
@@ -93,7 +93,7 @@ def assets3(tmp_path_factory):
     ("parts", "sampling", "expected"),
     [
         (["It is red.\n", "</think>", "\n\n红色 it is"], OPEN, ("It is red.", "红色 it is")),
-        (["It is red.\n</", "thi", "nk>\n", "\nRed."], OPEN, ("It is red.", "Red.")),
+        (["It is red.\n</", "th", "ink>\n", "\nRed."], OPEN, ("It is red.", "Red.")),
         (["<think>", "\na", "</think>", "b"], CLOSED, ("a", "b")),
         (["A red circle."], CLOSED, (None, "A red circle.")),
     ],
