@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support.scripts import ROOT
 
 TOP_LEVEL = {
     "model", "dataset", "trainer", "tests", "out", "checkpoints", "eval_vlm.py", "web_demo.py",

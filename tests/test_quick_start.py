@@ -14,9 +14,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, make_records, make_tokenizer, make_tower, script_environment
 from PIL import Image
+from support.scripts import ROOT, script_environment
 from support.third_generation import make_loaded3, make_tokenizer3, make_tower3
+from support.tiny_parts import make_records, make_tokenizer, make_tower
 from support.tiny_vlm import make_loaded
 
 from model.weights.saving import half_state

@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT
+from support.scripts import ROOT
 
 import eval_vlm
 import web_demo

@@ -11,8 +11,8 @@ import os
 
 import pytest
 import torch
-from conftest import make_records
 from support.pretend_gpu import AMPERE, HOPPER
+from support.tiny_parts import make_records
 from support.tiny_vlm import conversations, make_loaded
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 

@@ -3,8 +3,8 @@
 import copy
 
 import pytest
-from conftest import run_script
 from support.published import publish_assets, publish_weight, train_on_questions
+from support.scripts import run_script
 from support.third_generation import make_assets3, make_loaded3
 from support.tiny_vlm import make_loaded
 

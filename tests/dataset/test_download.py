@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script
 from support.fake_hub import (
     CLIP,
     COMMIT,
@@ -22,6 +21,7 @@ from support.fake_hub import (
     pin,
     run,
 )
+from support.scripts import ROOT, run_script
 
 from dataset import download
 from dataset.fetching import assets as manifest

@@ -6,9 +6,9 @@ import io
 
 import pytest
 import torch
-from conftest import TINY_MODEL, make_tokenizer
 from support.fake_hub import CLIP, error_of, files_below, pin, run
 from support.third_generation import VOCAB3, make_tokenizer3
+from support.tiny_parts import TINY_MODEL, make_tokenizer
 
 from dataset import download
 from dataset.fetching import assets as manifest

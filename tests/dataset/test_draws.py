@@ -7,8 +7,9 @@ import pickle
 
 import pytest
 import torch
-from conftest import conversation, make_records, train_flags
 from support.processor3 import make_processor3
+from support.scripts import train_flags
+from support.tiny_parts import conversation, make_records
 
 from dataset.draws import SYSTEM_MESSAGES, Draws
 from dataset.lm_dataset import VLMDataset

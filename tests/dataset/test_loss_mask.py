@@ -3,7 +3,7 @@ without their end.
 """
 
 import pytest
-from conftest import TOKENIZER_TEXT, make_tokenizer
+from support.tiny_parts import TOKENIZER_TEXT, make_tokenizer
 from transformers import AutoTokenizer
 
 from dataset.loss_mask import supervised_mask

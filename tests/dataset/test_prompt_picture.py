@@ -5,8 +5,8 @@ supervised, than training uses.
 import json
 
 import pytest
-from conftest import conversation
 from PIL import Image, ImageFont
+from support.tiny_parts import conversation
 
 from dataset import prompt_picture
 from dataset.lm_dataset import IGNORE_INDEX, VLMDataset

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TOKENIZER_TEXT, conversation, make_records, train_flags
+from support.scripts import train_flags
+from support.tiny_parts import TINY_MODEL, TOKENIZER_TEXT, conversation, make_records
 
 from dataset.text_dataset import TextDataset
 from model.vlm_processor import load_tokenizer

@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from conftest import make_records, make_tokenizer, make_tower, train_flags
+from support.scripts import train_flags
+from support.tiny_parts import make_records, make_tokenizer, make_tower
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dataset.collate import VLMCollator

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
 from gpu import report, run
 from gpu.room import Case, Skip
 from support.pretend_gpu import pretend_gpus
 from support.pretend_tensor import pretend_tensors
+from support.scripts import ROOT, run_script
 
 RUN = "tests/gpu/run.py"
 LINE = re.compile(r"^(pass|FAIL|skip|not run) +(.+?)  \[[\d.]+ s\]  (.*)$")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_MODEL
+from support.tiny_parts import TINY_MODEL
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataset.collate import target_positions

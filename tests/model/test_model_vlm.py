@@ -4,7 +4,7 @@ trains the wrong parts, or does not load what it saved.
 
 import pytest
 import torch
-from conftest import TINY_MODEL, make_tower
+from support.tiny_parts import TINY_MODEL, make_tower
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from model.model_vlm import MiniMindVLM, VLMConfig

@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import TINY_MODEL
 from support.third_generation import make_tokenizer3
+from support.tiny_parts import TINY_MODEL
 from support.tiny_vlm import make_loaded
 from support.towers import TOWERS, make_tower_of, randomise
 

@@ -7,8 +7,8 @@ import weakref
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from PIL import Image
+from support.tiny_parts import make_tokenizer
 
 from model import vlm_processor
 from model.model_vlm import MiniMindVLM, VLMConfig

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
-from conftest import ROOT, script_environment
 from PIL import Image
+from support.scripts import ROOT, script_environment
 
 from model.generation.engine import VLMEngine
 from model.generation.sampling import Sampling

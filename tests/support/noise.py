@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from conftest import conversation
 from PIL import Image
+from support.tiny_parts import conversation
 
 from dataset.features.shards import SUFFIX, Layout
 

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from conftest import conversation, train_flags
 from PIL import Image
+from support.scripts import train_flags
+from support.tiny_parts import conversation
 
 from trainer import train_pretrain_vlm
 

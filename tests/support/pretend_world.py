@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from conftest import ROOT
 from support.pretend_gpu import Driver
+from support.scripts import ROOT
 from torch import Tensor
 
 ERROR = 2  # of `torch.cuda.set_sync_debug_mode`

@@ -6,8 +6,8 @@ import random
 
 import pyarrow
 import pyarrow.parquet
-from conftest import conversation
 from PIL import Image
+from support.tiny_parts import conversation
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 LIST = pyarrow.list_(pyarrow.binary())

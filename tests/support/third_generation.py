@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from conftest import TINY_MODEL, TOKENIZER_TEXT
+from support.tiny_parts import TINY_MODEL, TOKENIZER_TEXT
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 

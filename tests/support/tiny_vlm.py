@@ -5,8 +5,8 @@ change its answer), conversations for it, and its answers by the plainest loop.
 from pathlib import Path
 
 import torch
-from conftest import TINY_MODEL
 from PIL import Image
+from support.tiny_parts import TINY_MODEL
 
 from model.generation.engine import ask
 from model.generation.sampling import Sampling

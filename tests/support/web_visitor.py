@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_tokenizer, make_tower, script_environment
+from support.scripts import ROOT, script_environment
+from support.tiny_parts import make_tokenizer, make_tower
 from support.tiny_vlm import make_loaded, save_tiny
 
 PASSWORD = "open sesame"

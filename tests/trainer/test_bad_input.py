@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import conversation, make_records, run_script, train_flags
+from support.scripts import run_script, train_flags
+from support.tiny_parts import conversation, make_records
 
 import eval_vlm
 from trainer import train_pretrain_vlm, train_sft_vlm
@@ -94,7 +95,7 @@ def test_weight_of_another_size_or_architecture(assets, trained, capfd):
 
 
 def test_tokenizer_of_another_weight_is_refused(assets, trained, tmp_path, capfd):
-    from conftest import make_tokenizer
+    from support.tiny_parts import make_tokenizer
 
     folder, data = trained
     make_tokenizer(tmp_path / "other", texts=["quite another text"] * 3, vocab_size=300)
@@ -103,7 +104,7 @@ def test_tokenizer_of_another_weight_is_refused(assets, trained, tmp_path, capfd
 
 
 def test_tower_of_another_weight_is_refused(assets, trained, tmp_path, capfd):
-    from conftest import make_tower
+    from support.tiny_parts import make_tower
 
     folder, data = trained
     for size, message in ((24, "was trained with another vision tower"), (48, "is 48 wide")):

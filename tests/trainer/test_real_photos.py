@@ -11,7 +11,7 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-from conftest import run_script
+from support.scripts import run_script
 from transformers import AutoTokenizer
 
 FORMS = {

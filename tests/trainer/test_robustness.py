@@ -9,7 +9,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import conversation, make_records, train_flags
+from support.scripts import train_flags
+from support.tiny_parts import conversation, make_records
 
 from trainer import train_pretrain_vlm
 from trainer.loop.sample_order import epoch_order, rank_batches

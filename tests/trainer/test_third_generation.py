@@ -5,11 +5,12 @@ import random
 
 import pytest
 import torch
-from conftest import make_records, train_flags
 from support.plain_third import read_samples, train
 from support.published_rows import in_type, mixed_rows, write
 from support.rank_group import RankGroup, run_ranks, run_sft
+from support.scripts import train_flags
 from support.third_generation import make_assets3, make_loaded3
+from support.tiny_parts import make_records
 from support.tiny_vlm import save_tiny
 
 from trainer import train_pretrain_vlm, train_sft_vlm

@@ -12,8 +12,8 @@ from random import Random
 
 import pytest
 import torch
-from conftest import ROOT, script_environment
 from PIL import Image
+from support.scripts import ROOT, script_environment
 
 from dataset.synthetic.clip_data import (
     WORDS,

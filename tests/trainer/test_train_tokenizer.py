@@ -6,7 +6,7 @@ import json
 import random
 
 import pytest
-from conftest import SHARED, run_script
+from support.scripts import SHARED, run_script
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 

@@ -8,8 +8,9 @@ import re
 
 import pytest
 import torch
-from conftest import conversation, make_records, make_tower, run_script, train_flags
 from support.rank_group import run_ranks
+from support.scripts import run_script, train_flags
+from support.tiny_parts import conversation, make_records, make_tower
 
 from model.weights.metadata import read_metadata
 from model.weights.saving import save_weights
@@ -155,7 +156,7 @@ def run_module(launcher, script, flags):
     import subprocess
     import sys
 
-    from conftest import ROOT, script_environment
+    from support.scripts import ROOT, script_environment
 
     command = [sys.executable, *map(str, launcher), str(ROOT / script), *flags]
     process = subprocess.run(

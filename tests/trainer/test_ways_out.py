@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_records, train_flags
 from support.rank_group import RankGroup, record_steps, recorded_steps
+from support.scripts import train_flags
+from support.tiny_parts import make_records
 
 from dataset.lm_dataset import VLMDataset
 from trainer.run import build

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, script_environment
 from support.fake_hub import CLIP, DATA, PARQUET, error_of, files_below, run
+from support.scripts import ROOT, script_environment
 
 from dataset.fetching import assets as manifest
 from dataset.fetching import hub as network

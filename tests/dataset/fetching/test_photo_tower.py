@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_records, run_script, train_flags
 from PIL import Image
 from support.fake_hub import error_of, files_below, run
 from support.lite_package import (
@@ -26,6 +25,8 @@ from support.lite_package import (
     plain_states,
     write_wheel,
 )
+from support.scripts import ROOT, run_script, train_flags
+from support.tiny_parts import make_records
 from transformers import EfficientNetForImageClassification
 
 import eval_vlm

@@ -7,7 +7,8 @@ import json
 import os
 
 import pytest
-from conftest import conversation, make_records, train_flags, within_s
+from support.scripts import train_flags, within_s
+from support.tiny_parts import conversation, make_records
 
 from dataset.records.conversation import BadRecordError
 from dataset.records.reader import open_records

@@ -9,8 +9,9 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import conversation, make_records, within_s
 from PIL import Image
+from support.scripts import within_s
+from support.tiny_parts import conversation, make_records
 
 from dataset.lm_dataset import BadSample, VLMDataset
 from dataset.records.conversation import BadRecordError

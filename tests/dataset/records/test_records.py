@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import conversation, make_records
 from PIL import Image
+from support.tiny_parts import conversation, make_records
 
 from dataset.collate import VLMCollator
 from dataset.lm_dataset import BadSample, VLMDataset

@@ -7,7 +7,8 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import conversation, make_records, train_flags
+from support.scripts import train_flags
+from support.tiny_parts import conversation, make_records
 
 from dataset.lm_dataset import VLMDataset
 from dataset.records.conversation import BadRecordError

@@ -12,8 +12,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from conftest import ROOT
 from PIL import Image, ImageChops
+from support.scripts import ROOT
 
 from dataset.records.reader import open_records
 from dataset.synthetic import sample_data as synthetic

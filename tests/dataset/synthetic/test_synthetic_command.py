@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from PIL import Image
+from support.scripts import ROOT
 
 from dataset.synthetic import __main__ as command
 from dataset.synthetic import sample_data as synthetic

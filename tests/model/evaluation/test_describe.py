@@ -9,8 +9,8 @@ import shutil
 import weakref
 
 import pytest
-from conftest import ROOT
 from support.painted import eval_flags
+from support.scripts import ROOT
 
 import eval_vlm
 from model.evaluation import describe as describe_module

@@ -7,8 +7,9 @@ import socket
 
 import pytest
 import torch
-from conftest import make_records, run_script, train_flags
 from support.api_site import model_flags
+from support.scripts import run_script, train_flags
+from support.tiny_parts import make_records
 
 import eval_vlm
 import web_demo

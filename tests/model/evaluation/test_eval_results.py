@@ -12,8 +12,9 @@ import sys
 import threading
 
 import pytest
-from conftest import ROOT, make_tokenizer, script_environment
 from support.painted import eval_flags
+from support.scripts import ROOT, script_environment
+from support.tiny_parts import make_tokenizer
 from support.tiny_vlm import make_loaded, save_tiny
 
 import eval_vlm

@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, conversation, script_environment
 from PIL import Image
 from support.choice_files import write_tsv
 from support.painted import eval_flags
+from support.scripts import ROOT, script_environment
+from support.tiny_parts import conversation
 
 import eval_vlm
 from dataset.evaluation.eval_data import EvalData
@@ -338,7 +339,8 @@ def test_wrong_use_is_one_clear_line(values, message, assets, painted, capfd):
 
 
 def test_weight_of_another_tokenizer_is_not_compared(assets, painted, tmp_path, capfd):
-    from conftest import make_tokenizer, make_tower, train_flags
+    from support.scripts import train_flags
+    from support.tiny_parts import make_tokenizer, make_tower
 
     from trainer import train_pretrain_vlm
 

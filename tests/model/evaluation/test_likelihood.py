@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import conversation, make_records, train_flags
 from PIL import Image
+from support.scripts import train_flags
+from support.tiny_parts import conversation, make_records
 
 import eval_vlm
 from model.evaluation.likelihood import score_answers

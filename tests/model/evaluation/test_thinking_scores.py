@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import conversation
 from PIL import Image
 from support.third_generation import make_assets3, make_it_say, make_loaded3
+from support.tiny_parts import conversation
 from support.tiny_vlm import make_loaded, save_tiny
 
 import eval_vlm

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import TOKENIZER_TEXT
+from support.tiny_parts import TOKENIZER_TEXT
 from support.tiny_vlm import (
     GREEDY,
     NEW_TOKENS,

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_records, train_flags
 from support.cuda_errors import CUDA_ERROR
+from support.scripts import train_flags
+from support.tiny_parts import make_records
 from support.tiny_vlm import make_loaded, save_tiny
 
 from model.machine import device as devices

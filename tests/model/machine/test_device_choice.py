@@ -12,9 +12,10 @@ import sys
 
 import pytest
 import torch
-from conftest import make_records, train_flags
 from support.pretend_gpu import TURING, Gpu, pretend_gpus
 from support.pretend_tensor import pretend_tensors
+from support.scripts import train_flags
+from support.tiny_parts import make_records
 from support.tiny_vlm import make_loaded, save_tiny
 
 import eval_vlm

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 import torch
-from conftest import make_records
 from support.api_site import MODEL, post, question, served_thread
 from support.cuda_errors import CUDA_ERROR
+from support.tiny_parts import make_records
 from support.tiny_vlm import make_loaded, never_end, picture, save_tiny
 
 import eval_vlm

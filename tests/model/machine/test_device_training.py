@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import TINY_MODEL, make_records, train_flags
+from support.scripts import train_flags
+from support.tiny_parts import TINY_MODEL, make_records
 from support.tiny_vlm import make_loaded
 from torch import nn
 

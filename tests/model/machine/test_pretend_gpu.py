@@ -6,10 +6,11 @@ import signal
 
 import pytest
 import torch
-from conftest import make_records, train_flags
 from support.pretend_gpu import HOPPER, TURING, Gpu, pretend_gpus
 from support.pretend_tensor import pretend_tensors
+from support.scripts import train_flags
 from support.states import assert_same_state, saved
+from support.tiny_parts import make_records
 from support.tiny_vlm import GREEDY, conversations, make_loaded
 
 from model.generation.engine import VLMEngine

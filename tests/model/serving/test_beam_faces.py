@@ -6,8 +6,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import make_records
 from PIL import Image
+from support.tiny_parts import make_records
 from support.tiny_vlm import make_loaded, never_end, save_tiny
 
 import eval_vlm

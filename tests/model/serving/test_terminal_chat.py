@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, script_environment
 from support.api_site import model_flags
+from support.scripts import ROOT, script_environment
 from support.tiny_vlm import make_loaded, picture, round_weights, save_tiny
 
 from model.generation.engine import VLMEngine, ask

@@ -8,8 +8,9 @@ import stat
 
 import numpy as np
 import pytest
-from conftest import within_s, write_png
 from PIL import EpsImagePlugin, Image, ImageFile
+from support.scripts import within_s
+from support.tiny_parts import write_png
 
 from model.serving.web.conversation import check_image
 from model.vision.pictures import FORMATS, open_image, picture_size

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY_MODEL
+from support.tiny_parts import TINY_MODEL
 from support.tiny_vlm import GREEDY, VOCAB, conversations, make_loaded, save_tiny
 
 from model.generation.engine import VLMEngine

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from conftest import TINY_MODEL, make_tower
+from support.tiny_parts import TINY_MODEL, make_tower
 
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.weights.file_names import find_weight

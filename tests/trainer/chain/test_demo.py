@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_records, script_environment, train_flags
 from PIL import Image
+from support.scripts import ROOT, script_environment, train_flags
+from support.tiny_parts import make_records
 
 from dataset.synthetic.drawing import EVAL_IMAGES
 from dataset.synthetic.text import CHINESE

@@ -7,9 +7,10 @@ import json
 
 import pytest
 import torch
-from conftest import conversation, make_records, train_flags
 from support.rank_group import run_ranks
+from support.scripts import train_flags
 from support.third_generation import make_assets3
+from support.tiny_parts import conversation, make_records
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.loop import train_loop

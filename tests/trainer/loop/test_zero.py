@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_records, script_environment, train_flags
 from support.rank_group import RankGroup, run_ranks
+from support.scripts import ROOT, script_environment, train_flags
 from support.third_generation import make_assets3
+from support.tiny_parts import make_records
 
 from trainer import train_pretrain_vlm
 from trainer.loop.zero_engine import CONFIG_DIR

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_records, train_flags
 from support.rank_group import RankGroup, record_steps, recorded_steps
+from support.scripts import train_flags
+from support.tiny_parts import make_records
 
 import eval_vlm
 import web_demo

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_records, script_environment, train_flags
 from support.rank_group import RankGroup, record_steps, recorded_steps, run_ranks
+from support.scripts import ROOT, script_environment, train_flags
+from support.tiny_parts import make_records
 
 from trainer.loop import train_loop
 

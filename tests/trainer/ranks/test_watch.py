@@ -10,8 +10,9 @@ from datetime import timedelta
 
 import pytest
 import torch
-from conftest import make_records, train_flags
 from support.rank_group import run_ranks
+from support.scripts import train_flags
+from support.tiny_parts import make_records
 from torch import distributed as dist
 
 from trainer.ranks import meeting as rank_meeting

@@ -11,9 +11,10 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import make_tower, train_flags
 from support.noise import entry_bytes, make_noise_records, num_entries, shards_of, slow_tower
 from support.rank_group import RankGroup, run_ranks
+from support.scripts import train_flags
+from support.tiny_parts import make_tower
 
 from dataset.records.images import ImageFolder
 from trainer import train_llm, train_pretrain_vlm

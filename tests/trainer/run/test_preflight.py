@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import make_records, train_flags
+from support.scripts import train_flags
+from support.tiny_parts import make_records
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.vlm_processor import load_tokenizer

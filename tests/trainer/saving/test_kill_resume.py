@@ -8,8 +8,9 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import make_records, train_flags
 from support.rank_group import RankGroup, record_steps, recorded_steps, run_ranks
+from support.scripts import train_flags
+from support.tiny_parts import make_records
 
 NUM_RECORDS = 60
 TIMING = {"save_interval": 2, "num_hidden_layers": 1}

@@ -11,8 +11,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, make_records, run_script, script_environment, train_flags
+from support.scripts import ROOT, run_script, script_environment, train_flags
 from support.states import assert_same_state, saved
+from support.tiny_parts import make_records
 
 from trainer.ranks.signals import StopSignal
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_records, make_tower, train_flags
 from support.rank_group import CONTEXT, RankGroup, record_steps, recorded_steps
+from support.scripts import train_flags
+from support.tiny_parts import make_records, make_tower
 
 from model.weights.metadata import read_metadata, weight_id
 from model.weights.saving import save_weights

@@ -6,8 +6,9 @@ import json
 import math
 
 import pytest
-from conftest import make_records, run_script, train_flags
 from PIL import Image
+from support.scripts import run_script, train_flags
+from support.tiny_parts import make_records
 
 from trainer import train_pretrain_vlm
 from trainer.plot import main

@@ -12,7 +12,8 @@ import sys
 import termios
 
 import pytest
-from conftest import ROOT, make_records, script_environment, train_flags
+from support.scripts import ROOT, script_environment, train_flags
+from support.tiny_parts import make_records
 
 from trainer.tracking.metrics import JsonLog
 

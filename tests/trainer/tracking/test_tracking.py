@@ -11,8 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import make_records, run_script, train_flags
 from support.rank_group import RankGroup, run_ranks
+from support.scripts import run_script, train_flags
+from support.tiny_parts import make_records
 
 from trainer import train_pretrain_vlm
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import openai
 import pytest
-from conftest import run_script
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from support.api_site import (
     MODEL,
@@ -22,6 +21,7 @@ from support.api_site import (
     served_process,
     served_thread,
 )
+from support.scripts import run_script
 from support.tiny_vlm import make_loaded, picture, round_weights, save_tiny
 
 from model.generation.engine import VLMEngine, ask

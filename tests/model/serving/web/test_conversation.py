@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, write_png
 from PIL import Image, ImageFile
+from support.scripts import ROOT
+from support.tiny_parts import write_png
 from support.tiny_vlm import GREEDY, make_loaded, picture, save_tiny
 
 from model import vlm_processor

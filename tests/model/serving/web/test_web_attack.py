@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
 from PIL import Image
+from support.scripts import ROOT
 from support.web_client import (
     HttpVisitor,
     aborted_visit,

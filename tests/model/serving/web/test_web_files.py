@@ -7,8 +7,8 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from PIL import Image
+from support.scripts import ROOT
 from support.web_visitor import HUNG_UP, PASSWORD, Client, make_weights, serving
 
 pytestmark = pytest.mark.slow

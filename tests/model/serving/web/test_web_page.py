@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_png
 from PIL import Image
+from support.tiny_parts import write_png
 from support.tiny_vlm import never_end
 from support.web_site import BREAK
 from support.web_visitor import (

@@ -1,0 +1,84 @@
+"""Runs the repository's scripts as a user does."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.tiny_parts import TINY_MODEL
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared"
+
+
+def script_environment() -> dict[str, str]:
+    """One thread a process, so that runs side by side do not fight over the cores."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run_script(
+    script: str, *arguments, cwd=None, check: bool = True, env=None, timeout_s=300, stdin=None
+):
+    """Run a script of the repository as a user does; returns the finished process."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    process = subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=script_environment() | (env or {}),
+        **({"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}),
+    )
+    if check and process.returncode != 0:
+        raise AssertionError(
+            f"{script} ended with {process.returncode}:\n{process.stdout}\n{process.stderr}"
+        )
+    return process
+
+
+def train_flags(assets: Path, out: Path, data: Path, images: Path | None, **flags) -> list[str]:
+    """Flags of a tiny training run that writes below `out`."""
+    flags = {
+        "vision_model_path": assets / "tower",
+        "tokenizer_path": assets / "tokenizer",
+        "save_dir": out / "out",
+        "checkpoint_dir": out / "checkpoints",
+        "data_path": data,
+        "images_path": images,
+        "from_weight": "none",
+        "freeze_llm": 0,
+        "device": "cpu",
+        "dtype": "float32",
+        "num_workers": 0,
+        "epochs": 1,
+        "batch_size": 4,
+        "log_interval": 1,
+        "save_interval": 1000,
+        **TINY_MODEL,
+    } | flags
+    return [
+        text
+        for name, value in flags.items()
+        if value is not None
+        for text in (f"--{name}", str(value))
+    ]
+
+
+@contextmanager
+def within_s(seconds: float):
+    """What waits without an end, such as for a FIFO's writer, fails after so long."""
+
+    def give_up(*_):
+        pytest.fail(f"not done within {seconds} s")  # no OSError, which the code may well catch
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
