@@ -106,8 +106,8 @@ class VLMCollator:
 
 
 def collate_features(samples: list[Sample]) -> dict[str, Any]:
-    """The features of a batch, (J, G * G, V), and where some images have none, `image_order`
-    (I + J,): which of the features, and of the pixel values behind them, each image is.
+    """The features of a batch, (J, G * G, V), and where some images have none, `has_features`
+    (I + J,) bool: which have.
 
     Returns:
         {} where no image has features.
@@ -119,13 +119,9 @@ def collate_features(samples: list[Sample]) -> dict[str, Any]:
     has_features = [
         flag for s in samples for flag in s.has_features or (False,) * len(s.pixel_values)
     ]
-    order, next_features, next_pixels = [], 0, len(features)
-    for flag in has_features:
-        order.append(next_features if flag else next_pixels)
-        next_features, next_pixels = next_features + flag, next_pixels + (not flag)
     if all(has_features):
         return {"vision_features": features}
-    return {"vision_features": features, "image_order": torch.tensor(order)}
+    return {"vision_features": features, "has_features": torch.tensor(has_features)}
 
 
 def target_positions(labels: Tensor) -> Tensor:

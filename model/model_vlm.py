@@ -211,7 +211,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         *,
         image_mask: Tensor | None = None,  # (B, T) bool
         vision_features: Tensor | None = None,  # (J, G * G, V), or with a prefix
-        image_order: Tensor | None = None,  # (I + J,) int64
+        has_features: Tensor | None = None,  # (I + J,) bool
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> MiniMindOutput:
@@ -221,8 +221,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             pixel_values: all images of the batch in reading order, or N for every sample.
             vision_features: images whose features, as `get_image_embeddings` gives them, were
                 computed before; the tower does not see these.
-            image_order: where both kinds are given: which of the features, and of the pixel values
-                counted on behind them, each image in reading order is.
+            has_features: where both kinds are given: which images, in reading order, have features.
             image_mask: which positions are image tokens, as the collator gives it, already checked
                 against the number of images. Without it they are found and counted here, at the
                 cost of one host sync on a GPU.
@@ -235,7 +234,7 @@ class MiniMindVLM(MiniMindForCausalLM):
                 pixel_values,
                 image_mask,
                 vision_features=vision_features,
-                image_order=image_order,
+                has_features=has_features,
             )
         elif pixel_values is not None or vision_features is not None:
             raise ValueError("images need input_ids, which say where they stand")
@@ -257,7 +256,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         image_mask: Tensor | None,
         *,
         vision_features: Tensor | None = None,
-        image_order: Tensor | None = None,
+        has_features: Tensor | None = None,
     ) -> Tensor:
         """(B, T) ids and the batch's images to (B, T, D)."""
         inputs_embeds: Tensor = self.model.embed_tokens(input_ids)
@@ -279,7 +278,7 @@ class MiniMindVLM(MiniMindForCausalLM):
                 inputs_embeds = inputs_embeds + 0.0 * self.vision_proj(blank).sum()
             return inputs_embeds
         encoded = self.encode_images(
-            images, vision_features=vision_features, image_order=image_order
+            images, vision_features=vision_features, has_features=has_features
         )
         return fuse_images(inputs_embeds, image_mask, encoded)
 
@@ -288,12 +287,13 @@ class MiniMindVLM(MiniMindForCausalLM):
         images: Tensor | None,  # (I, 3, S, S)
         *,
         vision_features: Tensor | None = None,
-        image_order: Tensor | None = None,
+        has_features: Tensor | None = None,
     ) -> Tensor:
         """Images, and features that were computed before, to projected features (I + J, P, D).
 
         Raises:
-            ValueError: no tower for images, features of another shape, or both without an order.
+            ValueError: no tower for images, features of another shape, or both without
+                `has_features`.
         """
         weight = next(self.vision_proj.parameters())
         parts = []
@@ -303,12 +303,12 @@ class MiniMindVLM(MiniMindForCausalLM):
             parts.append(vision_features.to(weight.dtype))
         if images is not None:
             parts.append(self._look_at(images).to(weight.dtype))
-        if len(parts) > 1 and image_order is None:
-            raise ValueError("pixel_values and vision_features together need an image_order")
-        patches = torch.cat(parts) if len(parts) > 1 else parts[0]
-        features: Tensor = self.vision_proj(
-            patches if image_order is None else patches[image_order]
-        )
+        patches = parts[0]
+        if len(parts) > 1:
+            if has_features is None:
+                raise ValueError("pixel_values and vision_features together need has_features")
+            patches = torch.cat(parts)[_reading_order(has_features, num_features=len(parts[0]))]
+        features: Tensor = self.vision_proj(patches)
         return features
 
     def _look_at(self, images: Tensor) -> Tensor:
@@ -360,3 +360,10 @@ class MiniMindVLM(MiniMindForCausalLM):
         if images is not None:
             kwargs["pixel_values"] = images
         return input_ids, kwargs
+
+
+def _reading_order(has_features: Tensor, *, num_features: int) -> Tensor:
+    """Where each image (I + J,) stands in the features followed by the pixel values."""
+    with_features = has_features.cumsum(0) - 1
+    without = num_features + (~has_features).cumsum(0) - 1
+    return torch.where(has_features, with_features, without)

@@ -23,7 +23,7 @@ from model.vision.pictures import Picture, open_image
 from model.vision.preprocessing import PixelRange, measure
 
 Message = dict[str, Any]  # "role", "content", and for a first system message "tools"
-Conversation = tuple[list[Message], Sequence[Picture] | Tensor]
+Conversation = tuple[list[Message], Sequence[Picture | Tensor] | Tensor]
 
 IMAGE_TAG = "<image>"
 SPECIAL_TOKENS = {"pad": 0, "bos": 1, "eos": 2}
@@ -320,7 +320,9 @@ class VLMProcessor:
         Args:
             conversations: (messages, images) each. open_thinking: see `render`.
         Returns:
-            `input_ids`, `attention_mask` and `image_mask` (B, T); `pixel_values` (I, 3, S, S).
+            `input_ids`, `attention_mask` and `image_mask` (B, T); `pixel_values` (I, 3, S, S); for
+            features among the images also `vision_features` (J, G * G, V) and `has_features`
+            (I + J,) bool.
         """
         options = {"add_generation_prompt": True, "open_thinking": open_thinking}
         rows = [self(m, images, **options) for m, images in conversations]
@@ -337,4 +339,12 @@ class VLMProcessor:
             batch["input_ids"][i, start:] = row["input_ids"]
             batch["attention_mask"][i, start:] = 1
             batch["image_mask"][i, start:] = row["image_mask"]
+        if given := [row["vision_features"] for row in rows if "vision_features" in row]:
+            flags: list[bool] = []
+            for row in rows:
+                flags += row.get("has_features", [False] * len(row["pixel_values"]))
+            batch["vision_features"] = torch.cat(given)
+            batch["has_features"] = torch.tensor(flags)
+            if not len(batch["pixel_values"]):
+                del batch["pixel_values"]
         return batch

@@ -86,6 +86,11 @@ class TrainArgs:
     )
     num_hidden_layers: int = flag("default: the weight's, else 8 / 层数", alias="--n_layers", low=1)
     num_attention_heads: int = flag("default: the weight's, else 8 / 注意力头数", low=1)
+    dropout: float = flag(
+        "share of activations that training drops; default: the weight's, else 0 / 随机失活比例",
+        low=0.0,
+        high=0.9,
+    )
     use_moe: bool = flag("mixture of experts; default: the weight's / 是否使用 MoE")
     max_seq_len: int = flag("longest sample in tokens / 最大长度", low=8)
     loss_on: str = flag(

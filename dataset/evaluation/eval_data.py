@@ -271,8 +271,9 @@ class EvalData:
                     groups[key] = Question(card, turn, language, is_caption, [answer])
         return list(groups.values())
 
-    def messages(self, question: Question) -> tuple[list[dict[str, str]], list[bytes]]:
-        """The conversation before an answer, earlier answers without thinking, and its images."""
+    def messages(self, question: Question) -> tuple[list[dict[str, str]], list[bytes | Tensor]]:
+        """The conversation before an answer, earlier answers without thinking, and its images:
+        their bytes, or features where the data set has them."""
         record = self.dataset.records[question.card.index]
         ends = [i for i, m in enumerate(record.messages) if m["role"] == "assistant"]
         before = [
@@ -280,7 +281,7 @@ class EvalData:
             for m in record.messages[: ends[question.turn]]
         ]
         num_images = sum(m["content"].count(IMAGE_TAG) for m in before)
-        read = self.dataset.records.read_image
+        read = self.dataset.read_picture
         return before, [read(image) for image in record.images[:num_images]]
 
 

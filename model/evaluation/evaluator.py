@@ -255,7 +255,7 @@ class Evaluator:
     def answer(
         self,
         questions: Sequence[QuestionLike],
-        conversations: Sequence[tuple[list[dict[str, str]], list[bytes]]],
+        conversations: Sequence[tuple[list[dict[str, str]], list[bytes | Tensor]]],
         sampling: Sampling,
     ) -> list[TextRow]:
         """Generated answers, in batches of prompts of similar length.

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from model.evaluation.evaluator import (
     AnswerRow,
     CaptionRow,
@@ -35,7 +37,7 @@ class ScorableData(Protocol):
 
     def questions(self, usable: set[int]) -> list[Any]: ...
 
-    def messages(self, question: Any) -> tuple[list[dict[str, str]], list[bytes]]: ...
+    def messages(self, question: Any) -> tuple[list[dict[str, str]], list[bytes | Tensor]]: ...
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,14 @@ import numpy as np
 
 from model.evaluation.evaluator import CONDITIONS, AnswerRow, CaptionRow, TextRow
 from model.evaluation.statistics import NUM_RESAMPLES, interval, resample, wilson_lower_bound
-from model.evaluation.text_metrics import CiderD, bleu_and_chrf, vqa_accuracy
+from model.evaluation.text_metrics import (
+    CiderD,
+    bleu,
+    chrf,
+    jieba_bleu,
+    papers_bleu,
+    vqa_accuracy,
+)
 
 TOTALS = ("right", "total", "loss_sum", "num_tokens")
 BOOTSTRAP_SEED = 0
@@ -35,7 +42,12 @@ LABELS = {  # figure -> (what the table calls it, number format)
     "cider_d": ("CIDEr-D", ".3f"),
     "vqa_accuracy": ("VQA accuracy", ".1%"),
 }
-PLAIN_LABELS = {"bleu_4": ("BLEU-4", ".2f"), "chrf": ("chrF", ".2f")}  # without interval
+PLAIN_LABELS = {  # without interval; of BLEU a list, for 1- to 4-grams
+    "bleu": ("BLEU-1 to 4", ".1f"),
+    "papers_bleu": ("BLEU-1 to 4, papers' way", ".1f"),
+    "jieba_bleu": ("BLEU-1 to 4, jieba's words", ".1f"),
+    "chrf": ("chrF", ".2f"),
+}
 
 
 @dataclass
@@ -141,14 +153,22 @@ def language_figures(results: Results, language: str) -> dict[str, Any]:
     if results.languages == ["all"]:
         texts = [t for t in results.texts if t.is_caption]
     if texts:
-        bleu, chrf = bleu_and_chrf(
-            [t.answer for t in texts],
-            [t.references for t in texts],
-            language=texts[0].language,
-        )
-        report |= {"bleu_4": bleu, "chrf": chrf}
+        report |= text_figures(texts)
     report["num_generated"] = sum(language in ("all", t.language) for t in results.texts)
     return {name: value for name, value in report.items() if value is not None}
+
+
+def text_figures(texts: list[TextRow]) -> dict[str, Any]:
+    """BLEU and chrF of generated captions in one language."""
+    language = texts[0].language
+    pair = [t.answer for t in texts], [t.references for t in texts]
+    by_order = bleu(*pair, language=language)
+    figures: dict[str, Any] = {"bleu": by_order, "bleu_4": by_order[-1], "chrf": chrf(*pair)}
+    if language == "en":
+        figures["papers_bleu"] = papers_bleu(*pair)
+    if language == "zh":
+        figures["jieba_bleu"] = jieba_bleu(*pair)
+    return figures
 
 
 def totals_by_type(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
@@ -225,6 +245,12 @@ def _only(results: Results, indices: set[int]) -> Results:
     )
 
 
+def _plain(figure: float | list[float], form: str) -> str:
+    if isinstance(figure, list):
+        return " ".join(format(one, form) for one in figure)
+    return format(figure, form)
+
+
 def _with_interval(figure: dict[str, float], form: str) -> str:
     value, low, high = (format(figure[k], form) for k in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
@@ -242,7 +268,7 @@ def print_figures(by_language: dict[str, dict[str, Any]]) -> None:
             continue
         if name == "recall" and (chance := by_language["all"].get("recall_chance")):
             label += f" ({chance:.1%})"
-        show = format if name in PLAIN_LABELS else _with_interval
+        show = _plain if name in PLAIN_LABELS else _with_interval
         shown = ("" if cell is None else show(cell, form) for cell in cells)
         print(f"{label:30}" + "".join(f"{text:>28}" for text in shown))
 

@@ -1,4 +1,4 @@
-"""Owns metrics of a text against references: BLEU-4, chrF, CIDEr-D and VQA accuracy.
+"""Owns metrics of a text against references: BLEU, chrF, CIDEr-D and VQA accuracy.
 
 No model is involved: texts go in, numbers come out.
 """
@@ -7,10 +7,11 @@ import math
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 
 HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{HAN}]|[^\W{HAN}_]+(?:'[^\W{HAN}_]+)*")
-NUM_NGRAMS = 4  # orders of BLEU-4 and of CIDEr-D
+NUM_NGRAMS = 4  # orders of BLEU and of CIDEr-D
 CIDER_SIGMA = 6.0  # width of CIDEr-D's penalty for another length, in words
 Gram = tuple[str, ...]
 ARTICLES = {"a", "an", "the"}
@@ -26,22 +27,83 @@ def words(text: str) -> list[str]:
     return WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
-def bleu_and_chrf(
-    answers: list[str], references: list[list[str]], *, language: str
-) -> tuple[float, float]:
-    """BLEU-4 and chrF2 of a corpus, as sacrebleu gives them (0 to 100).
+def bleu(answers: list[str], references: list[list[str]], *, language: str) -> list[float]:
+    """BLEU-1 to BLEU-4 of a corpus as sacrebleu gives them (0 to 100), smoothing "exp" included.
 
     Args:
         references: one or more for each answer, not necessarily as many for each.
         language: "zh" is split into characters; all else is tokenized as mteval-v13a does.
     """
-    from sacrebleu.metrics import BLEU, CHRF
+    tokenize = "zh" if language == "zh" else "13a"
+    return _corpus_bleu(answers, references, tokenize=tokenize, smooth_method="exp")
 
+
+def papers_bleu(answers: list[str], references: list[list[str]]) -> list[float]:
+    """BLEU-1 to BLEU-4 as papers on captions give them (0 to 100): lower case, punctuation deleted
+    (a T-shirt is a tshirt), words as spaces divide them, the whole corpus, no smoothing.
+
+    An answer counts as long as the reference whose length is nearest.
+    Source: Papineni et al., "BLEU: a Method for Automatic Evaluation of Machine Translation"
+    (ACL 2002); Karpathy and Fei-Fei, "Deep Visual-Semantic Alignments for Generating Image
+    Descriptions" (CVPR 2015).
+    """
+    return _bleu_of_words(lambda text: _bare(text).split(), answers, references)
+
+
+def jieba_bleu(answers: list[str], references: list[list[str]]) -> list[float]:
+    """BLEU-1 to BLEU-4 of Chinese (0 to 100), over the words of the segmenter jieba; the rest as
+    `papers_bleu`."""
+    from rjieba import cut
+
+    return _bleu_of_words(lambda text: cut(_bare(text)), answers, references)
+
+
+def _bare(text: str) -> str:
+    """Lower case, without the characters that Unicode calls punctuation or symbols."""
+    kept = (c for c in text.lower() if unicodedata.category(c)[0] not in "PS")
+    return "".join(kept)
+
+
+def _bleu_of_words(
+    split: Callable[[str], list[str]], answers: list[str], references: list[list[str]]
+) -> list[float]:
+    return _corpus_bleu(
+        [" ".join(split(answer)) for answer in answers],
+        [[" ".join(split(text)) for text in texts] for texts in references],
+        tokenize="none",
+        smooth_method="none",
+    )
+
+
+def _corpus_bleu(
+    answers: list[str], references: list[list[str]], *, tokenize: str, smooth_method: str
+) -> list[float]:
+    """BLEU-n for n from 1 to 4: brevity penalty times the geometric mean of the first n
+    precisions."""
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU(tokenize=tokenize, smooth_method=smooth_method, max_ngram_order=NUM_NGRAMS)
+    found = metric.corpus_score(answers, _streams(references))
+    scores = []
+    for n in range(1, NUM_NGRAMS + 1):
+        some = found.precisions[:n]
+        mean = math.exp(sum(map(math.log, some)) / n) if all(some) else 0.0
+        scores.append(found.bp * mean)
+    return scores
+
+
+def chrf(answers: list[str], references: list[list[str]]) -> float:
+    """chrF2 of a corpus, as sacrebleu gives it (0 to 100)."""
+    from sacrebleu.metrics import CHRF
+
+    score: float = CHRF().corpus_score(answers, _streams(references)).score
+    return score
+
+
+def _streams(references: list[list[str]]) -> list[list[str | None]]:
+    """The first reference of every answer, then the second, ...; None where there is none."""
     most = max(map(len, references))
-    streams = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
-    bleu = BLEU(tokenize="zh" if language == "zh" else "13a", max_ngram_order=NUM_NGRAMS)
-    bleu_score = bleu.corpus_score(answers, streams).score
-    return bleu_score, CHRF().corpus_score(answers, streams).score
+    return [[r[i] if i < len(r) else None for r in references] for i in range(most)]
 
 
 def _ngrams(tokens: list[str]) -> list[Counter[Gram]]:

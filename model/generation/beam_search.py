@@ -16,6 +16,7 @@ from model.generation.decoding import AnswerState
 from model.generation.sampling import Sampling
 from model.model_vlm import MiniMindVLM
 
+OF_IMAGES = ("pixel_values", "vision_features", "has_features")  # the rest is of tokens
 MIN_BEAM_TOKENS = 16_384  # 16 beams of 1,024 tokens, however short the model's context
 
 
@@ -100,7 +101,7 @@ class BeamDecoder:
     def _prefill(self) -> Cache:
         """The cache of the prompts without their last token, repeated for each beam."""
         inputs = {
-            name: tensor if name == "pixel_values" else tensor[:, :-1]
+            name: tensor if name in OF_IMAGES else tensor[:, :-1]
             for name, tensor in self._inputs.items()
         }
         cache: Cache = self._model(**inputs, use_cache=True, logits_to_keep=1).cache

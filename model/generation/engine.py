@@ -25,7 +25,8 @@ from model.vlm_processor import IMAGE_TAG, Message
 from model.weights.build_model import LoadedModel, load_model
 
 NO_ROOM_ADVICE = "ask more briefly, with fewer pictures, or lower --batch_size or --concurrency"
-Images = Sequence[Picture] | Tensor  # `pixel_values` (I, 3, S, S) where preprocessed already
+# As `VLMProcessor` takes them: pictures, or what is known of them already.
+Images = Sequence[Picture | Tensor] | Tensor
 
 
 @dataclass(frozen=True)

@@ -260,9 +260,12 @@ class Guard:
         """Why the wait failed: which workers hung, or which one ended; None if all are alive."""
         if self._verdict or not self._workers:
             return self._verdict
-        # A dead worker's connection closes shortly before the process counts as ended.
-        wait([worker.sentinel for worker in self._workers], timeout=DEATH_S)
+        # As a worker ends, its connection closes first, then its sentinel's pipe, and only then
+        # does the system have its exit status.
+        closed = wait([worker.sentinel for worker in self._workers], timeout=DEATH_S)
         for worker in self._workers:
+            if worker.sentinel in closed:
+                worker.join(DEATH_S)
             code = worker.exitcode
             if code is None:
                 continue

@@ -35,8 +35,8 @@ from trainer.train_args import Stage, TrainArgs
 PATIENCE_SHARE = 0.75
 # Flags that are config fields.
 CONFIG_FLAGS = (
-    "generation", "hidden_size", "num_hidden_layers", "num_attention_heads", "use_moe", "keep_cls",
-    "vision_layer", "projector", "token_merge", "image_special_token",
+    "generation", "hidden_size", "num_hidden_layers", "num_attention_heads", "dropout", "use_moe",
+    "keep_cls", "vision_layer", "projector", "token_merge", "image_special_token",
 )  # fmt: skip
 
 

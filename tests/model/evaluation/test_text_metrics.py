@@ -7,7 +7,15 @@ import math
 import pytest
 import sacrebleu
 
-from model.evaluation.text_metrics import CiderD, bleu_and_chrf, vqa_accuracy, words
+from model.evaluation.text_metrics import (
+    CiderD,
+    bleu,
+    chrf,
+    jieba_bleu,
+    papers_bleu,
+    vqa_accuracy,
+    words,
+)
 
 LN2 = math.log(2)
 
@@ -56,20 +64,52 @@ def test_bleu_and_chrf_are_sacrebleus():
     ]
     streams = [[r[0] for r in references], [references[0][1], None]]
     expected = sacrebleu.corpus_bleu(answers, streams).score
-    assert bleu_and_chrf(answers, references, language="en") == (
-        expected,
-        sacrebleu.corpus_chrf(answers, streams).score,
-    )
+    by_order = bleu(answers, references, language="en")
+    assert by_order[-1] == pytest.approx(expected)
+    assert chrf(answers, references) == sacrebleu.corpus_chrf(answers, streams).score
     assert 30 < expected < 100
+    metric = sacrebleu.BLEU(max_ngram_order=2)
+    assert by_order[1] == pytest.approx(metric.corpus_score(answers, streams).score)
 
 
 def test_chinese_is_compared_by_characters():
     """Unsplit, a Chinese sentence is one word, and any difference would make BLEU 0."""
     answer, reference = "两只狗在草地上奔跑。", "两只狗在草地上跑步。"
-    bleu, chrf = bleu_and_chrf([answer], [[reference]], language="zh")
-    assert bleu == sacrebleu.corpus_bleu([answer], [[reference]], tokenize="zh").score > 50
-    assert chrf > 50
-    assert bleu_and_chrf([reference], [[reference]], language="zh") == pytest.approx((100, 100))
+    score = bleu([answer], [[reference]], language="zh")[-1]
+    assert score == pytest.approx(
+        sacrebleu.corpus_bleu([answer], [[reference]], tokenize="zh").score
+    )
+    assert score > 50 and chrf([answer], [[reference]]) > 50
+    assert bleu([reference], [[reference]], language="zh") == pytest.approx([100] * 4)
+
+
+def test_papers_bleu_by_hand():
+    """Answer: a dog runs (3 words). References: 3 words, "the dog runs", and 5, with a hyphen.
+    Words found: dog, runs, a; pairs: dog runs, a dog of the second; the triple is in neither."""
+    references = ["The dog runs!", "A dog on tip-toe, quick."]
+    assert papers_bleu(["a dog runs."], [references]) == pytest.approx([100, 100, 0, 0])
+    one = papers_bleu(["a cat runs"], [references])
+    assert one == pytest.approx([100 * 2 / 3, 0, 0, 0])
+    # Punctuation goes without a trace; a word said twice counts once, as the reference has it.
+    assert papers_bleu(["tiptoe, TIP-TOE"], [["tip-toe"]])[0] == pytest.approx(50)
+    # Two words too few: exp(1 - 5/3); the nearest length is the penalty's.
+    short = papers_bleu(["a dog on"], [["a dog on the run"]])
+    assert short[0] == pytest.approx(100 * math.exp(1 - 5 / 3))
+    near = papers_bleu(["a dog on"], [["a dog on the run", "one dog on"]])
+    assert near[:2] == pytest.approx([100, 100])
+    # Of a corpus the counts are added: 3 of 3 and 0 of 1.
+    both = papers_bleu(["a dog on", "x"], [["a dog on"], ["y"]])
+    assert both[0] == pytest.approx(75)
+
+
+def test_jieba_bleu_compares_words_not_characters():
+    assert jieba_bleu(["两只狗在草地上奔跑。"], [["两只狗，在草地上奔跑"]]) == pytest.approx(
+        [100] * 4
+    )
+    # 小狗 and 狗 are different words, though they share a character.
+    by_words = jieba_bleu(["小狗奔跑"], [["狗奔跑"]])
+    assert by_words[0] == pytest.approx(50)
+    assert bleu(["小狗奔跑"], [["狗奔跑"]], language="zh")[0] == pytest.approx(75)
 
 
 def test_vqa_accuracy():

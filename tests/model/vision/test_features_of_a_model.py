@@ -14,6 +14,8 @@ from support.towers import make_tower_of
 import eval_vlm
 from dataset.collate import VLMCollator
 from dataset.lm_dataset import VLMDataset
+from model.generation.engine import VLMEngine, ask
+from model.generation.sampling import Sampling
 from model.vision.features import FeatureMaker
 from model.vision_tower import load_vision_tower
 
@@ -95,7 +97,7 @@ def test_a_batch_of_features_and_pictures_is_the_batch_of_pictures(which, assets
     assert given.inputs["input_ids"].equal(without.inputs["input_ids"])
     assert (given.inputs["pixel_values"] is None) == (which == "all")
     assert ("vision_features" in given.inputs) == (which != "none")
-    assert ("image_order" in given.inputs) == (which == "some")
+    assert ("has_features" in given.inputs) == (which == "some")
     with torch.no_grad():
         outputs = [loaded.model(**batch.inputs).logits for batch in (without, given)]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
@@ -108,7 +110,7 @@ def test_features_of_another_shape_are_refused(assets):
         model(ids, vision_features=torch.zeros(1, 9, 24))
     with pytest.raises(ValueError, match="20 image placeholder|1 image placeholder"):
         model(ids, vision_features=torch.zeros(2, 16, 24))
-    with pytest.raises(ValueError, match="need an image_order"):
+    with pytest.raises(ValueError, match="need has_features"):
         model.encode_images(torch.zeros(1, 3, 32, 32), vision_features=torch.zeros(1, 16, 24))
     with pytest.raises(ValueError, match="need input_ids"):
         model(inputs_embeds=torch.zeros(1, 4, 32), vision_features=torch.zeros(1, 16, 24))
@@ -153,3 +155,35 @@ def numbers(value):
             yield from numbers(one)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield float(value)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("which", ["all", "some"])
+def test_answers_about_features_are_those_about_pictures(which, num_beams, assets, tmp_path):
+    """A batch of two pictures, one, none and two; with features the tower sees nothing."""
+    loaded = make_loaded(assets)
+    data, images, _ = make_noise_records(tmp_path)
+    dataset = VLMDataset(data, images, loaded.processor)
+    names = [n for i in range(20) for n in dataset.records[i].images][:5]
+    maker = FeatureMaker(loaded.model, loaded.processor, batch_size=2)
+    known = Known(dataset, maker, names if which == "all" else names[1::2])
+    engine = VLMEngine(loaded)
+    batches = []
+    for given in (lambda name: None, known.get):
+        batch = []
+        for some in (names[:2], names[2:3], [], names[3:]):
+            pictures = [dataset.records.read_image(name) for name in some]
+            seen = [
+                picture if given(name) is None else given(name)
+                for name, picture in zip(some, pictures, strict=True)
+            ]
+            batch.append((ask("What?", num_images=len(some)), seen))
+        batches.append(batch)
+    sampling = Sampling(12, 0, num_beams=num_beams)
+    right = engine.generate(batches[0], sampling)
+    if which == "all":
+        loaded.model.vision_encoder = None
+    assert engine.generate(batches[1], sampling) == right
+    assert engine.generate(batches[1][:1], sampling) == right[:1]
+    stream = engine.stream(*batches[1][0], sampling)
+    assert "".join(stream) == right[0].text
