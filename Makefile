@@ -9,7 +9,7 @@ JOBS ?= 2
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: setup test test-quick test-all test-gpu test-cuda-build check-published lint demo \
-        from-zero clean
+        photos from-zero clean
 
 setup: $(VENV)/.done
 
@@ -55,6 +55,10 @@ lint: setup
 
 demo: setup
 	$(BIN)/python trainer/demo.py
+
+# Trains on real photos from nothing and scores it; PHOTO_FLAGS="--data FOLDER" names the photos.
+photos: setup
+	$(BIN)/python trainer/photos.py $(PHOTO_FLAGS)
 
 # The whole chain with nothing but generated data and the committed tokenizer.
 from-zero: setup

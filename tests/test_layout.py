@@ -46,7 +46,7 @@ ALLOWED = {
     "trainer/loop": f"{MODEL} trainer/train_args.py trainer/ranks trainer/tracking",
     "trainer/saving": f"{MODEL} {TRAINER}",
     "trainer/run": f"{MODEL} model/vision/features.py {DATASET} dataset/features {TRAINER}",
-    "trainer/chain": f"{MODEL} model/generation dataset/synthetic trainer/tracking",
+    "trainer/chain": f"{MODEL} model/generation dataset/synthetic dataset/records trainer/tracking",
     "trainer/trainer_utils.py": f"{TRAINER} trainer/run",  # a face for readers of the original
 }
 # Commands may import any of their own package, and these may introduce strangers to one another;
@@ -67,6 +67,7 @@ COMMANDS = {
     "trainer/benchmark_saving.py": f"{MODEL} {TRAINER} trainer/run",
     "trainer/plot.py": "model model/machine trainer/tracking",
     "trainer/demo.py": "model model/machine trainer/chain",
+    "trainer/photos.py": "model model/machine trainer/chain",
 }
 MAX_LINES = 400
 

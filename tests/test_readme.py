@@ -13,6 +13,7 @@ from dataset import check_published, download, prompt_picture
 from dataset.synthetic import __main__ as synthetic
 from trainer import (
     demo,
+    photos,
     plot,
     train_clip_tiny,
     train_llm,
@@ -41,6 +42,7 @@ PARSERS = {
     "trainer/train_sft_vlm.py": parse_train(train_sft_vlm),
     "trainer/train_llm.py": parse_train(train_llm),
     "trainer/demo.py": demo.parse_args,
+    "trainer/photos.py": photos.parse_args,
     "trainer/train_tokenizer.py": train_tokenizer.parse_args,
     "trainer/train_clip_tiny.py": train_clip_tiny.parse_args,
     "trainer/plot.py": plot.parse_args,

@@ -20,23 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 
 from model.options import OnceParser, parse_bool
 from trainer.chain.report import print_table, write_report
-from trainer.chain.settings import FROM_ZERO, VLM, Chain, chain_settings, check_settings
+from trainer.chain.running import INTERRUPTED, check_settings, matrix_rate
+from trainer.chain.settings import FROM_ZERO, VLM, Chain, chain_settings
 from trainer.chain.steps import evaluate, make_data, publish, train, train_llm, train_tower
-
-MATRIX_SIDE, MATRIX_ROUNDS = 1024, 10
-
-
-def matrix_rate() -> float:
-    """Speed of float32 matrix products on this machine at this moment, in GFLOP/s."""
-    left = torch.ones(MATRIX_SIDE, MATRIX_SIDE)
-    started_s = time.perf_counter()
-    for _ in range(MATRIX_ROUNDS):
-        left @ left
-    return 2e-9 * MATRIX_ROUNDS * MATRIX_SIDE**3 / (time.perf_counter() - started_s)
 
 
 def print_next_steps(chain: Chain) -> None:
@@ -117,7 +106,7 @@ def run_chain(chain: Chain, *, is_from_zero: bool) -> int:
             "\nleft; the same command goes on from here (a data set or a tower in the making "
             "begins anew) / 重新运行即可继续"
         )
-        return 130
+        return INTERRUPTED
     write_report(chain)
     print_table(scores)
     return 0
@@ -130,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     started_s = time.perf_counter()
     try:
-        check_settings(chain, chain_settings(chain, is_from_zero=args.from_zero))
+        check_settings(chain.folder, chain_settings(chain, is_from_zero=args.from_zero))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -205,6 +205,17 @@ def build_report(results: Results) -> dict[str, Any]:
         "languages": languages,
         "vqa_by_type": vqa_by_type(results),
         "left_out": dict(results.left_out),
+        "generated": [
+            {
+                "record": text.index,
+                "turn": text.turn,
+                "images": list(text.unit),
+                "language": text.language,
+                "answer": text.answer,
+                "references": text.references,
+            }
+            for text in results.texts
+        ],
         "decoding": results.decoding,
         "bootstrap": BOOTSTRAP,
     }

@@ -1,19 +1,16 @@
 """Owns the settings of the chain on the sample world; a folder holds the files of one setting."""
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.machine.atomic_file import atomic_write
 from model.machine.paths import OUT_DIR
 from model.vision_tower import VISION_DIR
 
 TOWER, LLM, VLM = "clip-tiny-patch16", "llm_demo_128", "sft_vlm_demo_128"  # as the repository has
 SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 SEED = 42
-CHAIN_FILE = "chain.json"  # in a chain's folder: the settings of what is there
 
 
 @dataclass(frozen=True)
@@ -107,29 +104,3 @@ def chain_settings(chain: Chain, *, is_from_zero: bool) -> dict[str, Any]:
         for name, file in (("tower", chain.tower / "model.safetensors"), ("llm", chain.llm)):
             settings[f"{name}_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     return settings
-
-
-def check_settings(chain: Chain, settings: dict[str, Any]) -> None:
-    """Write the settings into a new folder; in a folder that holds files they must be the same.
-
-    Raises:
-        ValueError: they differ, or the folder does not say what they were.
-        OSError: the folder cannot be written.
-    """
-    path, settings = chain.folder / CHAIN_FILE, json.loads(json.dumps(settings))
-    if chain.folder.is_dir() and any(chain.folder.iterdir()):
-        try:
-            before = dict(json.loads(path.read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
-            raise ValueError(
-                f"{chain.folder} holds work of unknown settings (no {CHAIN_FILE} to read); move "
-                "it away or remove it / 该目录的设置未知，请移走或删除"
-            ) from None
-        differing = [name for name in settings if before.get(name) != settings[name]]
-        if differing:
-            raise ValueError(
-                f"{chain.folder} was made with another {', '.join(differing)}; remove it to start "
-                "anew, or give the flags of that run / 设置与已有结果不同，请删除该目录或沿用原参数"
-            )
-    chain.folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))

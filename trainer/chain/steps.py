@@ -5,54 +5,17 @@ what is already there.
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from model.generations import MODEL_DIR
 from model.machine.paths import OUT_DIR, ROOT
 from model.vision_tower import VISION_DIR
+from trainer.chain.running import Word, flags, run_script
 from trainer.chain.settings import LLM, SIZES, TEXT_STAGES, TOWER, VLM, Chain, TextStage
 
 TEXTS_PER_HELDOUT = 50  # training texts for each held-out one
-Word = str | int | float | Path
-
-
-def run_script(*words: Word) -> None:
-    """Run `python words...` in the repository; the output goes to the terminal.
-
-    Raises:
-        subprocess.CalledProcessError: it ended with another status than 0.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, once the script has saved and ended.
-    """
-    command = [sys.executable, *map(str, words)]
-    print(f"\n$ python {' '.join(command[1:])}", flush=True)
-    process = subprocess.Popen(command, cwd=ROOT)
-
-    def pass_on(_signum: int, _frame: FrameType | None) -> NoReturn:
-        process.terminate()
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:  # the terminal sent Ctrl-C to the script as well
-        process.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    if status:
-        raise subprocess.CalledProcessError(status, command)
-
-
-def flags(values: Mapping[str, Word]) -> list[Word]:
-    """`--name value` for each entry, in order."""
-    return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
 def make_pictures(folder: Path, split: str, num_images: int, options: dict[str, Word]) -> None:

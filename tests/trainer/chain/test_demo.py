@@ -23,6 +23,7 @@ from model.generation.sampling import Sampling
 from model.options import add_model_arguments
 from trainer import demo
 from trainer.chain import steps
+from trainer.chain.running import check_settings, run_script
 from trainer.chain.settings import (
     LLM,
     TEXT_STAGES,
@@ -30,7 +31,6 @@ from trainer.chain.settings import (
     VLM,
     Chain,
     chain_settings,
-    check_settings,
 )
 
 SCRIPT = "trainer/train_pretrain_vlm.py"
@@ -97,10 +97,10 @@ def test_demo_notices_another_language_model(tmp_path):
         llm.write_bytes(content)
         settings = chain_settings(chain, is_from_zero=False)
         if content == b"one":
-            check_settings(chain, settings)
-            check_settings(chain, settings)
+            check_settings(chain.folder, settings)
+            check_settings(chain.folder, settings)
     with pytest.raises(ValueError, match="another llm_sha256;"):
-        check_settings(chain, settings)
+        check_settings(chain.folder, settings)
 
 
 def test_chain_from_zero_takes_the_committed_tokenizer(chains_in, monkeypatch):
@@ -213,7 +213,7 @@ def test_finished_weight_of_the_repository_answers(number):
 
 def test_a_script_that_fails_is_an_error(capfd):
     with pytest.raises(subprocess.CalledProcessError) as error:
-        steps.run_script("trainer/demo.py", "--no_such_flag")
+        run_script("trainer/demo.py", "--no_such_flag")
     assert error.value.returncode == 2
     assert "$ python trainer/demo.py --no_such_flag" in capfd.readouterr().out
 
@@ -223,7 +223,7 @@ def start(argv: list[str]) -> subprocess.Popen:
     code = (
         f"import signal, sys; sys.path.insert(0, {str(ROOT)!r}); "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from trainer.chain.steps import run_script\n"
+        "from trainer.chain.running import run_script\n"
         "try: run_script(*sys.argv[1:])\n"
         "except KeyboardInterrupt: sys.exit(130)"
     )

@@ -1,0 +1,71 @@
+"""Owns the settings of the chain on photos: what trains, and how it is scored."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.machine.paths import OUT_DIR, ROOT
+from model.vision_tower import VISION_DIR
+from trainer.chain.running import Word
+
+DATA = ROOT / "dataset" / "flickr8k"  # where `dataset/download.py flickr8k` puts it
+TOWER = VISION_DIR / "efficientnet-lite0"
+WEIGHT = "photos"  # its name, without the width
+SEED = 42
+NUM_BEAMS = 3
+
+MODEL: dict[str, Word] = {
+    "hidden_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "projector": "mlp",
+}
+RECIPE: dict[str, Word] = {
+    "dropout": 0.05,
+    "batch_size": 32,
+    "learning_rate": 3e-3,
+    "warmup_steps": 200,
+    "epochs": 3,
+}
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Where the chain works, and on what.
+
+    Args:
+        data: a folder with `train` and `val`, each with `data.jsonl` and `images.zip`.
+        num_cut: training photos that are not trained on and take the place of the validation
+            photos: for choices, so that these stay unseen.
+    """
+
+    data: Path = DATA
+    folder: Path = OUT_DIR / "photos"
+    tower: Path = TOWER
+    seed: int = SEED
+    num_cut: int = 0
+    epochs: int = int(RECIPE["epochs"])
+
+    @property
+    def out(self) -> Path:
+        """Where training and scores go; each seed but the default has its own folder."""
+        return self.folder if self.seed == SEED else self.folder / f"seed_{self.seed}"
+
+    @property
+    def cut(self) -> Path:
+        """Folder of the records that are left after the cut, and of those that were cut."""
+        return self.folder / "cut"
+
+    @property
+    def weight(self) -> Path:
+        return self.out / f"{WEIGHT}_{MODEL['hidden_size']}.pth"
+
+    @property
+    def features(self) -> Path:
+        """The kept features of the tower, of all seeds."""
+        return self.folder / "features"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that the files in the folder depend on, but the seed and the paths."""
+        recipe = RECIPE | {"epochs": self.epochs}
+        return {"model": MODEL, "recipe": recipe, "num_cut": self.num_cut, "num_beams": NUM_BEAMS}

@@ -1,0 +1,88 @@
+"""Owns what every chain does: it runs scripts of the repository, in a folder of one setting."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+
+from model.machine.atomic_file import atomic_write
+from model.machine.paths import ROOT
+
+CHAIN_FILE = "chain.json"  # in a chain's folder: the settings of what is there
+INTERRUPTED = 130  # exit status after Ctrl-C: 128 plus the signal's number
+MATRIX_SIDE, MATRIX_ROUNDS = 1024, 10
+Word = str | int | float | Path
+
+
+def run_script(*words: Word) -> None:
+    """Run `python words...` in the repository; the output goes to the terminal.
+
+    Raises:
+        subprocess.CalledProcessError: it ended with another status than 0.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, once the script has saved and ended.
+    """
+    command = [sys.executable, *map(str, words)]
+    print(f"\n$ python {' '.join(command[1:])}", flush=True)
+    process = subprocess.Popen(command, cwd=ROOT)
+
+    def pass_on(_signum: int, _frame: FrameType | None) -> NoReturn:
+        process.terminate()
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # the terminal sent Ctrl-C to the script as well
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if status:
+        raise subprocess.CalledProcessError(status, command)
+
+
+def flags(values: Mapping[str, Word]) -> list[Word]:
+    """`--name value` for each entry, in order."""
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings into a new folder; in a folder that holds files they must be the same.
+
+    Raises:
+        ValueError: they differ, or the folder does not say what they were.
+        OSError: the folder cannot be written.
+    """
+    path, settings = folder / CHAIN_FILE, json.loads(json.dumps(settings))
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            raise ValueError(
+                f"{folder} holds work of unknown settings (no {CHAIN_FILE} to read); move "
+                "it away or remove it / 该目录的设置未知，请移走或删除"
+            ) from None
+        differing = [name for name in settings if before.get(name) != settings[name]]
+        if differing:
+            raise ValueError(
+                f"{folder} was made with another {', '.join(differing)}; remove it to start "
+                "anew, or give the flags of that run / 设置与已有结果不同，请删除该目录或沿用原参数"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+
+
+def matrix_rate() -> float:
+    """Speed of float32 matrix products on this machine at this moment, in GFLOP/s."""
+    left = torch.ones(MATRIX_SIDE, MATRIX_SIDE)
+    started_s = time.perf_counter()
+    for _ in range(MATRIX_ROUNDS):
+        left @ left
+    return 2e-9 * MATRIX_ROUNDS * MATRIX_SIDE**3 / (time.perf_counter() - started_s)
