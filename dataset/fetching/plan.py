@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.fetching.assets import ASSETS, CORPUS, DEFAULT_ASSETS, PHOTO_TOWER, Asset, Source
+from dataset.fetching.assets import ASSETS, DEFAULT_ASSETS, OF_NO_HUB, Asset, Source
 from dataset.fetching.hub import RemoteFile, is_same, list_files, part_size
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -70,7 +70,7 @@ def chosen_assets(
         ValueError: an unknown name, one of the other generation, or a revision for anything but
             one asset of a hub.
     """
-    known = [*ASSETS, CORPUS, PHOTO_TOWER]
+    known = [*ASSETS, *OF_NO_HUB]
     names = [_of_generation(name, generation) for name in names]
     for name in names:
         if name not in known:

@@ -100,6 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.modelscope_listing(f"{owner}/{name}")
             case ["api", "v1", "models" | "datasets", owner, name, "repo"]:
                 self.redirect(f"{owner}/{name}", self.query["FilePath"])
+            case [owner, name, "releases", "download", _, file] | [owner, name, "raw", _, *_, file]:
+                self.redirect(f"{owner}/{name}", file)
             case [owner, name, "archive", file]:
                 self.archive(f"{owner}/{name}", file)
             case ["bytes", owner, name, file]:
