@@ -14,6 +14,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from model.generations import GENERATIONS
 
+SHORT = 512  # tokens
+
 
 def rope_tables(config: PreTrainedConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotation angles of each position.
@@ -70,6 +72,28 @@ def select_positions(states: Tensor, positions: Tensor | None) -> Tensor:
     return states if positions is None else states.flatten(0, 1).index_select(0, positions)
 
 
+def attend_in_full(
+    query: Tensor,  # (B, H, T, K)
+    key: Tensor,  # (B, G, T, K): G heads, each for H / G of the query's
+    value: Tensor,
+    *,
+    scaling: float,
+    dropout: float,
+) -> Tensor:  # (B, T, H, K)
+    """Causal attention by whole (T, T) matrices of scores.
+
+    PyTorch's fused kernel has no fast backward pass in bfloat16 on a CPU, and none with dropout:
+    up to `SHORT` tokens this takes between a fifth and two thirds of its time (BENCHMARKS.md).
+    """
+    batch, num_heads, num_tokens, width = query.shape
+    rows = (query * scaling).reshape(batch, key.shape[1], -1, width)  # (B, G, H / G * T, K)
+    scores = (rows @ key.mT).view(batch, num_heads, num_tokens, num_tokens)
+    later = torch.full((num_tokens, num_tokens), -torch.inf, dtype=scores.dtype).triu(1)
+    weights = F.dropout((scores + later).softmax(-1), dropout)
+    mixed = weights.view(*rows.shape[:3], num_tokens) @ value
+    return mixed.view(batch, num_heads, num_tokens, -1).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with RoPE; in generation 3 with norms of queries and keys.
 
@@ -103,6 +127,12 @@ class Attention(nn.Module):
         query, key = self.q_norm(query), self.k_norm(key)
         return apply_rope(query, *rope).to(key.dtype), apply_rope(key, *rope).to(key.dtype)
 
+    def _is_faster_in_full(self, query: Tensor) -> bool:
+        """Whether this is training, on a CPU in bfloat16, of a short text."""
+        is_ours_to_choose = self.config._attn_implementation == "sdpa"
+        is_slow_there = self.training and query.is_cpu and query.dtype == torch.bfloat16
+        return is_ours_to_choose and is_slow_there and query.shape[2] <= SHORT
+
     def _heads(self, projected: Tensor) -> Tensor:  # (B, T, H * K) -> (B, H, T, K)
         return projected.view(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
 
@@ -119,13 +149,16 @@ class Attention(nn.Module):
         query, key = query.to(value.dtype), key.to(value.dtype)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
         dropout = self.config.dropout if self.training else 0.0
-        mixed, _ = attend(
-            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout
-        )
+        if cache is None and attention_mask is None and self._is_faster_in_full(query):
+            mixed = attend_in_full(query, key, value, scaling=self.scaling, dropout=dropout)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            mixed, _ = attend(
+                self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout
+            )
         mixed = mixed.reshape(*hidden.shape[:2], -1)  # (B, T, H * K)
         mixed = self.o_proj(select_positions(mixed, output_positions))
         return F.dropout(mixed, self.config.dropout, self.training)
