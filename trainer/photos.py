@@ -12,6 +12,7 @@ picture `report.png` and the commands to go on with. What a run finds done, it d
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -19,10 +20,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from model.machine.paths import ROOT
 from model.options import OnceParser, parse_path
 from trainer.chain.photo_report import print_table, write_report
-from trainer.chain.photo_settings import DATA, SEED, TOWER, Photos
-from trainer.chain.photo_steps import check_data, cut_records, evaluate, fetch_tower, train
+from trainer.chain.photo_settings import DATA, NUM_BEAMS, SEED, TOWER, Photos
+from trainer.chain.photo_steps import check_inputs, cut_records, evaluate, fetch_tower, train
 from trainer.chain.running import INTERRUPTED, check_settings, matrix_rate
 
 
@@ -47,6 +49,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--num_cut", type=int, default=0, help=cut_help)
     args = parser.parse_args(argv)
+    for name in ("data", "out", "tower"):  # the scripts run in the repository
+        setattr(args, name, getattr(args, name).absolute())
     for name, low in (("num_cut", 0), ("epochs", 1), ("seed", 0)):
         if getattr(args, name) < low:
             parser.error(f"--{name} must be {low} or more, got {getattr(args, name)}")
@@ -55,30 +59,36 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def print_next_steps(photos: Photos) -> None:
     """The commands to talk to the model."""
-    model = f"--weight {photos.weight} --vision_model_path {photos.tower} --num_beams 3"
+    model = ["--weight", photos.weight, "--vision_model_path", photos.tower]
+
+    def command(script: str, *flags: str) -> str:
+        words = [sys.executable, ROOT / script, *flags, *model]
+        return shlex.join(map(str, words)) + f" --num_beams {NUM_BEAMS}"
+
     print(f"""
 Talk to it:
-  your photos  {sys.executable} eval_vlm.py {model} --image_dir FOLDER
-  chat         {sys.executable} eval_vlm.py --chat {model}
-  web page     {sys.executable} web_demo.py {model}""")
+  your photos  {command("eval_vlm.py")} --image_dir FOLDER
+  chat         {command("eval_vlm.py", "--chat")}
+  web page     {command("web_demo.py")}""")
 
 
 def run_chain(photos: Photos) -> int:
     """Train, score and report; returns the exit status."""
     try:
-        fetch_tower(photos)
+        if photos.tower == TOWER:
+            fetch_tower(photos)
         if photos.num_cut:
             cut_records(photos)
         train(photos)
         scores = evaluate(photos)
+        print_table(scores)
+        write_report(photos, scores)
     except subprocess.CalledProcessError as error:
         print(f"error: the step above ended with status {error.returncode}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nleft; the same command goes on from here / 重新运行即可继续")
         return INTERRUPTED
-    write_report(photos, scores)
-    print_table(scores)
     return 0
 
 
@@ -88,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     photos = Photos(args.data, args.out, args.tower, args.seed, args.num_cut, args.epochs)
     started_s = time.perf_counter()
     try:
-        check_data(photos)
+        check_inputs(photos)
         check_settings(photos.folder, photos.settings())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

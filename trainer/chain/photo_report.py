@@ -50,22 +50,24 @@ class Example:
 def print_table(scores: dict[str, Any]) -> None:
     """The figures of both languages; English captions beside published ones."""
     every = scores["languages"]
-    found = {name: every[k] for k, name in LANGUAGES.items() if k in every} or {"": every["all"]}
-    num, chance = every["all"]["num_pictures"], every["all"]["recall_chance"]
+    found = {name: every[k] for k, name in LANGUAGES.items() if k in every} or {
+        "one language": every["all"]
+    }
+    num, chance = every["all"]["num_pictures"], every["all"].get("recall_chance")
     print(f"\n{f'{num:,} held-back photos':38}" + "".join(f"{name:>24}" for name in found))
     for name, (label, form) in FIGURES.items():
         if name == "recall":
-            label += f" (chance {chance:.1%})"
+            label += "" if chance is None else f" (chance {chance:.1%})"
         shown = [_show(cell.get(name), form) for cell in found.values()]
         if any(shown):
             print(f"{label:38}" + "".join(f"{text:>24}" for text in shown))
     print(
-        f"\nEnglish captions as papers score them (lower case, no punctuation, five references, "
+        f"\nEnglish captions as papers score them (lower case, no punctuation, all references, "
         f"corpus BLEU\nwithout smoothing), found by {NUM_BEAMS} beams; published figures are of "
         "Flickr8k's own test photos:"
     )
     ours = _show(every.get("en", every["all"]).get("papers_bleu"), ".1f")
-    for name, figures in ({"this model": ours} | PUBLISHED).items():
+    for name, figures in ({"this model": ours or "(no English)"} | PUBLISHED).items():
         print(f"  {name:46}{figures}")
 
 
@@ -100,8 +102,11 @@ def write_report(photos: Photos, scores: dict[str, Any]) -> None:
         axes = figure.add_subplot(grid[1 + place // COLUMNS, place % COLUMNS])
         axes.imshow(open_image(example.image))
         axes.axis("off")
-        axes.set_title(_caption(example, with_chinese=font is not None), fontsize=9, loc="left",
-                       family=[font or "DejaVu Sans", "DejaVu Sans"])  # fmt: skip
+        text = _caption(example, with_chinese=font is not None)
+        if font is None:
+            text = text.encode("ascii", "replace").decode()
+        families = [font or "DejaVu Sans", "DejaVu Sans"]
+        axes.set_title(text, fontsize=9, loc="left", family=families, parse_math=False)
     atomic_write(photos.out / "report.png", lambda file: figure.savefig(file, format="png", dpi=80))
 
 

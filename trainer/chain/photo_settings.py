@@ -23,7 +23,8 @@ MODEL: dict[str, Word] = {
 RECIPE: dict[str, Word] = {
     "dropout": 0.05,
     "batch_size": 32,
-    "learning_rate": 3e-3,
+    "optimizer": "muon",
+    "learning_rate": 2e-3,
     "warmup_steps": 200,
     "epochs": 3,
 }

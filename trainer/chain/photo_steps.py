@@ -4,8 +4,10 @@ already there.
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from zipfile import is_zipfile
 
 from model.machine.atomic_file import atomic_write
 from trainer.chain.photo_settings import MODEL, NUM_BEAMS, RECIPE, TOWER, WEIGHT, Photos
@@ -15,51 +17,75 @@ ALL = 10**9  # answers to generate: one for every photo and language
 SPLITS = ("train", "val")
 
 
-def check_data(photos: Photos) -> None:
-    """Raise FileNotFoundError, saying how to get them, unless both splits are there."""
-    for split in SPLITS:
-        for name in ("data.jsonl", "images.zip"):
-            if not (photos.data / split / name).is_file():
-                raise FileNotFoundError(
-                    f"{photos.data / split / name} is missing; fetch the photos by `python "
-                    "dataset/download.py flickr8k`, or name their folder by --data / 缺少照片数据"
-                )
-
-
-def fetch_tower(photos: Photos) -> None:
-    """The tower of the registry, where the default folder has none.
+def check_inputs(photos: Photos) -> None:
+    """Look at data and tower before anything is written.
 
     Raises:
-        FileNotFoundError: another folder has none.
+        FileNotFoundError: a file is missing; says how to get it.
+        ValueError: a file is damaged, or there are not enough photos for the cut.
     """
-    if (photos.tower / "config.json").is_file():
-        return
-    if photos.tower != TOWER:
+    for split in SPLITS:
+        for name in ("data.jsonl", "images.zip"):
+            path = photos.data / split / name
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{path} is missing; fetch the photos by `python dataset/download.py "
+                    "flickr8k`, or name their folder by --data / 缺少照片数据"
+                )
+            is_whole = path.stat().st_size > 0 if name == "data.jsonl" else is_zipfile(path)
+            if not is_whole:
+                raise ValueError(f"{path} is empty or damaged; fetch it again / 文件损坏")
+    if photos.tower != TOWER and not (photos.tower / "config.json").is_file():
         raise FileNotFoundError(
             f"--tower {photos.tower} has no config.json, so it is no tower; leave the flag out to "
             "fetch the usual one / 视觉塔目录无效"
         )
-    run_script("dataset/download.py", "photo_tower", "--yes")
+    if photos.num_cut:
+        names = {name for _, name in read_lines(photos) if name}
+        if len(names) <= photos.num_cut:
+            raise ValueError(f"--num_cut {photos.num_cut}: there are {len(names)} training photos")
+
+
+def fetch_tower(photos: Photos) -> None:
+    """The tower of the registry, where the folder has none."""
+    if not (photos.tower / "config.json").is_file():
+        run_script("dataset/download.py", "photo_tower", "--yes")
+
+
+def read_lines(photos: Photos) -> list[tuple[str, str]]:
+    """The training records, each with the name of its photo; "" where it has none.
+
+    Raises:
+        ValueError: a line is no record.
+    """
+    path = photos.data / "train" / "data.jsonl"
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            image = json.loads(line).get("image") or ""
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}:{number} is no JSON object ({error})") from None
+        found.append((line, image if isinstance(image, str) else json.dumps(image)))
+    return found
 
 
 def cut_records(photos: Photos) -> None:
     """Divide the training records by photo: `num_cut` photos, chosen by a hash of their names, and
-    the rest.
-
-    Raises:
-        ValueError: there are no more photos than that.
-    """
-    lines = (photos.data / "train" / "data.jsonl").read_text(encoding="utf-8").splitlines()
-    names = [json.loads(line)["image"] for line in lines]
-    ordered = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
-    if len(ordered) <= photos.num_cut:
-        raise ValueError(f"--num_cut {photos.num_cut}: there are {len(ordered)} training photos")
+    the rest."""
+    lines = read_lines(photos)
+    names = {name for _, name in lines if name}
+    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     chosen = set(ordered[: photos.num_cut])
     photos.cut.mkdir(exist_ok=True)
     for split, is_cut in (("train", False), ("val", True)):
-        kept = [line for line, n in zip(lines, names, strict=True) if (n in chosen) == is_cut]
-        text = "".join(f"{line}\n" for line in kept).encode()
-        atomic_write(records(photos, split)[0], lambda file, text=text: file.write(text))
+        text = "".join(f"{line}\n" for line, name in lines if (name in chosen) == is_cut)
+        atomic_write(records(photos, split)[0], partial(_write_text, text))
+
+
+def _write_text(text: str, file: IO[bytes]) -> None:
+    file.write(text.encode())
 
 
 def records(photos: Photos, split: str) -> tuple[Path, Path]:
@@ -95,12 +121,9 @@ def train(photos: Photos) -> None:
 
 
 def evaluate(photos: Photos) -> dict[str, Any]:
-    """Score the held-back photos, unless scores of this weight are there; returns the scores."""
+    """Score the held-back photos, unless this weight's scores on these are there; returns them."""
     data, images = records(photos, "val")
     path = photos.out / "scores.json"
-    if path.is_file() and path.stat().st_mtime_ns > photos.weight.stat().st_mtime_ns:
-        scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return scores
     options: dict[str, Word] = {
         "weight": photos.weight,
         "vision_model_path": photos.tower,
@@ -112,6 +135,27 @@ def evaluate(photos: Photos) -> dict[str, Any]:
         "batch_size": 32,
         "json": path,
     }
+    known = photos.out / "scored.json"  # what the scores are of
+    current = {name: str(value) for name, value in options.items()} | {
+        f"{name}_sha256": _sha256(Path(file))
+        for name, file in (("weight", photos.weight), ("data", data), ("images", images))
+    }
+    if _read_json(known) == current and (scores := _read_json(path)):
+        return scores
     run_script("eval_vlm.py", *flags(options))
-    scores = json.loads(path.read_text(encoding="utf-8"))
-    return scores
+    text = json.dumps(current, indent=1, ensure_ascii=False)
+    atomic_write(known, partial(_write_text, text))
+    return _read_json(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What a file holds; {} where it is missing or damaged, so that it is made anew."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}

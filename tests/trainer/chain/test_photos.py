@@ -14,7 +14,7 @@ from trainer import photos as command
 from trainer.chain import photo_steps
 from trainer.chain.photo_report import FONTS, find_examples
 from trainer.chain.photo_settings import Photos
-from trainer.chain.photo_steps import check_data, cut_records, records
+from trainer.chain.photo_steps import check_inputs, cut_records, records
 
 CAPTIONS = {"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色"}
 
@@ -50,10 +50,10 @@ def make_photos(folder, *, num_train=24, num_val=12):
 
 
 @pytest.mark.slow
-def test_whole_chain_runs_and_finds_what_is_done(assets, tmp_path, capfd):
+def test_whole_chain_runs_and_finds_what_is_done(assets, tmp_path, capfd, monkeypatch):
     data = make_photos(tmp_path / "data")
-    argv = ["--data", data, "--out", tmp_path / "out", "--tower", assets / "tower", "--epochs", 2]
-    argv = [str(word) for word in argv]
+    monkeypatch.chdir(tmp_path)  # the user's own folder: relative paths are meant from here
+    argv = ["--data", "data", "--out", "out", "--tower", str(assets / "tower"), "--epochs", "2"]
     assert command.main(argv) == 0
     out = capfd.readouterr().out
     for text in (
@@ -82,12 +82,18 @@ def test_whole_chain_runs_and_finds_what_is_done(assets, tmp_path, capfd):
     again = capfd.readouterr().out
     assert "Epoch:[" not in again and "eval_vlm.py --weight" not in again.partition("Talk")[0]
     assert "12 held-back photos" in again
+    path = data / "val" / "data.jsonl"  # other photos to score: the scores are made anew
+    path.write_text(path.read_text(encoding="utf-8").replace("plain", "$5 or $6"), "utf-8")
+    (folder / "scores.json").write_text("{")
+    assert command.main(argv) == 0
+    assert "eval_vlm.py --weight" in capfd.readouterr().out.partition("Talk")[0]
+    assert "$5 or $6" in (folder / "scores.json").read_text()
     argv[-1] = "3"
     assert command.main(argv) == 1
     assert "was made with another recipe; remove it" in capfd.readouterr().err
 
 
-def test_cut_photos_are_neither_trained_on_nor_the_validation_photos(tmp_path):
+def test_cut_photos_are_neither_trained_on_nor_the_validation_photos(assets, tmp_path):
     data = make_photos(tmp_path / "data")
     photos = Photos(data=data, folder=tmp_path, num_cut=5)
     cut_records(photos)
@@ -105,7 +111,29 @@ def test_cut_photos_are_neither_trained_on_nor_the_validation_photos(tmp_path):
     cut_records(photos)
     assert records(photos, "val")[0].read_text(encoding="utf-8").splitlines() == before
     with pytest.raises(ValueError, match="--num_cut 24: there are 24 training photos"):
-        cut_records(Photos(data=data, folder=tmp_path, num_cut=24))
+        check_inputs(Photos(data=data, tower=assets / "tower", num_cut=24))
+
+
+def test_records_of_any_shape_are_cut(tmp_path):
+    """A BOM, a blank line, a line separator within a caption, a list of images, none."""
+    data = make_photos(tmp_path / "data", num_train=3)
+    path = data / "train" / "data.jsonl"
+    whole = path.read_text(encoding="utf-8")
+    odd = [
+        conversation("<image>\nWhat?", "One\u2028two.", image="train_0.jpg"),
+        conversation("<image>\nWhat?", "A list.", image=["train_1.jpg"]),
+        conversation("What?", "No photo."),
+    ]
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in odd)
+    path.write_text("\ufeff" + whole + "\n" + lines, encoding="utf-8")
+    photos = Photos(data=data, folder=tmp_path, num_cut=2)
+    cut_records(photos)
+    found = [records(photos, split)[0].read_text(encoding="utf-8") for split in ("train", "val")]
+    assert sum(text.count("\n") for text in found) == 12 + 3
+    assert "No photo" in found[0] and "\u2028" in "".join(found)
+    path.write_text("[1]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="data.jsonl:1 is no JSON object"):
+        cut_records(photos)
 
 
 def test_without_photos_the_way_to_them_is_named(tmp_path, capsys):
@@ -114,9 +142,15 @@ def test_without_photos_the_way_to_them_is_named(tmp_path, capsys):
     assert err.count("\n") == 1 and "dataset/download.py flickr8k" in err and "--data" in err
     assert not (tmp_path / "out").exists()
     data = make_photos(tmp_path / "data", num_train=1, num_val=1)
+    photos = Photos(data=data, tower=tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="has no config.json, so it is no tower"):
+        check_inputs(photos)
+    (data / "val" / "images.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"val.images\.zip is empty or damaged"):
+        check_inputs(photos)
     (data / "val" / "images.zip").unlink()
     with pytest.raises(FileNotFoundError, match=r"val.images\.zip is missing"):
-        check_data(Photos(data=data))
+        check_inputs(Photos(data=data))
 
 
 def test_tower_is_fetched_only_where_it_is_missing(assets, tmp_path, monkeypatch):
@@ -124,10 +158,6 @@ def test_tower_is_fetched_only_where_it_is_missing(assets, tmp_path, monkeypatch
     monkeypatch.setattr(photo_steps, "run_script", lambda *words: started.append(words))
     photo_steps.fetch_tower(Photos(tower=assets / "tower"))
     assert not started
-    with pytest.raises(FileNotFoundError, match="has no config.json, so it is no tower"):
-        photo_steps.fetch_tower(Photos(tower=tmp_path / "tower"))
-    assert not started
-    monkeypatch.setattr(photo_steps, "TOWER", tmp_path / "tower")
     photo_steps.fetch_tower(Photos(tower=tmp_path / "tower"))
     assert started == [("dataset/download.py", "photo_tower", "--yes")]
 
