@@ -1,5 +1,5 @@
-"""If this fails, attention by whole score matrices differs from that of PyTorch's kernel, or is taken
-where that kernel is faster.
+"""If this fails, attention by whole score matrices differs from that of PyTorch, or is taken where
+the kernel of PyTorch is faster.
 """
 
 import pytest
