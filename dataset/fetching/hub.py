@@ -251,7 +251,8 @@ def _receive(remote: RemoteFile, part: Path, bar: "tqdm[NoReturn]") -> None:
         ):
             raise TransientError("the server sent another range than the one asked for")
         start = have if status == 206 else 0
-        _check_offer(remote, start, response.headers.get("Content-Length"))
+        if "Content-Encoding" not in response.headers:  # else the length is of the packed bytes
+            _check_offer(remote, start, response.headers.get("Content-Length"))
         bar.n = start
         try:
             with open(part, "ab" if status == 206 else "wb") as file:

@@ -56,6 +56,16 @@ def test_fetch_prefers_safetensors_where_the_repository_has_it(hub, tmp_path):
     assert names == ["config.json", "model.safetensors", "preprocessor_config.json"]
 
 
+def test_answers_that_a_server_packs_are_taken(hub, tmp_path):
+    """Their length is that of the packed bytes, not of the file."""
+    hub.packs = True
+    assert run(tmp_path, "vision") == 0
+    tower = tmp_path / "model" / "vision_model" / "clip-vit-base-patch16"
+    held = {data for files in hub.files.values() for data in files.values()}
+    assert all(path.read_bytes() in held for path in tower.iterdir() if path.is_file())
+    assert any(tower.iterdir())
+
+
 def test_second_run_fetches_nothing(hub, tmp_path, capfd):
     assert run(tmp_path, "vision", "pretrain") == 0
     hub.requests.clear()

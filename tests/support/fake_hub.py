@@ -5,6 +5,7 @@ It keeps what was asked, and misbehaves on demand. It listens on 127.0.0.1 alone
 uses it can reach no other address.
 """
 
+import gzip
 import hashlib
 import json
 import random
@@ -45,6 +46,7 @@ class FakeHub:
         self.stalls: dict[str, int] = {}  # bytes after which an answer waits for `release`
         self.release = threading.Event()
         self.without_range = False
+        self.packs = False  # answers come gzip-encoded though they were asked for as they are
         hub = self
 
         class Handler(_Handler):
@@ -160,6 +162,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_text(503, "busy")
             return
         whole = self.owner.files[repo][name]
+        if self.owner.packs:
+            packed = gzip.compress(whole)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(packed)))
+            self.send_header("Content-Encoding", "gzip")
+            self.end_headers()
+            self.wfile.write(packed)
+            return
         sent = bytes([whole[0] ^ 1]) + whole[1:] if name in self.owner.corrupt else whole
         wanted = None if self.owner.without_range else self.headers.get("Range")
         start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
