@@ -7,7 +7,7 @@ a time.
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from random import Random
@@ -22,6 +22,7 @@ from dataset.records.conversation import IMAGE_TAG, BadRecordError, Message, Rec
 SHORT_WORDS = 5  # longer answers on average: the question asks for sentences
 CAPTION = "caption"  # the type of such a question
 MAX_TRIES = 1000  # records examined to find one with other images
+NUM_CONTROLS = 8  # pictures whose mean tells how likely a caption is whatever is shown
 PICTURES_HELD = 64
 
 
@@ -46,6 +47,8 @@ class Case:
     blind: Sample  # without images and their tags
     others: tuple[str, ...] | None  # keys of another record's images; None: there is no other
     candidates: list[Sample] = field(default_factory=list)  # the right caption, then wrong ones
+    # Keys of the images of some records of which no candidate is.
+    controls: list[tuple[str, ...]] = field(default_factory=list)
 
 
 @dataclass
@@ -162,7 +165,7 @@ class EvalData:
                 window.left_out.append(("too long", case.sample.where))
                 continue
             window.cases.append(case)
-            for keys in filter(None, (case.card.images, case.others)):
+            for keys in filter(None, (case.card.images, case.others, *case.controls)):
                 window.pictures.update(zip(keys, self._pictures_of(keys), strict=True))
         return window
 
@@ -174,12 +177,16 @@ class EvalData:
             message | {"content": message["content"].replace(IMAGE_TAG, "").strip()}
             for message in record.messages
         ]
+        others = self._other_images(card, start=place + len(self.cards) // 2, than=card.images)
+        captions = self._wrong_captions(card)
+        candidates = self._candidates(card, captions, record, pictures) if captions else []
         return Case(
             card=card,
             sample=self._sample(card, record.messages, pictures, record),
             blind=self._sample(card, blind, [], record),
-            others=self._other_images(place),
-            candidates=self._candidates(card, record, pictures),
+            others=others,
+            candidates=candidates,
+            controls=self._controls(card, others, captions) if candidates else [],
         )
 
     def _sample(
@@ -208,12 +215,14 @@ class EvalData:
         """The images of a record, as `_read_pixels` gives each."""
         return [self._pixels(key, *self._where[key]) for key in keys]
 
-    def _other_images(self, place: int) -> tuple[str, ...] | None:
-        """Images of a record half the data set away: as many, and none of them the record's own."""
-        card, half = self.cards[place], len(self.cards) // 2
+    def _other_images(
+        self, card: Card, *, start: int, than: Iterable[str]
+    ) -> tuple[str, ...] | None:
+        """Images of the first record from a place on that has as many, and none of some."""
+        excluded = set(than)
         for step in range(min(len(self.cards), MAX_TRIES)):
-            other = self.cards[(place + half + step) % len(self.cards)]
-            if len(other.images) != len(card.images) or set(other.images) & set(card.images):
+            other = self.cards[(start + step) % len(self.cards)]
+            if len(other.images) != len(card.images) or excluded & set(other.images):
                 continue
             try:
                 self._pictures_of(other.images)
@@ -222,36 +231,53 @@ class EvalData:
             return other.images
         return None
 
-    def _candidates(self, card: Card, record: Record, pictures: list[Tensor]) -> list[Sample]:
-        """The caption of a picture, then captions of other pictures in the same language.
+    def _controls(
+        self, card: Card, others: tuple[str, ...] | None, wrong: list[Card]
+    ) -> list[tuple[str, ...]]:
+        """Images of records spread over the data, the same for nearly all cards."""
+        excluded = {*(others or ()), *(key for one in (card, *wrong) for key in one.images)}
+        found: list[tuple[str, ...]] = []
+        for number in range(NUM_CONTROLS):
+            start = number * len(self.cards) // NUM_CONTROLS
+            if images := self._other_images(card, start=start, than=excluded):
+                found.append(images)
+                excluded.update(images)
+        return found
 
-        Empty but for the first record of its images and language.
-        """
-        if self._captions.get((card.images, card.languages[0])) is not card:
-            return []
-        texts = self._caption_texts(card)
-        if len(texts) == 1:
-            return []
+    def _candidates(
+        self, card: Card, wrong: list[Card], record: Record, pictures: list[Tensor]
+    ) -> list[Sample]:
+        """The caption of a picture, then captions of other pictures in the same language; [] where
+        one cannot be scored."""
         first = next(i for i, m in enumerate(record.messages) if m["role"] == "assistant")
         prompt = record.messages[:first]
         if sum(m["content"].count(IMAGE_TAG) for m in prompt) != len(pictures):
             return []
         samples = [
-            self._sample(card, [*prompt, {"role": "assistant", "content": text}], pictures, record)
-            for text in texts
+            self._sample(
+                card,
+                [*prompt, {"role": "assistant", "content": one.answers[0]}],
+                pictures,
+                record,
+            )
+            for one in (card, *wrong)
         ]
         return [] if any(sample.is_truncated for sample in samples) else samples
 
-    def _caption_texts(self, card: Card) -> list[str]:
-        """The right caption, then up to `num_wrong` different ones of other pictures."""
+    def _wrong_captions(self, card: Card) -> list[Card]:
+        """Up to `num_wrong` records with different captions of other pictures in the same language;
+        of the first record of its images and language only."""
+        if self._captions.get((card.images, card.languages[0])) is not card:
+            return []
         pool = self._pool[card.languages[0]]
-        rng, texts = Random(f"{self.seed}/{card.index}"), [card.answers[0]]
+        rng, wrong, texts = Random(f"{self.seed}/{card.index}"), [], {card.answers[0]}
         for other in rng.sample(pool, min(len(pool), MAX_TRIES)):
-            if len(texts) > self.num_wrong:
+            if len(wrong) == self.num_wrong:
                 break
             if not set(other.images) & set(card.images) and other.answers[0] not in texts:
-                texts.append(other.answers[0])
-        return texts
+                wrong.append(other)
+                texts.add(other.answers[0])
+        return wrong
 
     def questions(self, usable: set[int]) -> list[Question]:
         """The questions about the records of these indices, for generated answers.

@@ -159,7 +159,7 @@ class Choices:
             samples = question.turned(shift).candidates(
                 evaluator.processor, picture[None], mode=self.mode, max_length=self.max_length
             )
-            scores = evaluator.score_candidates(samples, features[None])
+            scores = evaluator.score_candidates(samples, features[None, None])[0]
             losses = [score.loss for score in scores]
             chosen.append((losses.index(min(losses)) + shift) % len(losses))
         return chosen

@@ -63,7 +63,8 @@ class CardLike(Protocol):
 
 
 class CaseLike(Protocol):
-    """A record to score, the same without images, and the keys of another record's images."""
+    """A record to score, the same without images, and the keys of another record's images; a
+    caption also with wrong captions, and the keys of the images of some more records."""
 
     @property
     def card(self) -> CardLike: ...
@@ -79,6 +80,9 @@ class CaseLike(Protocol):
 
     @property
     def candidates(self) -> Sequence[SampleLike]: ...
+
+    @property
+    def controls(self) -> Sequence[tuple[str, ...]]: ...
 
 
 class WindowLike(Protocol):
@@ -128,13 +132,21 @@ class AnswerRow:
 
 @dataclass(frozen=True)
 class CaptionRow:
-    """Whether the right caption of a picture has a lower loss than every wrong one."""
+    """Whether the right caption of a picture has a lower loss than every wrong one, and whether
+    the picture lowers its loss most.
+
+    How much a picture lowers a caption's loss is told against the mean under other pictures. Some
+    captions are likely whatever is shown; this leaves what the picture adds. Source: Mao et al.,
+    "Deep Captioning with Multimodal Recurrent Neural Networks" (2015), which retrieves captions by
+    the likelihood divided by its mean over other pictures.
+    """
 
     index: int
     unit: tuple[str, ...]
     language: str
     num_candidates: int
     is_right: dict[str, bool]  # with the right image, and with another record's
+    gains_most: dict[str, bool]  # the same; empty without other pictures to compare with
 
 
 @dataclass(frozen=True)
@@ -234,23 +246,42 @@ class Evaluator:
         return replace(sequence, labels=labels)
 
     def _rank_caption(self, case: CaseLike, features: dict[str, Tensor]) -> CaptionRow:
-        is_right = {}
-        for condition, keys in (("right", case.card.images), ("shuffled", case.others)):
-            if keys:
-                images = torch.stack([features[key] for key in keys])
-                losses = [s.loss for s in self.score_candidates(case.candidates, images)]
-                is_right[condition] = losses[0] < min(losses[1:])
         card = case.card
+        conditions = {"right": card.images} | ({"shuffled": case.others} if case.others else {})
+        shown = torch.stack(
+            [
+                torch.stack([features[key] for key in keys])
+                for keys in (*conditions.values(), *case.controls)
+            ]
+        )
+        scores = self.score_candidates(case.candidates, shown)
+        losses = torch.tensor([[score.loss for score in row] for row in scores])
+        own, controls = losses[: len(conditions)], losses[len(conditions) :]
         return CaptionRow(
-            card.index, card.images, card.languages[0], len(case.candidates), is_right
+            index=card.index,
+            unit=card.images,
+            language=card.languages[0],
+            num_candidates=len(case.candidates),
+            is_right=dict(zip(conditions, _is_first_lowest(own), strict=True)),
+            gains_most=dict(
+                zip(conditions, _is_first_lowest(own - controls.mean(0)), strict=True)
+                if len(controls)
+                else ()
+            ),
         )
 
     def score_candidates(
         self, samples: Sequence[SampleLike], features: Tensor
-    ) -> list[AnswerScore]:
-        """Scores of several answers to one prompt about images with these features (I, P, D)."""
-        sequences = [self._sequence(sample, features) for sample in samples]
-        return score_candidates(self.model, sequences)
+    ) -> list[list[AnswerScore]]:
+        """Scores of several answers to one prompt, for each of S alternatives of its images'
+        features (S, I, P, D)."""
+        sequences = [self._sequence(sample, None) for sample in samples]
+        at_once = max(1, self.batch_size // len(sequences))
+        return [
+            scores
+            for some in features.split(at_once)
+            for scores in score_candidates(self.model, sequences, some)
+        ]
 
     def answer(
         self,
@@ -274,6 +305,11 @@ class Evaluator:
                 text = without_thinking(answer.text) if self.engine.can_think else answer.text
                 rows.append(_text_row(question, text))
         return rows
+
+
+def _is_first_lowest(losses: Tensor) -> list[bool]:
+    """Of each row (S, N), whether the first is lower than all others."""
+    return (losses[:, 0] < losses[:, 1:].amin(1)).tolist()
 
 
 def _text_row(question: QuestionLike, answer: str) -> TextRow:

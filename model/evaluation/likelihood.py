@@ -83,13 +83,18 @@ def score_sequences(
 
 
 @torch.inference_mode()
-def score_candidates(model: MiniMindVLM, sequences: list[LabelledSequence]) -> list[AnswerScore]:
+def score_candidates(
+    model: MiniMindVLM, sequences: list[LabelledSequence], features: Tensor
+) -> list[list[AnswerScore]]:
     """Score several answers to one prompt; the prompt, with its images, runs through the model
     only once and stays in the key-value cache.
 
     Args:
-        sequences: conversations with the same images that differ from the last answer on, which
-            is the only one with labels.
+        sequences: conversations, without features, that differ from the last answer on, which is
+            the only one with labels.
+        features: (S, I, P, D), S alternatives for the images of the prompt.
+    Returns:
+        For each of the S, the scores of the answers.
     """
     texts = [sequence.input_ids.tolist() for sequence in sequences]
     first = min(int((s.labels != IGNORE_INDEX).nonzero()[0]) for s in sequences)
@@ -100,19 +105,24 @@ def score_candidates(model: MiniMindVLM, sequences: list[LabelledSequence]) -> l
     # The last shared token belongs to the second pass: its logits predict each answer's first one.
     split = min(shared, first) - 1
     head, device = sequences[0], model.device
-    prompt, mask = (x[None, :split].to(device) for x in (head.input_ids, head.image_mask))
+    prompt, mask = (
+        x[None, :split].expand(len(features), -1).to(device)
+        for x in (head.input_ids, head.image_mask)
+    )
     cache = DynamicCache(config=model.config)
-    embeds = _embed(model, prompt, mask, head.features)
+    embeds = _embed(model, prompt, mask, features.flatten(0, 1))
     model.model(embeds, cache=cache, is_right_padded=True)
     cache.batch_repeat_interleave(len(sequences))
     tails = [
         LabelledSequence(s.input_ids[split:], s.labels[split:], s.image_mask[split:], None)
         for s in sequences
     ]
-    batch = _pad(tails, device=device)
+    batch = _pad(tails * len(features), device=device)
     embeds = model.model.embed_tokens(batch["input_ids"])
     hidden, _ = model.model(embeds, cache=cache, is_right_padded=True)
-    return [scores[0] for scores in _score_hidden(model, hidden, batch["labels"])]
+    scores = [scores[0] for scores in _score_hidden(model, hidden, batch["labels"])]
+    num = len(sequences)
+    return [scores[start : start + num] for start in range(0, len(scores), num)]
 
 
 def _embed(

@@ -39,6 +39,8 @@ LABELS = {  # figure -> (what the table calls it, number format)
     "exact_match": ("exact match", ".1%"),
     "recall": ("right caption likeliest", ".1%"),
     "recall_shuffled": ("  with another's image", ".1%"),
+    "gain_recall": ("right caption gains most", ".1%"),
+    "gain_recall_shuffled": ("  with another's image", ".1%"),
     "cider_d": ("CIDEr-D", ".3f"),
     "vqa_accuracy": ("VQA accuracy", ".1%"),
 }
@@ -93,9 +95,10 @@ def unit_sums(results: Results, language: str) -> dict[tuple[str, ...], Counter[
                     own[f"tokens_{condition}"] += right.num_tokens
     for caption in results.captions:
         if language in ("all", caption.language):
-            for condition, is_right in caption.is_right.items():
-                sums[caption.unit][f"recall_{condition}"] += is_right
-                sums[caption.unit][f"captions_{condition}"] += 1
+            for kind, found in (("", caption.is_right), ("gain_", caption.gains_most)):
+                for condition, is_right in found.items():
+                    sums[caption.unit][f"{kind}recall_{condition}"] += is_right
+                    sums[caption.unit][f"{kind}captions_{condition}"] += 1
     for text in results.texts:
         if language in ("all", text.language):
             if not text.is_caption:
@@ -123,6 +126,8 @@ def figures(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "exact_match": ratio("hits", "answers"),
         "recall": ratio("recall_right", "captions_right"),
         "recall_shuffled": ratio("recall_shuffled", "captions_shuffled"),
+        "gain_recall": ratio("gain_recall_right", "gain_captions_right"),
+        "gain_recall_shuffled": ratio("gain_recall_shuffled", "gain_captions_shuffled"),
         "cider_d": ratio("cider", "texts"),
         "vqa_accuracy": ratio("vqa", "questions"),
     }
@@ -277,7 +282,9 @@ def print_figures(by_language: dict[str, dict[str, Any]]) -> None:
         cells = [c[name] if name in c else None for c in by_language.values()]
         if all(cell is None for cell in cells):
             continue
-        if name == "recall" and (chance := by_language["all"].get("recall_chance")):
+        if name in ("recall", "gain_recall") and (
+            chance := by_language["all"].get("recall_chance")
+        ):
             label += f" ({chance:.1%})"
         show = _plain if name in PLAIN_LABELS else _with_interval
         shown = ("" if cell is None else show(cell, form) for cell in cells)

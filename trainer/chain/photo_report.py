@@ -18,6 +18,8 @@ FIGURES = {  # of the scores -> (what the table calls it, number format)
     "gap_shuffled": ("gap to another photo, nats", ".3f"),
     "recall": ("right caption likeliest", ".1%"),
     "recall_shuffled": ("  with another's photo", ".1%"),
+    "gain_recall": ("right caption gains most", ".1%"),
+    "gain_recall_shuffled": ("  with another's photo", ".1%"),
     "cider_d": ("CIDEr-D", ".3f"),
     "bleu": ("BLEU-1 to 4, sacrebleu", ".1f"),
     "jieba_bleu": ("BLEU-1 to 4, jieba's words", ".1f"),
@@ -56,7 +58,7 @@ def print_table(scores: dict[str, Any]) -> None:
     num, chance = every["all"]["num_pictures"], every["all"].get("recall_chance")
     print(f"\n{f'{num:,} held-back photos':38}" + "".join(f"{name:>24}" for name in found))
     for name, (label, form) in FIGURES.items():
-        if name == "recall":
+        if name in ("recall", "gain_recall"):
             label += "" if chance is None else f" (chance {chance:.1%})"
         shown = [_show(cell.get(name), form) for cell in found.values()]
         if any(shown):

@@ -21,12 +21,12 @@ MODEL: dict[str, Word] = {
     "projector": "mlp",
 }
 RECIPE: dict[str, Word] = {
-    "dropout": 0.05,
-    "batch_size": 32,
+    "dropout": 0.1,
+    "batch_size": 64,
     "optimizer": "muon",
-    "learning_rate": 2e-3,
+    "learning_rate": 3e-3,
     "warmup_steps": 200,
-    "epochs": 3,
+    "epochs": 5,
 }
 
 
