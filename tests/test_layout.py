@@ -41,12 +41,15 @@ ALLOWED = {
     "dataset/fetching": "",
     "trainer": "",
     "trainer/train_args.py": f"{MODEL} {DATASET}",
+    "trainer/stages.py": "trainer/train_args.py",
     "trainer/ranks": "model/machine",
     "trainer/tracking": "model/machine trainer/train_args.py trainer/ranks",
     "trainer/loop": f"{MODEL} trainer/train_args.py trainer/ranks trainer/tracking",
     "trainer/saving": f"{MODEL} {TRAINER}",
     "trainer/run": f"{MODEL} model/vision/features.py {DATASET} dataset/features {TRAINER}",
     "trainer/chain": f"{MODEL} model/generation dataset/synthetic dataset/records trainer/tracking",
+    "trainer/measuring": f"{MODEL} {DATASET} {TRAINER} trainer/run",
+    "trainer/measuring/matrix_rate.py": "",
     "trainer/trainer_utils.py": f"{TRAINER} trainer/run",  # a face for readers of the original
 }
 # Commands may import any of their own package, and these may introduce strangers to one another;
@@ -59,15 +62,16 @@ COMMANDS = {
     "dataset/check_published.py": f"{MODEL} model/evaluation dataset/fetching",
     "dataset/prompt_picture.py": f"{MODEL} dataset dataset/records",
     "dataset/synthetic/__main__.py": "",
-    "trainer/train_pretrain_vlm.py": "trainer/train_args.py trainer/run",
-    "trainer/train_sft_vlm.py": "trainer/train_args.py trainer/run",
-    "trainer/train_llm.py": "trainer/train_args.py trainer/run",
+    "trainer/train_pretrain_vlm.py": "trainer/stages.py trainer/run",
+    "trainer/train_sft_vlm.py": "trainer/stages.py trainer/run",
+    "trainer/train_llm.py": "trainer/stages.py trainer/run",
+    "trainer/benchmark.py": f"{MODEL} {TRAINER} trainer/stages.py trainer/measuring trainer/run",
     "trainer/train_tokenizer.py": f"{MODEL} {DATASET} dataset/synthetic",
     "trainer/train_clip_tiny.py": f"{MODEL} dataset/synthetic {TRAINER} trainer/run",
     "trainer/benchmark_saving.py": f"{MODEL} {TRAINER} trainer/run",
     "trainer/plot.py": "model model/machine trainer/tracking",
-    "trainer/demo.py": "model model/machine trainer/chain",
-    "trainer/photos.py": "model model/machine trainer/chain",
+    "trainer/demo.py": "model model/machine trainer/chain trainer/measuring/matrix_rate.py",
+    "trainer/photos.py": "model model/machine trainer/chain trainer/measuring/matrix_rate.py",
 }
 MAX_LINES = 400
 

@@ -11,16 +11,7 @@ import eval_vlm
 import web_demo
 from dataset import check_published, download, prompt_picture
 from dataset.synthetic import __main__ as synthetic
-from trainer import (
-    demo,
-    photos,
-    plot,
-    train_clip_tiny,
-    train_llm,
-    train_pretrain_vlm,
-    train_sft_vlm,
-    train_tokenizer,
-)
+from trainer import benchmark, demo, photos, plot, stages, train_clip_tiny, train_tokenizer
 from trainer.train_args import parse_args
 
 READMES = ("README.md", "README_zh.md")
@@ -33,14 +24,15 @@ LAUNCHERS = {  # options with a value, which stand before the script
 }  # fmt: skip
 
 
-def parse_train(module):
-    return lambda argv: parse_args(module.STAGE, argv, description="")
+def parse_train(stage):
+    return lambda argv: parse_args(stage, argv, description="")
 
 
 PARSERS = {
-    "trainer/train_pretrain_vlm.py": parse_train(train_pretrain_vlm),
-    "trainer/train_sft_vlm.py": parse_train(train_sft_vlm),
-    "trainer/train_llm.py": parse_train(train_llm),
+    "trainer/train_pretrain_vlm.py": parse_train(stages.PRETRAIN),
+    "trainer/train_sft_vlm.py": parse_train(stages.SFT),
+    "trainer/train_llm.py": parse_train(stages.LLM),
+    "trainer/benchmark.py": benchmark.parse_args,
     "trainer/demo.py": demo.parse_args,
     "trainer/photos.py": photos.parse_args,
     "trainer/train_tokenizer.py": train_tokenizer.parse_args,

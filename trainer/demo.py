@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.options import OnceParser, parse_bool
 from trainer.chain.report import print_table, write_report
-from trainer.chain.running import INTERRUPTED, check_settings, matrix_rate
+from trainer.chain.running import INTERRUPTED, check_settings
 from trainer.chain.settings import FROM_ZERO, VLM, Chain, chain_settings
 from trainer.chain.steps import evaluate, make_data, publish, train, train_llm, train_tower
+from trainer.measuring.matrix_rate import matrix_rate
 
 
 def print_next_steps(chain: Chain) -> None:

@@ -25,7 +25,8 @@ from model.options import OnceParser, parse_path
 from trainer.chain.photo_report import print_table, write_report
 from trainer.chain.photo_settings import DATA, NUM_BEAMS, SEED, TOWER, Photos
 from trainer.chain.photo_steps import check_inputs, cut_records, evaluate, fetch_tower, train
-from trainer.chain.running import INTERRUPTED, check_settings, matrix_rate
+from trainer.chain.running import INTERRUPTED, check_settings
+from trainer.measuring.matrix_rate import matrix_rate
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -13,28 +13,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer.run.setup import main as run
-from trainer.train_args import Stage
-
-STAGE = Stage(
-    name="llm",
-    title="LLM",
-    data_kind="text",
-    defaults={
-        "epochs": 1,
-        "batch_size": 32,
-        "learning_rate": 5e-4,
-        "max_seq_len": 512,
-        "freeze_llm": 0,
-        "from_weight": "none",
-        "save_weight": "llm",
-        "wandb_project": "MiniMind-V-LLM",
-    },
-)
+from trainer.stages import LLM
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run this stage; returns the exit status."""
-    return run(STAGE, argv, description=__doc__)
+    return run(LLM, argv, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -12,29 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer.run.setup import main as run
-from trainer.train_args import Stage
-
-STAGE = Stage(
-    name="pretrain",
-    title="Pretrain",
-    data_kind="pretrain",
-    defaults={
-        "epochs": 4,
-        "batch_size": 16,
-        "learning_rate": 4e-4,
-        "max_seq_len": 640,
-        "freeze_llm": 1,
-        "from_weight": "llm",
-        "save_weight": "pretrain_vlm",
-        "wandb_project": "MiniMind-V-Pretrain",
-    },
-    third={"epochs": 2, "max_seq_len": 450, "freeze_llm": 2, "save_interval": 1000},
-)
+from trainer.stages import PRETRAIN
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run this stage; returns the exit status."""
-    return run(STAGE, argv, description=__doc__)
+    return run(PRETRAIN, argv, description=__doc__)
 
 
 if __name__ == "__main__":

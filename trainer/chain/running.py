@@ -4,20 +4,16 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
-
-import torch
 
 from model.machine.atomic_file import atomic_write
 from model.machine.paths import ROOT
 
 CHAIN_FILE = "chain.json"  # in a chain's folder: the settings of what is there
 INTERRUPTED = 130  # exit status after Ctrl-C: 128 plus the signal's number
-MATRIX_SIDE, MATRIX_ROUNDS = 1024, 10
 Word = str | int | float | Path
 
 
@@ -77,12 +73,3 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
-
-
-def matrix_rate() -> float:
-    """Speed of float32 matrix products on this machine at this moment, in GFLOP/s."""
-    left = torch.ones(MATRIX_SIDE, MATRIX_SIDE)
-    started_s = time.perf_counter()
-    for _ in range(MATRIX_ROUNDS):
-        left @ left
-    return 2e-9 * MATRIX_ROUNDS * MATRIX_SIDE**3 / (time.perf_counter() - started_s)

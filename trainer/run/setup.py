@@ -131,6 +131,18 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
     zero_config = zero.read_config(args, ranks) if args.deepspeed else None
     preflight.check_writable(args.save_dir, flag="--save_dir")
     preflight.check_writable(args.checkpoint_dir, flag="--checkpoint_dir")
+    parts, state = prepare(stage, args, ranks)
+    with run_lock([lock_path(state.paths.weight), lock_path(state.paths.state)], ranks):
+        keep_features(args, ranks, parts, state.paths)
+        return resume_and_train(state, parts, stop, zero_config)
+
+
+def prepare(stage: Stage, args: TrainArgs, ranks: Ranks) -> tuple[Parts, RunState]:
+    """Build model, data and optimizer, print what the run is, and check that it can be.
+
+    Raises:
+        ValueError, OSError: what is missing or does not fit.
+    """
     parts = build(stage, args, device=ranks.device)
     trained = set_trainable(
         parts.model,
@@ -144,7 +156,7 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
     preflight.check_ranks_agree(ranks, facts_to_share(args, parts, identity))
     check_run(args, ranks, parts, paths)
     parameters = [(n, p) for n, p in parts.model.named_parameters() if p.requires_grad]
-    state = RunState(
+    return parts, RunState(
         model=parts.model,
         optimizer=make_optimizer(parameters, lr=args.learning_rate, kind=args.optimizer),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=args.dtype == "float16"),
@@ -156,9 +168,6 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
         identity=identity,
         former_identity={"data": parts.dataset.former_fingerprint[:16]},
     )
-    with run_lock([lock_path(paths.weight), lock_path(paths.state)], ranks):
-        keep_features(args, ranks, parts, paths)
-        return resume_and_train(state, parts, stop, zero_config)
 
 
 def resume_and_train(

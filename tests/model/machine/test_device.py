@@ -33,8 +33,8 @@ from trainer.ranks.group import Ranks, init_distributed_mode, local_ranks, resol
 from trainer.run.report import print_header
 from trainer.run.setup import check_run
 from trainer.saving.run_paths import RunPaths
+from trainer.stages import PRETRAIN
 from trainer.train_args import TrainArgs
-from trainer.train_pretrain_vlm import STAGE
 
 MPS_ERROR = (
     "MPS backend out of memory (MPS allocated: 8.00 GiB, other allocations: 1.00 GiB, max "
@@ -202,7 +202,7 @@ def test_float32_without_tf32_is_said(device, dtype, tf32, is_said, monkeypatch,
     paths = RunPaths(*map(Path, "abcd"))
     model = torch.nn.Linear(1, 1)
     print_header(
-        STAGE, TrainArgs(dtype=dtype, tf32=tf32, generation=2, freeze_llm=0), ranks, model, paths
+        PRETRAIN, TrainArgs(dtype=dtype, tf32=tf32, generation=2, freeze_llm=0), ranks, model, paths
     )
     assert ("--tf32 1 is several times as fast" in capsys.readouterr().out) == is_said
 

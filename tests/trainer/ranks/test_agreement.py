@@ -19,7 +19,7 @@ import eval_vlm
 import web_demo
 from dataset.records import fingerprint
 from dataset.records.fingerprint import ends_fingerprint, file_fingerprint
-from trainer import plot, train_args, train_llm, train_pretrain_vlm, train_sft_vlm
+from trainer import plot, stages, train_args, train_llm, train_pretrain_vlm, train_sft_vlm
 
 STATE = "pretrain_vlm_32_resume.pth"
 
@@ -212,7 +212,7 @@ def test_data_that_is_named_twice_is_refused_in_one_line(main, flags, capfd):
 @pytest.mark.parametrize(
     ("parse", "flags"),
     [
-        (partial(train_args.parse_args, train_llm.STAGE, description=""),
+        (partial(train_args.parse_args, stages.LLM, description=""),
          ("--hidden_size", "32", "--dim", "64")),
         (eval_vlm.parse_args, ("--weight", "a", "--weight=b")),
         (web_demo.parse_args, ("--port", "1", "--port", "2")),
