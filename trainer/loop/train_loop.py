@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 
 from model.generations import GENERATIONS
+from model.machine.heap import release_free_memory
 from trainer.loop.balance import StepBalance
 from trainer.loop.engine import autocast
 from trainer.loop.left_out import check_bad_samples, check_finite
@@ -22,6 +23,7 @@ from trainer.loop.validation import validation_loss
 from trainer.ranks.group import warn
 from trainer.tracking.metrics import LogWindow, peak_gib
 
+TRIM_STEPS = 50  # on a CPU, steps after which free memory is given back
 ESTIMATE_STEPS = 5  # steps before the first estimate of how long the run will take
 NAMES_SHOWN = 8  # parameters in a warning
 
@@ -61,6 +63,7 @@ def train_epoch(run: Run, epoch: int) -> bool:
     """Train what is left of an epoch; False if a stop signal ended it early."""
     run.engine.model.train()
     run.window = LogWindow()
+    release_free_memory()  # before data workers are forked from this process
     batches = run.batches(epoch, run.progress.samples_in_epoch)
     with closing(shares_of(batches, run.args.accumulation_steps)) as shares:
         return all(train_step(run, share) for share in shares)
@@ -90,6 +93,8 @@ def train_step(run: Run, share: Share) -> bool:
         log_window(run)
     elif run.device.type == "cpu":
         check_finite(run)
+    if run.device.type == "cpu" and run.steps_done % TRIM_STEPS == 0:
+        release_free_memory()
     if run.steps_done == ESTIMATE_STEPS:
         report_estimate(run)
     if run.is_stopping and not is_last:
