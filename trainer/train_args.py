@@ -127,6 +127,11 @@ class TrainArgs:
         "default: the generation's, linear or mlp / 投影层类型", choices=PROJECTORS
     )
     token_merge: int = flag("patches a side that make one image token / 合并相邻图块", low=1)
+    gradient_checkpointing: bool = flag(
+        "keep only each layer's input and compute the rest anew in the backward pass: less memory, "
+        "slower steps, the same results / 梯度检查点：省显存，稍慢",
+        False,
+    )
     use_compile: bool = flag("accepted; does nothing yet / 暂无作用", False)
     tokenizer_path: Path = flag("folder of the tokenizer / 分词器目录")
     checkpoint_dir: Path = flag("folder of training states / 断点目录", ROOT / "checkpoints")

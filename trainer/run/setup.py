@@ -98,7 +98,10 @@ def print_reason(error: BaseException, *, lost: str | None) -> int | None:
     if isinstance(error, BrokenPipeError):
         print_error("nobody reads the output any more; no step was taken yet")
         return INTERRUPTED + CLOSED_OUTPUT
-    advice = "lower --batch_size and raise --accumulation_steps by as much"
+    advice = (
+        "give --gradient_checkpointing 1, or lower --batch_size and raise --accumulation_steps by "
+        "as much"
+    )
     if line := out_of_memory_line(error, advice=advice):
         print_error(line)
     elif isinstance(error, RuntimeError) and lost:
@@ -144,6 +147,8 @@ def prepare(stage: Stage, args: TrainArgs, ranks: Ranks) -> tuple[Parts, RunStat
         ValueError, OSError: what is missing or does not fit.
     """
     parts = build(stage, args, device=ranks.device)
+    if args.gradient_checkpointing:
+        parts.model.activation_checkpointing_enable()
     trained = set_trainable(
         parts.model,
         freeze_llm=args.freeze_llm,
