@@ -105,6 +105,29 @@ class VLMCollator:
         }
 
 
+class GroupingCollator:
+    """Collates samples into `num_groups` batches of samples of similar length, so that little is
+    padded. There are always as many: an empty one is unsupervised padding.
+
+    Args:
+        collate: makes a batch.
+    """
+
+    def __init__(self, collate: VLMCollator, *, num_groups: int):
+        self.collate, self.num_groups = collate, num_groups
+
+    def __call__(self, samples: list[Sample | BadSample]) -> list[Batch]:
+        if self.num_groups > 1:
+            samples = sorted(samples, key=_num_tokens)  # ties stay in order
+        size = -(-len(samples) // self.num_groups)
+        starts = range(0, self.num_groups * size, size) if size else [0] * self.num_groups
+        return [self.collate(samples[start : start + size]) for start in starts]
+
+
+def _num_tokens(sample: Sample | BadSample) -> int:
+    return len(sample.input_ids) if isinstance(sample, Sample) else 0
+
+
 def collate_features(samples: list[Sample]) -> dict[str, Any]:
     """The features of a batch, (J, G * G, V), and where some images have none, `has_features`
     (I + J,) bool: which have.

@@ -74,6 +74,12 @@ class TrainArgs:
     tf32: bool = flag("float32 products on a GPU in TF32: fast, rough / float32 用 TF32", False)
     num_workers: int = flag("processes that load data / 数据加载进程数", 8, low=0)
     accumulation_steps: int = flag("micro-steps per optimizer step / 梯度累积", 1, low=1)
+    length_groups: int = flag(
+        "parts of a batch, by length, that are run one after the other: less padding / "
+        "按长度分组以减少填充",
+        1,
+        low=1,
+    )
     grad_clip: float = flag("largest gradient norm / 梯度裁剪", 1.0, low=0.0)
     log_interval: int = flag("steps between log lines / 日志间隔", 100, low=1)
     save_interval: int = flag("steps between saves / 保存间隔", low=1)

@@ -42,11 +42,12 @@ class MicroBatch(Protocol):
 
 
 class Batches(Protocol):
-    """This rank's batches; as many on every rank. Closing the generator ends its data workers."""
+    """This rank's batches, each as one micro-batch or several; as many on every rank. Closing the
+    generator ends its data workers."""
 
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Generator[MicroBatch]: ...
+    def __iter__(self) -> Generator[list[MicroBatch]]: ...
 
 
 @dataclass
@@ -69,16 +70,16 @@ class Agreement:
 
 
 def shares_of(batches: Batches, size: int) -> Generator[Share]:
-    """Group batches into steps of `size` micro-batches. A remainder at the end is a step of its
-    own; there are as many steps on every rank."""
+    """Group batches into steps of `size`. A remainder at the end is a step of its own; there are as
+    many steps on every rank."""
     left = len(batches)
     with contextlib.closing(iter(batches)) as source:
         for start in range(0, left, size):
             share = Share()
             started_s = time.perf_counter()
             try:
-                while len(share.batches) < min(size, left - start):
-                    share.batches.append(next(source))
+                for _ in range(min(size, left - start)):
+                    share.batches += next(source)
             except StopWaiting:
                 share.is_whole = False
             except DataFault as fault:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dataset.collate import VLMCollator
+from dataset.collate import GroupingCollator, VLMCollator
 from dataset.draws import Draws
 from dataset.lm_dataset import VLMDataset
 from dataset.records.reader import default_data_paths
@@ -218,8 +218,9 @@ class Loaders:
         return Loader(
             dataset,
             rank_batches(order, start=start, batch_size=args.batch_size, ranks=self.ranks),
-            collate=VLMCollator(
-                pad_token_id=self.pad, pad_multiple=pad_multiple(self.ranks.device)
+            collate=GroupingCollator(
+                VLMCollator(pad_token_id=self.pad, pad_multiple=pad_multiple(self.ranks.device)),
+                num_groups=args.length_groups,
             ),
             num_workers=args.num_workers,
             pin_memory=self.ranks.device.type == "cuda",

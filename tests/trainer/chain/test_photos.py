@@ -84,10 +84,14 @@ def test_whole_chain_runs_and_finds_what_is_done(assets, tmp_path, capfd, monkey
     assert "12 held-back photos" in again
     path = data / "val" / "data.jsonl"  # other photos to score: the scores are made anew
     path.write_text(path.read_text(encoding="utf-8").replace("plain", "$5 or $6"), "utf-8")
-    (folder / "scores.json").write_text("{")
-    assert command.main(argv) == 0
-    assert "eval_vlm.py --weight" in capfd.readouterr().out.partition("Talk")[0]
-    assert "$5 or $6" in (folder / "scores.json").read_text()
+    started = []
+    with monkeypatch.context() as patched:
+        patched.setattr(photo_steps, "run_script", lambda *words: started.append(words))
+        photos = Photos(data=data, folder=folder, tower=assets / "tower", epochs=2)
+        photo_steps.evaluate(photos)
+        assert [words[0] for words in started] == ["eval_vlm.py"]
+        photo_steps.evaluate(photos)
+        assert len(started) == 1, "of these photos there are scores now"
     argv[-1] = "3"
     assert command.main(argv) == 1
     assert "was made with another recipe; remove it" in capfd.readouterr().err

@@ -43,7 +43,7 @@ def test_less_is_kept_for_the_backward_pass(assets, data, tmp_path, monkeypatch)
     kept = []
 
     def watch(run):
-        batch = next(iter(run.batches(0, 0)))
+        (batch,) = next(iter(run.batches(0, 0)))
         total = 0
 
         def pack(tensor):
