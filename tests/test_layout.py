@@ -48,7 +48,7 @@ ALLOWED = {
     "trainer/saving": f"{MODEL} {TRAINER}",
     "trainer/run": f"{MODEL} model/vision/features.py {DATASET} dataset/features {TRAINER}",
     "trainer/chain": f"{MODEL} model/generation dataset/synthetic dataset/records trainer/tracking",
-    "trainer/measuring": f"{MODEL} {DATASET} {TRAINER} trainer/run",
+    "trainer/measuring": f"{MODEL} {DATASET} {TRAINER} trainer/measuring/matrix_rate.py trainer/run",
     "trainer/measuring/matrix_rate.py": "",
     "trainer/trainer_utils.py": f"{TRAINER} trainer/run",  # a face for readers of the original
 }
@@ -65,7 +65,8 @@ COMMANDS = {
     "trainer/train_pretrain_vlm.py": "trainer/stages.py trainer/run",
     "trainer/train_sft_vlm.py": "trainer/stages.py trainer/run",
     "trainer/train_llm.py": "trainer/stages.py trainer/run",
-    "trainer/benchmark.py": f"{MODEL} {TRAINER} trainer/stages.py trainer/measuring trainer/run",
+    "trainer/benchmark.py": f"{MODEL} {TRAINER} trainer/stages.py trainer/measuring "
+    "trainer/measuring/matrix_rate.py trainer/run",
     "trainer/train_tokenizer.py": f"{MODEL} {DATASET} dataset/synthetic",
     "trainer/train_clip_tiny.py": f"{MODEL} dataset/synthetic {TRAINER} trainer/run",
     "trainer/benchmark_saving.py": f"{MODEL} {TRAINER} trainer/run",

@@ -135,7 +135,7 @@ def test_any_split_and_any_resume_draw_the_same(num_workers, dataset):
         for rank in range(world_size):
             ranks = Ranks(rank, world_size, torch.device("cpu"))
             loader = Loaders(args, ranks, StopSignal(), 0).train(dataset, epoch, start)
-            for batch in loader:
+            for (batch,) in loader:
                 lengths = batch.inputs["attention_mask"].sum(1).tolist()
                 rows = zip(batch.inputs["input_ids"], lengths, batch.sample_names, strict=False)
                 found += [(name, tuple(ids[:length].tolist())) for ids, length, name in rows]
@@ -151,7 +151,7 @@ def test_validation_draws_nothing(dataset):
     args = TrainArgs(batch_size=4, num_workers=0, seed=7)
     ranks = Ranks(0, 1, torch.device("cpu"))
     batches = Loaders(args, ranks, StopSignal(), 0).validation(dataset)
-    ids = [row for batch in batches for row in batch.inputs["input_ids"]]
+    ids = [row for (batch,) in batches for row in batch.inputs["input_ids"]]
     for i, row in enumerate(ids):
         plain = dataset[i].input_ids
         assert torch.equal(row[: len(plain)], plain) and not row[len(plain) :].any()

@@ -55,7 +55,7 @@ def test_every_batch_for_a_gpu_has_a_length_of_a_multiple_of_64(assets, tmp_path
         made = Loaders(args, ranks, StopSignal(), 0)
         for loader in (made.train(dataset, 0, 0), made.validation(dataset)):
             loader._batches.pin_memory = False  # there is no GPU to pin for
-            shapes = {batch.inputs[name].shape for batch in loader for name in NAMES}
+            shapes = {batch.inputs[name].shape for (batch,) in loader for name in NAMES}
             lengths = {shape[1] for shape in shapes}
             assert all(length % multiple == 0 for length in lengths)
             assert lengths and lengths <= {64, 128} or multiple == 1
