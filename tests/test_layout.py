@@ -48,7 +48,8 @@ ALLOWED = {
     "trainer/saving": f"{MODEL} {TRAINER}",
     "trainer/run": f"{MODEL} model/vision/features.py {DATASET} dataset/features {TRAINER}",
     "trainer/chain": f"{MODEL} model/generation dataset/synthetic dataset/records trainer/tracking",
-    "trainer/measuring": f"{MODEL} {DATASET} {TRAINER} trainer/measuring/matrix_rate.py trainer/run",
+    "trainer/measuring": f"{MODEL} {DATASET} {TRAINER} trainer/run "
+    "trainer/measuring/matrix_rate.py",
     "trainer/measuring/matrix_rate.py": "",
     "trainer/trainer_utils.py": f"{TRAINER} trainer/run",  # a face for readers of the original
 }
