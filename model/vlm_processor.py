@@ -61,7 +61,8 @@ def load_tokenizer(
     present = [f for f in folders if (f / "tokenizer.json").is_file()]
     if not present:
         raise FileNotFoundError(
-            f"no tokenizer: {' nor '.join(str(f) for f in folders)} holds a tokenizer.json; "
+            f"no tokenizer: {' and '.join(map(str, folders))} "
+            f"{'has' if len(folders) == 1 else 'have'} no tokenizer.json; "
             f"fetch it by `python dataset/download.py {GENERATIONS[generation].tokenizer}`, or "
             "name its folder by --tokenizer_path"
         )

@@ -15,6 +15,7 @@ The last line is the report as JSON. Nothing is kept.
 import argparse
 import json
 import platform
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from model.machine.atomic_file import atomic_write, check_place
 from model.machine.device import memory_guard
 from model.options import OnceParser, parse_bool, parse_path
 from trainer.loop.randomness import setup_seed
@@ -39,12 +41,14 @@ from trainer.measuring.materials import make_records, make_tower
 from trainer.measuring.matrix_rate import matrix_rate
 from trainer.measuring.runs import UNTIMED_STEPS, OrdinaryRun, PlainRun
 from trainer.ranks.group import Ranks, init_distributed_mode
+from trainer.run.report import INTERRUPTED
 from trainer.stages import STAGES
 from trainer.tracking.environment import versions
 from trainer.tracking.metrics import peak_gib
 from trainer.train_args import TrainArgs
 from trainer.train_args import parse_args as parse_stage_args
 
+PARTS = {"setting", "machine", "matrix_gflops", "ordinary"}  # of a report
 MANY = 10**6  # epochs, and steps between logs and saves: no round sees an end
 
 
@@ -107,7 +111,7 @@ def measure(own: argparse.Namespace, args: TrainArgs, ranks: Ranks) -> dict[str,
     ordinary = OrdinaryRun(STAGES[own.stage], args, ranks, keeps_plain=own.baseline)
     dtypes = {"float32", args.dtype}
     gflops = {name: matrix_rate(getattr(torch, name), ranks.device) for name in sorted(dtypes)}
-    flop = ordinary.flop()
+    flop = ordinary.flop(own.steps)
     peak = peak_gib(ranks.device)
     plain, plain_flop = None, {"total": 0.0}
     if own.baseline:
@@ -137,6 +141,21 @@ def measure(own: argparse.Namespace, args: TrainArgs, ranks: Ranks) -> dict[str,
         plain.close()
     ordinary.close()
     return report
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report of `--json`.
+
+    Raises:
+        ValueError, OSError: the file is none, or cannot be read.
+    """
+    try:
+        report = dict(json.loads(path.read_text(encoding="utf-8")))
+        if report.keys() >= PARTS:
+            return report
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(f"{path} is no report that --json of this script wrote")
 
 
 def told(args: TrainArgs) -> dict[str, Any]:
@@ -174,19 +193,27 @@ def main(argv: list[str] | None = None) -> int:
     try:
         own, rest = parse_args(argv)
         if own.compare:
-            print_comparison(*(json.loads(path.read_text()) for path in own.compare))
+            print_comparison(*map(read_report, own.compare))
             return 0
+        if own.json:
+            check_place(own.json, flag="--json")  # now, not after minutes of measuring
         with tempfile.TemporaryDirectory() as name, memory_guard("lower --batch_size"):
             args = stage_args(own, rest, Path(name))
             ranks = init_distributed_mode(args.device, args.dtype, tf32=args.tf32)
+            if ranks.world_size > 1:
+                raise ValueError("this measures one process; start it without torchrun")
             setup_seed(args.seed)
             report = measure(own, args, ranks)
-    except (ValueError, OSError, KeyError) as error:
+        print_measured(report)
+        if own.json:
+            text = json.dumps(report, indent=1) + "\n"
+            atomic_write(own.json, lambda file: file.write(text.encode()))
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print_measured(report)
-    if own.json:
-        own.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except KeyboardInterrupt:
+        print("\nleft; nothing is kept", file=sys.stderr)
+        return INTERRUPTED + signal.SIGINT
     return 0
 
 

@@ -22,7 +22,7 @@ from dataset.records.conversation import IMAGE_TAG, BadRecordError, Message, Rec
 SHORT_WORDS = 5  # longer answers on average: the question asks for sentences
 CAPTION = "caption"  # the type of such a question
 MAX_TRIES = 1000  # records examined to find one with other images
-NUM_CONTROLS = 8  # pictures whose mean tells how likely a caption is whatever is shown
+NUM_CONTROLS = 8  # pictures that tell how likely a caption is whatever is shown
 PICTURES_HELD = 64
 
 

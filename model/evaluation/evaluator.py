@@ -132,13 +132,12 @@ class AnswerRow:
 
 @dataclass(frozen=True)
 class CaptionRow:
-    """Whether the right caption of a picture has a lower loss than every wrong one, and whether
-    the picture lowers its loss most.
+    """Whether the right caption of a picture has a lower loss per token than every wrong one, and
+    whether it gains most from the picture.
 
-    How much a picture lowers a caption's loss is told against the mean under other pictures. Some
-    captions are likely whatever is shown; this leaves what the picture adds. Source: Mao et al.,
-    "Deep Captioning with Multimodal Recurrent Neural Networks" (2015), which retrieves captions by
-    the likelihood divided by its mean over other pictures.
+    What a caption gains is its likelihood divided by its mean likelihood under other pictures:
+    some captions are likely whatever is shown. Source: Mao et al., "Deep Captioning with
+    Multimodal Recurrent Neural Networks" (2015), who retrieve captions by this.
     """
 
     index: int
@@ -256,17 +255,20 @@ class Evaluator:
         )
         scores = self.score_candidates(case.candidates, shown)
         losses = torch.tensor([[score.loss for score in row] for row in scores])
-        own, controls = losses[: len(conditions)], losses[len(conditions) :]
+        sums = torch.tensor([[score.loss_sum for score in row] for row in scores])
+        own, controls = sums[: len(conditions)], sums[len(conditions) :]
+        # Losses are negative log likelihoods; a constant for all captions does not matter.
+        usual = -torch.logsumexp(-controls, 0)
         return CaptionRow(
             index=card.index,
             unit=card.images,
             language=card.languages[0],
             num_candidates=len(case.candidates),
-            is_right=dict(zip(conditions, _is_first_lowest(own), strict=True)),
+            is_right=dict(
+                zip(conditions, _is_first_lowest(losses[: len(conditions)]), strict=True)
+            ),
             gains_most=dict(
-                zip(conditions, _is_first_lowest(own - controls.mean(0)), strict=True)
-                if len(controls)
-                else ()
+                zip(conditions, _is_first_lowest(own - usual), strict=True) if len(controls) else ()
             ),
         )
 

@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 
+from model.generations import GENERATIONS
+from model.vision_tower import count_image_tokens, read_tower_shape
 from trainer import benchmark
 from trainer.measuring import phases
+from trainer.measuring.materials import make_tower
 from trainer.measuring.matrix_rate import matrix_rate
 
 HIDDEN, LAYERS, VOCABULARY, LENGTH = 32, 1, 6400, 400
@@ -100,12 +103,22 @@ def test_wrong_flags_end_before_anything_is_made(flags, capfd):
         (["--rounds", "0"], "--rounds must be 1 or more"),
         (["--no_such_flag", "1"], "unrecognized arguments: --no_such_flag"),
         (["--batch_size", "0"], "--batch_size 0 is too small"),
+        (["--json", "no/such/folder/a.json"], "there is no folder"),
+        (["--compare", __file__, __file__], "test_benchmark.py is no report"),
     ):
         try:
             assert benchmark.main(argv) == 1
         except SystemExit as error:
             assert error.code == 2
         assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("generation", [2, 3])
+def test_made_tower_gives_the_image_tokens_of_its_generation(generation, tmp_path):
+    make_tower(tmp_path, generation=generation)
+    shape = read_tower_shape(tmp_path)
+    num_tokens = count_image_tokens(shape, keep_cls=False, token_merge=1)
+    assert num_tokens == GENERATIONS[generation].config["image_token_len"]
 
 
 def test_matrix_rate_is_a_speed():

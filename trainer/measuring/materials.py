@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,15 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import (
-    CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
-    SiglipImageProcessor,
+    PreTrainedModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
-
-from model.generations import GENERATIONS
+from transformers.utils import logging
 
 PICTURE_SIDE = 128  # pixels, as in the published data
 NUM_PICTURES = 256  # different ones; records share them
@@ -29,20 +28,27 @@ ANSWER_WORDS = {"pretrain": (8, 40), "sft": (20, 160)}
 QUESTION = "<image>\nDescribe this picture."
 
 
+TOWERS: dict[int, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {  # by generation
+    2: (
+        lambda: CLIPVisionModel(CLIPVisionConfig(patch_size=16)),
+        {"image_processor_type": "CLIPImageProcessor"},
+    ),
+    3: (
+        lambda: SiglipVisionModel(SiglipVisionConfig(image_size=256, patch_size=32)),
+        {"image_processor_type": "SiglipImageProcessor", "size": {"height": 256, "width": 256}},
+    ),
+}
+
+
 def make_tower(folder: Path, *, generation: int) -> None:
-    """The generation's usual tower, ViT-B, with random weights."""
+    """The generation's usual tower, ViT-B, with random weights, and its preprocessing."""
+    make, preprocessing = TOWERS[generation]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        if generation == 2:
-            CLIPVisionModel(CLIPVisionConfig(patch_size=16)).save_pretrained(folder)
-            CLIPImageProcessor().save_pretrained(folder)
-        else:
-            # 8 x 8 patches are the generation's image tokens.
-            sizes: dict[str, Any] = {"image_size": 256, "patch_size": 32}
-            SiglipVisionModel(SiglipVisionConfig(**sizes)).save_pretrained(folder)
-            size = {"height": 256, "width": 256}
-            SiglipImageProcessor(size=size).save_pretrained(folder)
-    assert GENERATIONS[generation].config["image_token_len"] in (196, 64)
+        tower = make()
+    logging.disable_progress_bar()
+    tower.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
 
 
 def make_picture(seed: int) -> bytes:

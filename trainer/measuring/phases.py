@@ -92,13 +92,14 @@ class PhaseClock:
         return {name: value / total_s for name, value in seconds.items()}
 
 
-def count_flop(step: Callable[[], object]) -> dict[str, float]:
-    """Floating-point operations of a step's matrix products, convolutions and attention: `total`,
-    and the `tower`'s of these; a multiply-add counts as two."""
+def count_flop(step: Callable[[], object], *, num_steps: int = 1) -> dict[str, float]:
+    """Floating-point operations of a step's matrix products, convolutions and attention, the mean
+    over some steps: `total`, and the `tower`'s of these; a multiply-add counts as two."""
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        step()
+        for _ in range(num_steps):
+            step()
     by_module = counter.get_flop_counts()
     tower = sum(
         sum(counts.values()) for name, counts in by_module.items() if name.endswith(f".{TOWER}")
     )
-    return {"total": float(counter.get_total_flops()), "tower": float(tower)}
+    return {"total": counter.get_total_flops() / num_steps, "tower": tower / num_steps}

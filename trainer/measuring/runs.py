@@ -109,9 +109,9 @@ class OrdinaryRun:
             wait_for(self.ranks.device)
             return clock.shares(time.perf_counter() - started_s, wait_s=wait_s)
 
-    def flop(self) -> dict[str, float]:
-        """Floating-point operations of the next step."""
-        return count_flop(self._step)
+    def flop(self, num_steps: int) -> dict[str, float]:
+        """Floating-point operations of a step, the mean over the next ones."""
+        return count_flop(self._step, num_steps=num_steps)
 
     def close(self) -> None:
         """End the data workers."""
@@ -129,6 +129,8 @@ class PlainRun:
 
     def __init__(self, model: MiniMindVLM, args: TrainArgs, dataset: VLMDataset, pad: int):
         self.model, self.args = model.train(), args
+        if args.gradient_checkpointing:
+            model.activation_checkpointing_disable()
         self.dataset = copy.copy(dataset)
         self.dataset.features = None
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -162,7 +164,8 @@ class PlainRun:
             mask = (labels[:, 1:] != IGNORE_INDEX).flatten()
             ((losses * mask).sum() / mask.sum() / self.args.accumulation_steps).backward()
             num_samples += len(ids)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
+        limit = self.args.grad_clip or float("inf")
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return num_samples

@@ -66,6 +66,10 @@ def test_a_caption_that_is_always_likely_gains_nothing():
         row = Evaluator._rank_caption(OnePrior(table), case, features)
         assert (row.is_right["right"], row.gains_most["right"]) == (is_right, gains)
         assert (row.is_right["shuffled"], row.gains_most["shuffled"]) == (False, False)
+    # A picture that the caption is likely under counts more than the others: likelihoods, not their
+    # logarithms, are averaged.
+    table = [[3.0, 1.0], [5.0, 1.0], [2.0, 1.0], [10.0, 1.0]]
+    assert not Evaluator._rank_caption(OnePrior(table), case, features).gains_most["right"]
     case.controls = []
     assert Evaluator._rank_caption(OnePrior(tables[True, True]), case, features).gains_most == {}
 
