@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from model.machine.device import check_dtype, choose_device, memory_guard, prepare_device
+from model.machine.heap import keep_freed_memory
 from trainer.ranks.meeting import join_process_group
 
 Item = TypeVar("Item")
@@ -135,6 +136,8 @@ def init_distributed_mode(
         is_shared=world_size > 1,
     )
     prepare_device(chosen, tf32=tf32)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     if not is_distributed:
         return Ranks(0, 1, chosen)
     if os.name == "nt":  # PyTorch for Windows is built without libuv
