@@ -55,10 +55,11 @@ class VLMCollator:
 
     Args:
         pad_multiple: lengths are padded to a multiple of it, so that a GPU sees few shapes.
+        packs: give `packed_positions` too, so that the model leaves the padding out.
     """
 
-    def __init__(self, *, pad_token_id: int, pad_multiple: int = 1):
-        self.pad_token_id, self.pad_multiple = pad_token_id, pad_multiple
+    def __init__(self, *, pad_token_id: int, pad_multiple: int = 1, packs: bool = False):
+        self.pad_token_id, self.pad_multiple, self.packs = pad_token_id, pad_multiple, packs
 
     def __call__(self, samples: list[Sample | BadSample]) -> Batch:
         good = [s for s in samples if isinstance(s, Sample)]
@@ -75,6 +76,9 @@ class VLMCollator:
             }
         inputs["is_right_padded"] = True
         inputs["target_positions"] = target_positions(inputs["labels"])
+        if self.packs and good:
+            positions = packed_positions(inputs["attention_mask"], multiple=self.pad_multiple)
+            inputs["packed_positions"] = positions
         return Batch(
             inputs=inputs,
             num_samples=len(samples),
@@ -154,3 +158,12 @@ def target_positions(labels: Tensor) -> Tensor:
     with the device."""
     is_target = pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
     return is_target.flatten().nonzero().flatten()
+
+
+def packed_positions(attention_mask: Tensor, *, multiple: int = 1) -> Tensor:
+    """Positions in the flattened (B, T) that are text, and as much of the padding as makes their
+    number a multiple: (N,), ascending."""
+    is_packed = attention_mask.flatten().bool()
+    num_more = -int(is_packed.sum()) % multiple
+    is_packed[(~is_packed).nonzero().flatten()[:num_more]] = True
+    return is_packed.nonzero().flatten()

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from model.generations import GENERATIONS
+from model.packing import Packing
 
 SHORT = 512  # tokens
 
@@ -143,10 +144,16 @@ class Attention(nn.Module):
         attention_mask: Tensor | None,
         cache: Cache | None,
         output_positions: Tensor | None = None,  # (N,) into the flattened (B, T); None: all
+        packing: Packing | None = None,  # hidden is a row of packed samples
     ) -> Tensor:  # (B, T, D), or (N, D)
         query, key = self.queries_and_keys(hidden, rope)
         value = self._heads(self.v_proj(hidden))
         query, key = query.to(value.dtype), key.to(value.dtype)
+        if packing is not None:
+            query, key, value = (
+                self._heads(packing.unpack(states.transpose(1, 2).flatten(2)))
+                for states in (query, key, value)
+            )
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         dropout = self.config.dropout if self.training else 0.0
@@ -159,6 +166,8 @@ class Attention(nn.Module):
             mixed, _ = attend(
                 self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout
             )
-        mixed = mixed.reshape(*hidden.shape[:2], -1)  # (B, T, H * K)
+        mixed = mixed.flatten(2)  # (B, T, H * K)
+        if packing is not None:
+            mixed = packing.pack(mixed)
         mixed = self.o_proj(select_positions(mixed, output_positions))
         return F.dropout(mixed, self.config.dropout, self.training)

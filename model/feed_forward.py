@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from model.machine.device import has_grouped_mm
+from model.packing import Packing
 
 
 class FeedForward(nn.Module):
@@ -27,7 +28,9 @@ class FeedForward(nn.Module):
         self.act = ACT2FN[config.hidden_act]
         self.dropout = config.dropout
 
-    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, token_mask: Tensor | None, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor]:
         mixed = self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
         return F.dropout(mixed, self.dropout, self.training), hidden.new_zeros(())
 
@@ -40,7 +43,9 @@ class MoEGate(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
-    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, token_mask: Tensor | None, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns expert ids (B, T, k), their weights (B, T, k) and the balance.
 
         The balance is the scalar load-balance loss if that is a mean over sequences (`seq_aux`),
@@ -54,11 +59,13 @@ class MoEGate(nn.Module):
             top_probs = top_probs / (top_probs.sum(dim=-1, keepdim=True) + 1e-20)
         if not (self.training and config.aux_loss_alpha > 0):
             return top_ids, top_probs, probs.new_zeros(())
+        slots = F.one_hot(top_ids, probs.shape[-1]).sum(2)  # (B, T, E)
+        if packing is not None:
+            slots, probs = packing.unpack(slots), packing.unpack(probs)
         if token_mask is None:
             token_mask = probs.new_ones(probs.shape[:2])
         token_mask = token_mask.to(probs.dtype).unsqueeze(-1)  # (B, T, 1)
-        slots = F.one_hot(top_ids, probs.shape[-1]).sum(2) * token_mask  # (B, T, E)
-        probs = probs * token_mask
+        slots, probs = slots * token_mask, probs * token_mask
         if config.seq_aux:
             balance = config.aux_loss_alpha * _imbalance(slots, probs, token_mask)
         else:
@@ -117,8 +124,10 @@ class MoEFeedForward(nn.Module):
         )
         self.dropout = config.dropout
 
-    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        top_ids, top_probs, balance = self.gate(hidden, token_mask)
+    def forward(
+        self, hidden: Tensor, token_mask: Tensor | None, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor]:
+        top_ids, top_probs, balance = self.gate(hidden, token_mask, packing)
         device_type, dtype = hidden.device.type, hidden.dtype
         # Not every product of stacked matrices is an autocast operation: cast them here.
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):

@@ -22,6 +22,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from model.attention import Attention, RMSNorm, rope_tables, select_positions
 from model.feed_forward import FeedForward, MoEFeedForward, MoEGate, balance_loss
 from model.generations import DEFAULT_GENERATION, GENERATIONS
+from model.packing import Packing
 
 YARN_ORIGINAL_POSITIONS = 2048  # of pretraining
 IGNORE_INDEX = -100  # label of a position that is not supervised
@@ -167,6 +168,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         cache: Cache | None,
         token_mask: Tensor | None,  # (B, T)
         output_positions: Tensor | None = None,  # (N,) into the flattened (B, T); None: all
+        packing: Packing | None = None,  # hidden is a row of packed samples, (1, N, D)
     ) -> tuple[Tensor, Tensor]:
         """Returns hidden states (B, T, D), or (N, D) at `output_positions`, and the balance of the
         experts (see `MoEGate`).
@@ -178,9 +180,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         is_moe = isinstance(self.mlp, MoEFeedForward)
         before_mlp, after_mlp = (None, output_positions) if is_moe else (output_positions, None)
         normed = self.input_layernorm(hidden)
-        mixed = self.self_attn(normed, rope, attention_mask, cache, before_mlp)
+        mixed = self.self_attn(normed, rope, attention_mask, cache, before_mlp, packing)
         hidden = select_positions(hidden, before_mlp) + mixed
-        mixed, balance = self.mlp(self.post_attention_layernorm(hidden), token_mask)
+        mixed, balance = self.mlp(self.post_attention_layernorm(hidden), token_mask, packing)
         return select_positions(hidden + mixed, after_mlp), balance
 
 
@@ -224,8 +226,12 @@ class MiniMindModel(MiniMindPreTrainedModel):
         cache: Cache | None = None,
         is_right_padded: bool = False,
         output_positions: Tensor | None = None,  # (N,) into the flattened (B, T); None: all
+        packed_positions: Tensor | None = None,  # (N,) into the flattened (B, T)
     ) -> tuple[Tensor, list[Tensor]]:
-        """Returns hidden states (B, T, D) or (N, D), and each layer's balance (see `MoEGate`)."""
+        """Returns hidden states (B, T, D) or (N, D), and each layer's balance (see `MoEGate`).
+
+        With `packed_positions` the states are those of the row that they make, (1, N, D).
+        """
         num_tokens = inputs_embeds.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
         is_2d = attention_mask is not None and attention_mask.ndim == 2
@@ -243,6 +249,13 @@ class MiniMindModel(MiniMindPreTrainedModel):
             cache=cache,
             position_ids=None,
         )
+        packing = None
+        if packed_positions is not None:
+            packing = Packing(packed_positions, *inputs_embeds.shape[:2])
+            inputs_embeds, position_ids = packing.pack(inputs_embeds), packing.position_ids
+            output_positions = (
+                None if output_positions is None else packing.within(output_positions)
+            )
         cos, sin = rope_tables(self.config, position_ids)
         rope = (cos.to(inputs_embeds.dtype), sin.to(inputs_embeds.dtype))
         hidden = F.dropout(inputs_embeds, self.config.dropout, self.training)
@@ -255,6 +268,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
                 cache=cache,
                 token_mask=token_mask,
                 output_positions=output_positions if layer is self.layers[-1] else None,
+                packing=packing,
             )
             balances.append(balance)
         return self.norm(hidden), balances
@@ -290,6 +304,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         target_positions: Tensor | None = None,  # (N,) into the flattened (B, T)
         is_right_padded: bool = False,
+        packed_positions: Tensor | None = None,  # (N,) into the flattened (B, T)
         **_: Any,
     ) -> MiniMindOutput:
         """Logits of the next token at each position, and with `labels` the loss.
@@ -299,6 +314,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             target_positions: where the next token is supervised: logits (N, V) there only.
             is_right_padded: every row is padded on the right, as training batches are, so that
                 attention needs no mask but the causal one.
+            packed_positions: of all text, ascending, in a batch that is right-padded: the layers
+                compute these alone, as one row (see `model.packing`). Needs `target_positions`.
         Returns:
             See `MiniMindOutput`; `logits` are (B, T, V), or (N, V).
         Raises:
@@ -309,6 +326,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need the logits of every position: leave logits_to_keep at 0")
+        if packed_positions is not None:
+            assert is_right_padded and target_positions is not None, "see packed_positions"
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -321,6 +340,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             cache=cache,
             is_right_padded=is_right_padded,
             output_positions=target_positions,
+            packed_positions=packed_positions,
         )
         aux_loss, expert_use = self._balance(balances)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

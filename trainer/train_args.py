@@ -80,6 +80,11 @@ class TrainArgs:
         1,
         low=1,
     )
+    pack: bool = flag(
+        "compute a batch's samples as one row without padding; the results are the same / "
+        "打包：样本首尾相接，不计算填充",
+        False,
+    )
     grad_clip: float = flag("largest gradient norm / 梯度裁剪", 1.0, low=0.0)
     log_interval: int = flag("steps between log lines / 日志间隔", 100, low=1)
     save_interval: int = flag("steps between saves / 保存间隔", low=1)

@@ -219,7 +219,11 @@ class Loaders:
             dataset,
             rank_batches(order, start=start, batch_size=args.batch_size, ranks=self.ranks),
             collate=GroupingCollator(
-                VLMCollator(pad_token_id=self.pad, pad_multiple=pad_multiple(self.ranks.device)),
+                VLMCollator(
+                    pad_token_id=self.pad,
+                    pad_multiple=pad_multiple(self.ranks.device),
+                    packs=args.pack,
+                ),
                 num_groups=args.length_groups,
             ),
             num_workers=args.num_workers,

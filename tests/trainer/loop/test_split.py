@@ -19,6 +19,7 @@ from trainer.loop.sample_order import epoch_order
 SPLITS = {"1x32": (1, 32, 1), "2x16": (2, 16, 1), "4x8": (4, 8, 1), "2x8x2": (2, 8, 2),
           "1x4x8": (1, 4, 8)}  # fmt: skip
 GROUPED = "2x8x2"  # its batches are taken in parts of similar length
+PACKED = "4x8"  # its batches are computed without padding
 NUM_RECORDS = 160  # 5 steps of 32
 LOSS_BAR, UPDATE_BAR = 1e-5, 1e-3
 
@@ -105,6 +106,7 @@ def test_update_does_not_depend_on_the_split(generation, use_moe, epochs, assets
             system_share=0.5,
             accumulation_steps=accumulation,
             length_groups=3 if name == GROUPED else 1,
+            pack=int(name == PACKED),
         )
         run_ranks(argv, tmp_path, world_size=world_size, name=name, hook=hook)
         return losses_and_update(tmp_path / name, start)
