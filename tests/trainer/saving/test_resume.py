@@ -19,9 +19,12 @@ from trainer.ranks.signals import StopSignal
 
 SCRIPT = "trainer/train_pretrain_vlm.py"
 CASES = {
-    "sigterm-dense-accumulated": (signal.SIGTERM, {"accumulation_steps": 3, "optimizer": "muon"}),
+    "sigterm-dense-accumulated": (
+        signal.SIGTERM,
+        {"accumulation_steps": 3, "optimizer": "muon", "pack": 1},
+    ),
     "kill9-moe-workers": (signal.SIGKILL, {"use_moe": 1, "num_workers": 2, "system_share": 0.5}),
-    "sigint-moe-accumulated": (signal.SIGINT, {"use_moe": 1, "accumulation_steps": 2}),
+    "sigint-moe-accumulated": (signal.SIGINT, {"use_moe": 1, "accumulation_steps": 2, "pack": 1}),
     "kill9-dense-accumulated-workers": (
         signal.SIGKILL,
         {"accumulation_steps": 3, "num_workers": 2},
