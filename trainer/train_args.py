@@ -117,6 +117,14 @@ class TrainArgs:
         "0: train all; 1: the projection, in generation 3 also the first and last layer; 2: the "
         "projection / 冻结语言模型的程度"
     )
+    lora_rank: int = flag(
+        "train low-rank adapters of this rank and the projection; 0: none / LoRA 的秩",
+        0,
+        low=0,
+    )
+    lora_targets: str = flag(
+        "the matrices that get adapters / LoRA 作用的矩阵", "q_proj,k_proj,v_proj,o_proj"
+    )
     use_multi_image: bool = flag("the default data is the multi-image set / 多图数据", False)
     use_wandb: bool = flag("track the run; default: if --tracker is given / 是否记录实验")
     tracker: str = flag("where to; default: swanlab / 记录工具", choices=TRACKERS)
@@ -188,6 +196,8 @@ class TrainArgs:
             raise ValueError(f"--learning_rate {self.learning_rate} must be above 0")
         if self.val_images_path and not self.val_data_path:
             raise ValueError("--val_images_path needs --val_data_path")
+        if self.lora_rank and self.trainable:
+            raise ValueError("--lora_rank says what trains, so it does not go with --trainable")
         self.cache_folder()
 
     def cache_folder(self) -> Path | None:

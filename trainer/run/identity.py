@@ -24,6 +24,8 @@ def metadata_and_identity(
         "optimizer": args.optimizer,
         "seed": args.seed,
     }
+    # None too in states of earlier versions
+    identity["--lora_rank"] = args.lora_rank or None
     # float16 keeps more bits than a tower in bfloat16 gives; int8 gives other numbers.
     is_coarse = args.cache_folder() is not None and args.cache_dtype == "int8"
     identity["--cache_dtype of the features"] = "int8" if is_coarse else None

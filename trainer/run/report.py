@@ -35,6 +35,8 @@ def print_header(
     trained = TRAINED_WORDS[FROZEN[args.generation][args.freeze_llm]]
     if stage.data_kind == "text":
         trained = trained.replace("language model and projection", "language model")
+    if args.lora_rank:
+        trained = f"projection, and adapters of rank {args.lora_rank} on {args.lora_targets}"
     what = f"what --trainable names ({args.trainable})" if args.trainable else trained
     Logger(f"generation {args.generation}; trains: {what}")
     report_parameters(model)

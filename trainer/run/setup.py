@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from model.machine.device import out_of_memory_line
 from trainer.loop import zero_engine as zero
@@ -37,12 +38,14 @@ from trainer.run.identity import metadata_and_identity
 from trainer.run.output import surviving_output
 from trainer.run.report import INTERRUPTED, print_header, report_end
 from trainer.saving.lock import lock_path, run_lock
+from trainer.saving.lora import Lora
 from trainer.saving.run_paths import RunPaths, run_paths
 from trainer.saving.run_state import RunState
 from trainer.tracking.metrics import Console, JsonLog, Metrics
 from trainer.tracking.trackers import Tracker, check_tracker, choose_experiment
 from trainer.train_args import Stage, TrainArgs, parse_args
 
+LORA_TRAINED = r"\.lora_[AB]\.|^vision_proj\."  # what trains beside adapters
 # Flags that may differ between ranks, or that only the main process reads.
 FLAGS_OF_A_RANK = {
     "device", "num_workers", "cache_vision_features", "local_rank", "rank_timeout", "from_weight",
@@ -149,11 +152,12 @@ def prepare(stage: Stage, args: TrainArgs, ranks: Ranks) -> tuple[Parts, RunStat
     parts = build(stage, args, device=ranks.device)
     if args.gradient_checkpointing:
         parts.model.activation_checkpointing_enable()
+    lora = make_lora(args, parts.model)
     trained = set_trainable(
         parts.model,
         freeze_llm=args.freeze_llm,
         generation=args.generation,
-        trainable=args.trainable,
+        trainable=args.trainable if lora is None else LORA_TRAINED,
     )
     paths = run_paths(args, parts.model)
     print_header(stage, args, ranks, parts.model, paths)
@@ -171,8 +175,18 @@ def prepare(stage: Stage, args: TrainArgs, ranks: Ranks) -> tuple[Parts, RunStat
         paths=paths,
         metadata=metadata,
         identity=identity,
+        lora=lora,
         former_identity={"data": parts.dataset.former_fingerprint[:16]},
     )
+
+
+def make_lora(args: TrainArgs, model: nn.Module) -> Lora | None:
+    """The adapters that the flags ask for, put into the model."""
+    if not args.lora_rank:
+        return None
+    lora = Lora(args.lora_rank, tuple(args.lora_targets.replace(" ", "").split(",")))
+    lora.attach(model)
+    return lora
 
 
 def resume_and_train(

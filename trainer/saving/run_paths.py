@@ -17,6 +17,7 @@ class RunPaths:
     state: Path
     metrics: Path
     curves: Path
+    adapters: Path  # of LoRA
 
     def num_states(self) -> int:
         """How many states of this run are there."""
@@ -32,4 +33,5 @@ def run_paths(args: TrainArgs, model: MiniMindForCausalLM) -> RunPaths:
         state=args.checkpoint_dir / f"{stem}_resume.pth",
         metrics=args.save_dir / f"{stem}{METRICS_SUFFIX}",
         curves=args.save_dir / f"{stem}_curves.png",
+        adapters=args.save_dir / f"{stem}_lora",
     )

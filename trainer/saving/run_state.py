@@ -15,6 +15,7 @@ from trainer.loop.loop_state import AnyEngine, Progress
 from trainer.loop.randomness import rng_state, seed_rank, set_rng_state
 from trainer.ranks.group import Logger, Ranks, is_main_process, launch_token, warn
 from trainer.saving.background_writer import BackgroundWriter, Snapshot, spare_bytes, state_bytes
+from trainer.saving.lora import Lora
 from trainer.saving.run_paths import RunPaths
 from trainer.saving.state_file import load_state, old_path, previous_path, save_state
 from trainer.tracking.environment import versions
@@ -39,6 +40,7 @@ class RunState:
     metadata: dict[str, Any]  # written into the weight
     identity: dict[str, Any]  # what a state and the run that resumes it must share
     former_identity: dict[str, Any] = field(default_factory=dict)  # as earlier versions wrote it
+    lora: Lora | None = None  # the model has these adapters
     engine: AnyEngine | None = None  # made of model and optimizer once they are resumed
     tracker: dict[str, Any] = field(default_factory=dict)  # which experiment the run writes to
     is_continued: bool = False  # the state on disk is this run's own
@@ -174,7 +176,15 @@ class RunState:
         save_state(self.paths.state, state, identity=self.identity, is_first=is_first)
         self.is_continued = True
         remove_leftovers(self.paths.weight)
-        save_weights(state["model"], self.paths.weight, self.metadata | about)
+        self._save_weight(state, about)
+
+    def _save_weight(self, state: dict[str, Any], about: dict[str, Any]) -> None:
+        """Write the weight of a state; with LoRA the merged one, and the adapters beside it."""
+        model = state["model"]
+        if self.lora is not None:
+            self.lora.save(model, self.paths.adapters)
+            model = self.lora.merge(model)
+        save_weights(model, self.paths.weight, self.metadata | about)
 
     def _choose_background(self, state: dict[str, Any]) -> None:
         """On the first save, find out whether there is memory for a copy; warn if not."""
@@ -236,7 +246,7 @@ class RunState:
         if step == self.progress.step and self.paths.weight.is_file():
             return
         about = {name: state[name] for name in ("args", "versions")} | {"step": self.progress.step}
-        save_weights(state["model"], self.paths.weight, self.metadata | about)
+        self._save_weight(state, about)
         Logger(f"  {self.paths.weight.name} was not of this step and is made anew from the state")
 
 
