@@ -144,7 +144,7 @@ def test_accumulation_gives_the_update_of_one_large_batch(assets, tmp_path):
 def test_ranks_give_the_update_of_one_process(assets, tmp_path):
     data = make_records(tmp_path / "data", num_records=20)
     one = train_flags(assets, tmp_path / "one", *data, batch_size=8)
-    run_script("trainer/train_pretrain_vlm.py", *one)
+    assert train_pretrain_vlm.main(one) == 0
     two = train_flags(assets, tmp_path / "two", *data, batch_size=2, accumulation_steps=2)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     run_module(torchrun, "trainer/train_pretrain_vlm.py", two)
