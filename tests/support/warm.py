@@ -72,6 +72,7 @@ class Program:
         self.args = [str(word) for word in words]
         if self.args[0] != RUN_MODULE:
             self.args[0] = str(ROOT / self.args[0])
+        assert not any(name.startswith("PYTHON") for name in env or {}), "start Python itself"
         self.stdout = self.stderr = None
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | (env or {})
         ends = []

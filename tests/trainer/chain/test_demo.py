@@ -214,9 +214,9 @@ def test_finished_weight_of_the_repository_answers(number):
 
 def test_a_script_that_fails_is_an_error(capfd):
     with pytest.raises(subprocess.CalledProcessError) as error:
-        run_script("trainer/demo.py", "--no_such_flag")
+        run_script("dataset/download.py", "--no_such_flag")
     assert error.value.returncode == 2
-    assert "$ python trainer/demo.py --no_such_flag" in capfd.readouterr().out
+    assert "$ python dataset/download.py --no_such_flag" in capfd.readouterr().out
 
 
 def start(argv: list[str]) -> subprocess.Popen:
