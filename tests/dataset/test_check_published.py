@@ -124,7 +124,7 @@ def test_script_runs_from_any_directory(published, tmp_path):
     """The real process, whose checksums are the real ones: the tiny tokenizer is refused."""
     words = ("dataset/check_published.py", "sft_vlm_512", "--save_dir", "cache")
     env = published.environment(tmp_path / "home")
-    process = run_script(*words, cwd=tmp_path, check=False, env=env)
+    process = run_script(*words, cwd=tmp_path, check=False, env=env, cold=True)
     assert process.returncode == 1 and "0 of 1 are as they should be" in process.stdout
     [line] = [x for x in process.stdout.splitlines() if x.startswith("FAILED")]
     assert "tokenizer.json came with the wrong sha256" in line

@@ -226,11 +226,12 @@ def test_script_runs_from_any_directory(hub, tmp_path):
     """The real process: paths of the user, exit status, nothing left in the home directory."""
     home = tmp_path / "home"
     words = ("dataset/download.py", "vision", "--yes", "--to", "assets")
-    process = run_script(*words, cwd=tmp_path, env=hub.environment(home))
+    process = run_script(*words, cwd=tmp_path, env=hub.environment(home), cold=True)
     folder = tmp_path / "assets/model/vision_model/clip-vit-base-patch16"
     assert (folder / "config.json").read_bytes() == CONFIG
     assert "all there" in process.stdout and not home.exists()
-    process = run_script("dataset/download.py", "gone", check=False, env=hub.environment(home))
+    words = ("dataset/download.py", "gone")
+    process = run_script(*words, check=False, env=hub.environment(home), cold=True)
     assert process.returncode == 1 and process.stderr.startswith("error: unknown asset 'gone'")
     assert process.stderr.count("\n") == 1
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from gpu import report, run
 from gpu.room import Case, Skip
 from support.pretend_gpu import pretend_gpus
 from support.pretend_tensor import pretend_tensors
+from support.rank_group import CONTEXT
 from support.scripts import ROOT, run_script
 
 RUN = "tests/gpu/run.py"
@@ -99,18 +101,20 @@ def test_a_failed_case_is_told_and_the_next_one_runs(tmp_path, monkeypatch, caps
     assert {kind for kind, _ in outcomes(path).values()} == {"not run"}
 
 
+def report_what_hangs(path: Path) -> None:
+    cases = [Case("before", lambda room: "done"), Case("hangs", lambda room: time.sleep(600))]
+    report.GRACE_S, report.all_cases = 1, lambda room: cases
+    argv = ["--device", "cpu", "--rehearsal", "1", "--minutes", "0.05", "--report", str(path)]
+    sys.exit(report.main(argv))
+
+
 def test_a_hung_case_ends_the_report_where_it_stands(tmp_path):
-    code = (
-        "import sys, time; sys.path[:0] = sys.argv[1:3]; from gpu import report; "
-        "report.GRACE_S = 1; report.all_cases = lambda room: [report.Case('before', lambda room: "
-        "'done'), report.Case('hangs', lambda room: time.sleep(600))]; "
-        "report.main(['--device', 'cpu', '--rehearsal', '1', '--minutes', '0.05', '--report', "
-        "sys.argv[3]])"
-    )
     path = tmp_path / "report.txt"
-    command = [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests"), str(path)]
-    ended = subprocess.run(command, capture_output=True, timeout=300)
-    assert ended.returncode == 1
+    process = CONTEXT.Process(target=report_what_hangs, args=(path,))
+    process.start()
+    process.join(timeout=300)
+    process.kill()
+    assert process.exitcode == 1
     assert outcomes(path) == {"before": ("pass", "done")}
     assert "hung: no end within 4 s" in path.read_text()
 

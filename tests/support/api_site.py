@@ -10,7 +10,6 @@ import json
 import random
 import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ from pathlib import Path
 
 import uvicorn
 from PIL import Image
-from support.scripts import ROOT, script_environment
+from support.scripts import start_cold
+from support.warm import Program
 
 from model.generation.engine import VLMEngine
 from model.generation.sampling import Sampling
@@ -52,15 +52,14 @@ def question(*content: str | Image.Image, **fields) -> dict:
 
 @contextlib.contextmanager
 def started_process(*flags, env: dict | None = None) -> Iterator[tuple[str, int]]:
-    """`web_demo.py --api` on a free port; yields its address and process id."""
-    command = [sys.executable, ROOT / "web_demo.py", "--api", "--port", "0", *flags]
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=script_environment() | (env or {}),
-        stdin=subprocess.DEVNULL,
-    )
+    """`web_demo.py --api` on a free port; yields its address and process id. With `env` Python
+    itself is started with these variables."""
+    words = ["web_demo.py", "--api", "--port", "0", *flags]
+    if env is None:
+        process = Program(*words, stdout=subprocess.PIPE)
+    else:
+        silent = {"stdout": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
+        process = start_cold(*words, env=env, **silent)
     try:
         line = process.stdout.readline()
         address = re.search(r"http://\S+/v1", line)

@@ -15,7 +15,7 @@ from support.web_visitor import make_weights, serving
 def page_in_soak(_assets: Path, folder: Path) -> Iterator[tuple[int, list[Behaviour]]]:
     """A running page: its process id, and what its visitors do."""
     make_weights(folder)
-    with serving(folder, "--max_new_tokens", 1, "--concurrency", 4, SHORT="1") as site:
+    with serving(folder, "--max_new_tokens", 1, "--concurrency", 4, cold=True, SHORT="1") as site:
         inside = HttpVisitor(site)  # guessed passwords make others at this address wait for theirs
         yield (
             site.pid,

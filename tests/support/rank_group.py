@@ -124,6 +124,11 @@ def run_ranks(argv: list, folder: Path, *, world_size: int, status: int = 0, **o
         return group.output()
 
 
+def run_main(main, argv: list[str]) -> None:
+    """A hook that runs another program than the first stage."""
+    sys.exit(main(argv))
+
+
 def run_sft(argv: list[str]) -> None:
     """A hook that runs the second stage, not the first."""
     sys.exit(train_sft_vlm.main(list(map(str, argv))))

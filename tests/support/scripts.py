@@ -20,12 +20,38 @@ def script_environment() -> dict[str, str]:
 
 
 def run_script(
-    script: str, *arguments, cwd=None, check: bool = True, env=None, timeout_s=300, stdin=None
+    script: str,
+    *arguments,
+    cwd=None,
+    check: bool = True,
+    env=None,
+    timeout_s=300,
+    stdin=None,
+    cold: bool = False,
 ):
-    """Run a script of the repository as a user does; returns the finished process."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    process = subprocess.run(
-        command,
+    """Run a script of the repository as a user does; returns the finished process.
+
+    Args:
+        cold: whether Python starts anew: where the test is about that, or `env` holds what Python
+            or a library reads as it starts. Else a process that has imported everything is forked.
+    """
+    if cold:
+        process = run_cold(script, *arguments, cwd=cwd, env=env, timeout_s=timeout_s, stdin=stdin)
+    else:
+        from support import warm  # whose import takes seconds, which many tests do not need
+
+        process = warm.run(script, *arguments, cwd=cwd, env=env, timeout_s=timeout_s, stdin=stdin)
+    if check and process.returncode != 0:
+        raise AssertionError(
+            f"{script} ended with {process.returncode}:\n{process.stdout}\n{process.stderr}"
+        )
+    return process
+
+
+def run_cold(*words, cwd, env, timeout_s, stdin):
+    """Start Python with the script; returns the finished process."""
+    return subprocess.run(
+        cold_command(*words),
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -33,11 +59,16 @@ def run_script(
         env=script_environment() | (env or {}),
         **({"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}),
     )
-    if check and process.returncode != 0:
-        raise AssertionError(
-            f"{script} ended with {process.returncode}:\n{process.stdout}\n{process.stderr}"
-        )
-    return process
+
+
+def start_cold(*words, env=None, **options) -> subprocess.Popen:
+    """Start Python with the script."""
+    env = script_environment() | (env or {})
+    return subprocess.Popen(cold_command(*words), env=env, **options)
+
+
+def cold_command(script: str, *arguments) -> list[str]:
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
 
 
 def train_flags(assets: Path, out: Path, data: Path, images: Path | None, **flags) -> list[str]:

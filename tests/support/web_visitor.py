@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -18,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.scripts import ROOT, script_environment
+from support.scripts import start_cold
 from support.tiny_parts import make_tokenizer, make_tower
 from support.tiny_vlm import make_loaded, save_tiny
+from support.warm import Program
 
 PASSWORD = "open sesame"
 PATIENCE_S = int(os.environ.get("BROWSER_PATIENCE_S", 120))  # until the page does what it should
@@ -86,32 +86,22 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(folder: Path, *flags, **environment):
-    """The page behind a password, started from another directory."""
+def serving(folder: Path, *flags, cold: bool = False, **environment):
+    """The page behind a password, started from another directory; `cold` starts Python for it."""
     port, record = free_port(), folder / "record.jsonl"
-    program = ROOT / "tests" / "support" / "web_site.py"
-    command = [sys.executable, program, record, *model_flags(folder), "--port", port, *flags]
+    words = ["tests/support/web_site.py", record, *model_flags(folder), "--port", port, *flags]
     outside = socket.create_server(("127.0.0.1", 0))  # stands for the rest of the world
     outside.setblocking(False)
     proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
-    environment = (
-        script_environment()
-        | environment
-        | {
-            "MINIMIND_PASSWORD": PASSWORD,
-            "http_proxy": proxy,
-            "https_proxy": proxy,
-            "no_proxy": "127.0.0.1,localhost",
-        }
-    )
+    environment |= {
+        "MINIMIND_PASSWORD": PASSWORD,
+        "http_proxy": proxy,
+        "https_proxy": proxy,
+        "no_proxy": "127.0.0.1,localhost",
+    }
     with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=folder,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        start = start_cold if cold else Program
+        process = start(*words, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         deadline_s = time.monotonic() + max(300, PATIENCE_S)
         while "talk to it at" not in (folder / "log.txt").read_text():

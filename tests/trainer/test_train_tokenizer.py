@@ -189,9 +189,9 @@ def test_captions_need_few_more_tokens_than_with_the_published_one(
 
 
 def test_the_command_makes_the_shipped_files_byte_for_byte(shared, tmp_path):
-    environment = {"RAYON_NUM_THREADS": "3", "PYTHONHASHSEED": "7"}
+    options = {"env": {"RAYON_NUM_THREADS": "3", "PYTHONHASHSEED": "7"}, "cold": True}
     flags = [*CORPUS_FLAGS, "--save_dir", tmp_path]
-    made = run_script("trainer/train_tokenizer.py", *flags, cwd=tmp_path, env=environment)
+    made = run_script("trainer/train_tokenizer.py", *flags, cwd=tmp_path, **options)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (MODEL_DIR / name).read_bytes(), name
     assert "6400 tokens in" in made.stdout

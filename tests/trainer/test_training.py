@@ -144,25 +144,11 @@ def test_accumulation_gives_the_update_of_one_large_batch(assets, tmp_path):
 def test_ranks_give_the_update_of_one_process(assets, tmp_path):
     data = make_records(tmp_path / "data", num_records=20)
     one = train_flags(assets, tmp_path / "one", *data, batch_size=8)
-    run_script("trainer/train_pretrain_vlm.py", *one)
+    assert train_pretrain_vlm.main(one) == 0
     two = train_flags(assets, tmp_path / "two", *data, batch_size=2, accumulation_steps=2)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    run_module(torchrun, "trainer/train_pretrain_vlm.py", two)
+    run_ranks(two, tmp_path, world_size=2)
     losses = [[f["loss"] for f in metrics_of(tmp_path / n / "out")] for n in ("one", "two")]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=0)
-
-
-def run_module(launcher, script, flags):
-    import subprocess
-    import sys
-
-    from support.scripts import ROOT, script_environment
-
-    command = [sys.executable, *map(str, launcher), str(ROOT / script), *flags]
-    process = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=script_environment()
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
 
 
 def test_learning_rate_follows_the_share_of_samples(assets, tmp_path):

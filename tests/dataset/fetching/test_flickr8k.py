@@ -307,7 +307,7 @@ def test_script_says_one_line_where_the_files_are_gone(flickr, tmp_path):
     flickr.files.clear()
     env = flickr.environment(tmp_path / "home")
     words = ("dataset/download.py", "flickr8k", "--yes", "--to", tmp_path)
-    process = run_script(*words, check=False, env=env)
+    process = run_script(*words, check=False, env=env, cold=True)
     assert process.returncode == 1 and process.stderr.count("\n") == 1
     assert process.stderr.startswith("error: ") and "HTTP 404" in process.stderr
     assert process.stdout.startswith("Flickr8k:") and "1.1 GB" in process.stdout

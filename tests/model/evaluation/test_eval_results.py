@@ -7,15 +7,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
+from subprocess import PIPE
 
 import pytest
 from support.painted import eval_flags
-from support.scripts import ROOT, script_environment
+from support.scripts import start_cold
 from support.tiny_parts import make_tokenizer
 from support.tiny_vlm import make_loaded, save_tiny
+from support.warm import Program
 
 import eval_vlm
 from dataset.evaluation.eval_data import EvalData
@@ -224,19 +225,14 @@ def many_photos(painted, folder, *, count: int):
 def test_stopped_run_keeps_what_is_described(assets, painted, tmp_path):
     many = many_photos(painted, tmp_path / "many", count=3000)
     flags = describe_flags(assets, painted, many, json=tmp_path / "out.json", batch_size=1)
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "eval_vlm.py", *flags],
-        text=True,
-        env=script_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    for line in process.stdout:
-        if line.startswith("[0002.png]"):
-            process.terminate()
-            break
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGTERM
+    with Program("eval_vlm.py", *flags, stdout=PIPE, stderr=PIPE) as process:
+        for line in process.stdout:
+            if line.startswith("[0002.png]"):
+                process.terminate()
+                break
+        process.stdout.read()
+        err = process.stderr.read()
+        assert process.wait(timeout=300) == 128 + signal.SIGTERM
     assert err.strip().count("\n") == 0 and "stopped before the end" in err
     report = json.loads((tmp_path / "out.json").read_text())
     assert len(report["samples"]) >= 3
@@ -246,17 +242,11 @@ def test_stopped_run_keeps_what_is_described(assets, painted, tmp_path):
 
 def read_one_line(flags) -> tuple[int, str]:
     """As `| head -1` does: exit status, and what stands on the terminal beside."""
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "eval_vlm.py", *flags],
-        text=True,
-        env=script_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    process.stdout.readline()
-    process.stdout.close()
-    err = process.stderr.read()
-    return process.wait(timeout=300), err
+    with start_cold("eval_vlm.py", *flags, text=True, stdout=PIPE, stderr=PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+        return process.wait(timeout=300), err
 
 
 @pytest.mark.slow

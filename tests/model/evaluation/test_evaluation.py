@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from support.choice_files import write_tsv
 from support.painted import eval_flags
+from support.rank_group import RankGroup, run_main
 from support.scripts import ROOT, script_environment
 from support.tiny_parts import conversation
 
@@ -123,19 +124,11 @@ def test_two_ranks_give_the_same_numbers(assets, painted, tmp_path, captions):
     assert_close(two, captions)
     # Only one rank finds the fault, all of them end, and it is reported once.
     (tmp_path / "photos").mkdir()
-    process = subprocess.run(
-        [
-            sys.executable,
-            *torchrun,
-            str(ROOT / "eval_vlm.py"),
-            *eval_flags(assets, painted, image_dir=tmp_path / "photos"),
-        ],
-        env=script_environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert process.returncode != 0 and process.stderr.count("holds no image") == 1
+    flags = eval_flags(assets, painted, image_dir=tmp_path / "photos")
+    with RankGroup(flags, tmp_path, world_size=2, hook=(run_main, eval_vlm.main, flags)) as group:
+        assert 0 not in group.wait(timeout_s=600), group.said()
+        said = "".join(path.read_text() for path in group.logs)
+        assert said.count("holds no image") == 1
 
 
 def assert_close(first, second) -> None:

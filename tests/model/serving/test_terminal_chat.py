@@ -2,21 +2,17 @@
 or ends at Ctrl-C instead of stopping the answer. A real process runs behind a pseudo-terminal.
 """
 
-import fcntl
 import os
 import pty
 import re
 import select
-import subprocess
-import sys
-import termios
 import time
 from pathlib import Path
 
 import pytest
 from support.api_site import model_flags
-from support.scripts import ROOT, script_environment
 from support.tiny_vlm import make_loaded, picture, round_weights, save_tiny
+from support.warm import Program
 
 from model.generation.engine import VLMEngine, ask
 from model.generation.sampling import Sampling
@@ -26,25 +22,13 @@ pytestmark = pytest.mark.slow  # every test starts a program
 QUESTION = "图像里有什么？ What is red?"
 
 
-def own_terminal() -> None:
-    """Makes the terminal the process's own, so that its Ctrl-C arrives as a signal."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
 class Terminal:
     """A script behind a terminal: type into it, and wait for what it shows."""
 
     def __init__(self, *command: str):
         self._leader, follower = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, *command],
-            stdin=follower,
-            stdout=follower,
-            stderr=follower,
-            env=script_environment() | {"TERM": "dumb", "PYTHONUTF8": "1"},
-            start_new_session=True,
-            preexec_fn=own_terminal,
-        )
+        ends = {"stdin": follower, "stdout": follower, "stderr": follower}
+        self.process = Program(*command, **ends, env={"TERM": "dumb"}, leads=True)
         os.close(follower)
         self._shown = b""
 
@@ -93,7 +77,7 @@ class Terminal:
 
 def chat_command(assets: Path, folder: Path, *more) -> list[str]:
     command = [
-        ROOT / "eval_vlm.py",
+        "eval_vlm.py",
         "--chat",
         *model_flags(assets, folder),
         "--seed",

@@ -89,7 +89,7 @@ def assert_ended(processes: list[int]) -> None:
     ],
 )
 def test_rank_that_is_lost_ends_the_others(signum, victim, assets, tmp_path, data):
-    argv = flags(assets, tmp_path, data, num_workers=1)
+    argv = flags(assets, tmp_path, data, num_workers=1, rank_timeout=8)
     with RankGroup(argv, tmp_path, world_size=3, hook=(record_steps, tmp_path, "run")) as group:
         group.wait_for(lambda: steps_taken(tmp_path, 3) >= 3, "steps")
         group.kill(victim, signum=signum)
@@ -109,7 +109,7 @@ def test_rank_that_is_lost_ends_the_others(signum, victim, assets, tmp_path, dat
 @pytest.mark.slow
 def test_nobody_waits_for_a_hanging_rank_when_another_dies(assets, tmp_path, data):
     # The collective fails at once, but with the rank that hangs others are still under way.
-    argv = flags(assets, tmp_path, data, num_workers=1)
+    argv = flags(assets, tmp_path, data, num_workers=1, rank_timeout=8)
     with RankGroup(argv, tmp_path, world_size=3, hook=(record_steps, tmp_path, "run")) as group:
         group.wait_for(lambda: steps_taken(tmp_path, 3) >= 3, "steps")
         processes = group.families()
@@ -162,8 +162,8 @@ def be_slow(rank: int, seconds: float) -> None:
 
 @pytest.mark.slow
 def test_slow_rank_is_not_taken_for_lost(assets, tmp_path, data):
-    argv = flags(assets, tmp_path, data, epochs=1, batch_size=10, rank_timeout=6)
-    run_ranks(argv, tmp_path, world_size=2, hook=(be_slow, 1, 12.0))
+    argv = flags(assets, tmp_path, data, epochs=1, batch_size=10, rank_timeout=4)
+    run_ranks(argv, tmp_path, world_size=2, hook=(be_slow, 1, 8.0))
     survived("a rank that is slow for twice the limit, and a slow disk")
 
 

@@ -11,9 +11,11 @@ import time
 
 import pytest
 import torch
-from support.scripts import ROOT, run_script, script_environment, train_flags
+from support.rank_group import run_ranks
+from support.scripts import ROOT, cold_command, run_script, script_environment, train_flags
 from support.states import assert_same_state, saved
 from support.tiny_parts import make_records
+from support.warm import Program
 
 from trainer.ranks.signals import StopSignal
 
@@ -38,18 +40,12 @@ CASES = {
 QUICK = ("sigterm-dense-accumulated", "kill9-moe-workers")
 
 
+TO_US = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def interrupt(flags: list[str], *, at_step: int, signum: int, launcher=()) -> int:
-    """Start a run, send it a signal once it logged a step, and return its exit status."""
-    process = subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / SCRIPT), *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=script_environment(),
-    )
+def interrupt(process, *, at_step: int, signum: int) -> int:
+    """Send a run a signal once it logged a step, and return its exit status."""
     seen = 0
     for line in process.stdout:
         seen += bool(re.match(r"Epoch:\[\d+/\d+\]\(\d+/\d+\)", line))
@@ -74,7 +70,8 @@ def test_resume_is_bit_identical(case, assets, tmp_path):
     cut = train_flags(assets, tmp_path / "cut", data, images, **common)
     steps = -(-46 // (2 * options.get("accumulation_steps", 1))) * 3
     at_step = random.SystemRandom().randrange(5, steps - steps // 3)  # it may do a few more
-    status = interrupt(cut, at_step=at_step, signum=signum)
+    with Program(SCRIPT, *cut, **TO_US) as process:
+        status = interrupt(process, at_step=at_step, signum=signum)
     graceful = signum != signal.SIGKILL
     assert status == (128 + signum if graceful else -signum), f"at step {at_step}"
     before = saved(tmp_path / "cut" / "checkpoints", "*_resume.pth")["progress"]["step"]
@@ -108,13 +105,13 @@ def test_resume_on_two_ranks_is_bit_identical(signum, assets, tmp_path):
     common = {"batch_size": 2, "epochs": 5, "accumulation_steps": 2}
     folders = [tmp_path / "whole", tmp_path / "cut"]
     whole, cut = (train_flags(assets, f, data, images, **common) for f in folders)
-    command = [sys.executable, *TORCHRUN, str(ROOT / SCRIPT)]
-    options = {"env": script_environment(), "check": True, "timeout": 120, "capture_output": True}
-    subprocess.run([*command, *whole], **options)
-    assert interrupt(cut, at_step=7, signum=signum, launcher=TORCHRUN) != 0
+    run_ranks(whole, tmp_path, world_size=2)
+    command = [sys.executable, *TORCHRUN, str(ROOT / SCRIPT), *cut]
+    with subprocess.Popen(command, env=script_environment(), text=True, **TO_US) as process:
+        assert interrupt(process, at_step=7, signum=signum) != 0
     before = saved(folders[1] / "checkpoints", "*_resume.pth")["progress"]
     assert 7 <= before["step"] < 30 and before["samples"] > 0
-    subprocess.run([*command, *cut, "--from_resume", "1"], **options)
+    run_ranks([*cut, "--from_resume", "1"], tmp_path, world_size=2, name="resumed")
     assert_same_state(*(saved(f / "checkpoints", "*_resume.pth") for f in folders))
 
 
@@ -132,7 +129,8 @@ def test_signal_while_the_ranks_agree_counts_at_the_next_step(signum):
 def test_resume_with_workers_leaves_no_process_behind(assets, tmp_path):
     data, images = make_records(tmp_path, num_records=46)
     flags = train_flags(assets, tmp_path, data, images, num_workers=2, epochs=50, batch_size=2)
-    assert interrupt(flags, at_step=5, signum=signal.SIGKILL) == -signal.SIGKILL
+    with subprocess.Popen(cold_command(SCRIPT, *flags), text=True, **TO_US) as process:
+        assert interrupt(process, at_step=5, signum=signal.SIGKILL) == -signal.SIGKILL
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True)

@@ -115,6 +115,7 @@ def test_a_run_is_complete_without_matplotlib(assets, tmp_path):
         "trainer/train_pretrain_vlm.py",
         *train_flags(assets, tmp_path, *data),
         env={"PYTHONPATH": str(broken.parent)},
+        cold=True,
     )
     assert "warning: the curves were not drawn (broken on purpose)" in process.stderr
     assert (tmp_path / "out" / "pretrain_vlm_32.pth").is_file()

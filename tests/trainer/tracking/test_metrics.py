@@ -7,13 +7,12 @@ import json
 import os
 import pty
 import struct
-import subprocess
-import sys
 import termios
 
 import pytest
-from support.scripts import ROOT, script_environment, train_flags
+from support.scripts import train_flags
 from support.tiny_parts import make_records
+from support.warm import Program
 
 from trainer.tracking.metrics import JsonLog
 
@@ -51,11 +50,12 @@ def test_terminal_shows_a_progress_bar(assets, tmp_path):
     flags = train_flags(assets, tmp_path, *data)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "trainer/train_pretrain_vlm.py"), *flags],
+    process = Program(
+        "trainer/train_pretrain_vlm.py",
+        *flags,
         stdout=theirs,
-        stderr=subprocess.STDOUT,
-        env=script_environment() | {"TERM": "xterm"},
+        stderr=theirs,
+        env={"TERM": "xterm"},
     )
     os.close(theirs)
     shown = b""

@@ -199,7 +199,8 @@ def test_one_seed_gives_one_text_everywhere(assets, engine, client, tmp_path):
     described = run_script("eval_vlm.py", *flags, "--image_dir", tmp_path, "--prompt", prompt)
     assert shown(text.strip()) in described.stdout
     asked = f"/image {tmp_path}/a.png\n{prompt}\n"
-    talked = run_script("eval_vlm.py", *flags, "--chat", stdin=asked, env={"LC_ALL": "C"})
+    piped = {"stdin": asked, "env": {"LC_ALL": "C"}, "cold": True}
+    talked = run_script("eval_vlm.py", *flags, "--chat", **piped)
     assert text.translate(CONTROLS).strip() in talked.stdout and talked.stderr == ""
 
 
