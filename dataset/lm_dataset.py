@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from dataset.draws import Drawn, Draws
 from dataset.loss_mask import supervised_mask
 from dataset.records.conversation import BadRecordError, Message, Record, shorten
-from dataset.records.fingerprint import ends_fingerprint
 from dataset.records.reader import open_records
 
 AS_IT_STANDS = Drawn()
@@ -194,7 +193,7 @@ class VLMDataset(Dataset[Sample | BadSample]):
     @property
     def former_fingerprint(self) -> str:
         """The fingerprint in states of earlier versions."""
-        return ends_fingerprint(self.data_path, len(self))
+        return self.records.former_fingerprint
 
     def __getitem__(self, index: int) -> Sample | BadSample:
         return self.make(index, AS_IT_STANDS)
