@@ -70,8 +70,12 @@ class Page:
     has_dictionary: bool
 
 
-# Unpacked blocks by leaf, then by file, row group and number; the one used longest ago first.
-Held = dict[str, OrderedDict[tuple[Path, int, int], pyarrow.ChunkedArray]]
+class Held(dict[str, OrderedDict[tuple[Path, int, int], pyarrow.ChunkedArray]]):
+    """Unpacked blocks by leaf, then by file, row group and number; the one used longest ago first.
+    None travels to another process."""
+
+    def __reduce__(self) -> Any:
+        return Held, ()
 
 
 class ParquetPages:
@@ -94,7 +98,7 @@ class ParquetPages:
         self._file = open(path, "rb")
         self._owner = os.getpid()
         self._blocks: dict[tuple[int, int], list[Block]] = {}  # by leaf and row group
-        self._held: Held = {} if held is None else held
+        self._held = Held() if held is None else held
         metadata = self._whole.metadata
         sizes = [metadata.row_group(i).num_rows for i in range(self._whole.num_row_groups)]
         self._group_starts = [0, *itertools.accumulate(sizes)]

@@ -14,6 +14,7 @@ from dataset.records.data_file import HEAD_BYTES, check_file, check_text
 from dataset.records.json_array import JsonArrayRecords
 from dataset.records.jsonl import JsonlRecords
 from dataset.records.layout import LAYOUTS
+from dataset.records.mixing import MixedRecords, Mixture
 from dataset.records.shards import ShardedRecords
 from dataset.records.webdataset import TarRecords
 
@@ -50,9 +51,9 @@ def default_data_paths(kind: str) -> tuple[Path, Path]:
 
 
 def open_records(
-    data_path: Path, images_path: Path | None, *, fix_image_count: bool = False
+    data_path: Path | Mixture, images_path: Path | None, *, fix_image_count: bool = False
 ) -> Records:
-    """Open a data file, a folder of them, or a pattern such as `data/*.parquet`.
+    """Open a data file, a folder of them, a pattern such as `data/*.parquet`, or a mixture.
 
     Args:
         images_path: folder or zip in which names of pictures are looked up.
@@ -61,14 +62,18 @@ def open_records(
         FileNotFoundError: the file or its images are missing.
         ValueError: not a regular file, unreadable, or without a record.
     """
-    options = {"images_path": images_path, "fix_image_count": fix_image_count}
+    options: dict[str, Any] = {"images_path": images_path, "fix_image_count": fix_image_count}
+    if isinstance(data_path, Mixture):
+        return MixedRecords(data_path, partial(open_records, **options))
     if data_path.is_dir() and any((data_path / name).is_file() for name in DATASETS_FILES):
         return _open_file(data_path, **options)
     paths = find_files(data_path)
     if len(paths) == 1:
         return _open_file(paths[0], **options)
     if paths[0].suffix.lower() in PARQUET_SUFFIXES:
-        options["held"] = {}
+        from dataset.records.parquet_pages import Held
+
+        options["held"] = Held()  # one for all files
     return ShardedRecords(data_path, paths, partial(_open_file, **options))
 
 
