@@ -76,10 +76,10 @@ def _read_part(part: Any, *, where: str) -> tuple[str, Any]:
 
 
 def _put_together(text: str, piece: str) -> str:
-    """Two parts, a picture on a line of its own unless white space stands there already."""
-    beside_image = text.endswith(IMAGE_TAG) or piece == IMAGE_TAG
-    is_apart = not text or not piece or text[-1].isspace() or piece[0].isspace()
-    return f"{text}\n{piece}" if beside_image and not is_apart else text + piece
+    """Two parts as they stand, but a line break between a picture and a word next to it."""
+    is_before = piece == IMAGE_TAG and text[-1:].isalnum()
+    is_behind = text.endswith(IMAGE_TAG) and piece[:1].isalnum()
+    return f"{text}\n{piece}" if is_before or is_behind else text + piece
 
 
 def find_pictures(raw: Mapping[str, Any], fields: Sequence[str]) -> tuple[str, Any]:
