@@ -119,7 +119,8 @@ def _files_of(folder: Path) -> list[Path]:
     else:
         seen = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ValueError(
-            f"{folder} is a folder that holds no data file (in it: {seen}); what can be read: {LAYOUTS}"
+            f"{folder} is a folder that holds no data file (in it: {seen}); what can be read: "
+            f"{LAYOUTS}"
         )
     splits = {match[1] for path in paths if (match := SPLIT_NAME.match(path.name))}
     if len(splits) > 1:
