@@ -30,10 +30,13 @@ class JsonlRecords(Records):
         super().__init__(data_path, open_images(images_path), fix_image_count=fix_image_count)
         self._fd: BufferedReader | None = None
         self._fd_owner: int | None = None  # process id: each process opens the file for itself
-        self._index = kept_index(data_path, self._make_index, kind=type(self).__name__, width=WIDTH)
+        self._index = self._find_index()
         if not len(self):
             raise ValueError(f"{data_path}: no records in it")
         self.num_blank = self._count_blank()
+
+    def _find_index(self) -> Index:
+        return kept_index(self.data_path, self._make_index, kind=type(self).__name__, width=WIDTH)
 
     def _make_index(self) -> Index:
         return index_lines(self.data_path)
@@ -52,7 +55,13 @@ class JsonlRecords(Records):
         return self._fd.read(int(length))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_fd": None, "_fd_owner": None}
+        index = None if isinstance(self._index, np.memmap) else self._index
+        return self.__dict__ | {"_fd": None, "_fd_owner": None, "_index": index}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if state["_index"] is None:  # it is mapped again, not sent
+            self._index = self._find_index()
 
     def __len__(self) -> int:
         return len(self._index)
