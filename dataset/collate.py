@@ -30,6 +30,7 @@ class Batch:
     sample_names: list[str]
     bad_samples: list[BadSample] = field(default_factory=list)
     num_truncated: int = 0
+    row_sources: list[int] | None = None  # of a mixture, a number for each sequence
 
     def pin_memory(self) -> "Batch":
         self.inputs = {
@@ -75,6 +76,7 @@ class VLMCollator:
                 "pixel_values": None,
             }
         inputs["is_right_padded"] = True
+        sources = [s.source for s in good] or [None]
         inputs["target_positions"] = target_positions(inputs["labels"])
         if self.packs and good:
             positions = packed_positions(inputs["attention_mask"], multiple=self.pad_multiple)
@@ -88,6 +90,7 @@ class VLMCollator:
             sample_names=[s.where for s in good],
             bad_samples=[s for s in samples if isinstance(s, BadSample)],
             num_truncated=sum(s.is_truncated for s in good),
+            row_sources=None if None in sources else sources,
         )
 
     def _pad(self, samples: list[Sample]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ Shapes: T tokens, I images, J more whose features were computed before, G patche
 width of the vision tower, S image side in pixels.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from dataset.draws import Drawn, Draws
 from dataset.loss_mask import supervised_mask
 from dataset.records.conversation import BadRecordError, Message, Record, shorten
-from dataset.records.fingerprint import ends_fingerprint
+from dataset.records.mixing import MixedRecords, Mixture, Part
 from dataset.records.reader import open_records
 
 AS_IT_STANDS = Drawn()
@@ -91,6 +91,7 @@ class Sample:
     is_truncated: bool
     vision_features: Tensor | None = None
     has_features: tuple[bool, ...] = ()
+    source: int | None = None  # its number in a mixture
 
 
 def _about(record: Record) -> str:
@@ -142,31 +143,37 @@ def make_sample(
 
 
 class VLMDataset(Dataset[Sample | BadSample]):
-    """Records of a JSONL or Parquet file as training samples.
+    """Records of any layout as training samples.
 
     Args:
-        data_path: `.jsonl` or `.parquet`.
-        images_path: folder or zip of the images; None for Parquet or text-only records.
+        data_path: a file, a folder, a pattern or a mixture; see `open_records`.
+        images_path: folder or zip of the images; None where the records hold them or have none.
         processor: tokenizes conversations and preprocesses pictures.
         max_length: tokens per sample; a longer one is cut.
         on_bad_sample: "error" raises `BadRecordError`; "return" gives a `BadSample` instead.
         draws: what training changes at random (`for_epoch`); None: nothing.
+        fix_image_count: drop `<image>` tags for which a record has no picture.
     """
 
     is_packed = False  # a sample is a record, whatever `max_length` is
 
     def __init__(
         self,
-        data_path: str | Path,
+        data_path: str | Path | Mixture,
         images_path: str | Path | None,
         processor: Processor,
         *,
         max_length: int = 640,
         on_bad_sample: str = "error",
         draws: Draws | None = None,
+        fix_image_count: bool = False,
     ):
-        self.data_path = Path(data_path)
-        self.records = open_records(self.data_path, Path(images_path) if images_path else None)
+        self.data_path = data_path if isinstance(data_path, Mixture) else Path(data_path)
+        self.records = open_records(
+            self.data_path,
+            Path(images_path) if images_path else None,
+            fix_image_count=fix_image_count,
+        )
         self.num_blank = self.records.num_blank
         self.processor = processor
         self.max_length = max_length
@@ -187,6 +194,11 @@ class VLMDataset(Dataset[Sample | BadSample]):
         return self.records.where(index)
 
     @property
+    def parts(self) -> list[Part] | None:
+        """The sources of a mixture; None where the data is one source."""
+        return self.records.parts if isinstance(self.records, MixedRecords) else None
+
+    @property
     def fingerprint(self) -> str:
         """Identifies the records by content, not by path."""
         return self.records.fingerprint
@@ -194,7 +206,7 @@ class VLMDataset(Dataset[Sample | BadSample]):
     @property
     def former_fingerprint(self) -> str:
         """The fingerprint in states of earlier versions."""
-        return ends_fingerprint(self.data_path, len(self))
+        return self.records.former_fingerprint
 
     def __getitem__(self, index: int) -> Sample | BadSample:
         return self.make(index, AS_IT_STANDS)
@@ -211,7 +223,7 @@ class VLMDataset(Dataset[Sample | BadSample]):
         """
         try:
             record = self.records[index]
-            return make_sample(
+            sample = make_sample(
                 record,
                 self._read_images(record),
                 self.processor,
@@ -223,6 +235,9 @@ class VLMDataset(Dataset[Sample | BadSample]):
             if self.on_bad_sample == "return":
                 return BadSample(index, str(error))
             raise
+        if isinstance(self.records, MixedRecords):
+            return replace(sample, source=self.records.source_of(index))
+        return sample
 
     def read_picture(self, image: str | bytes) -> bytes | Tensor:
         """A picture of a record: its features (G * G, V) if there are any, else its bytes.
@@ -239,9 +254,9 @@ class VLMDataset(Dataset[Sample | BadSample]):
         except (ValueError, OSError) as error:
             raise BadRecordError(f"{record.where}: {error}{_about(record)}") from error
 
-    def has_images(self) -> bool:
-        """Whether any usable record has an image; stops at the first that has."""
-        for index in range(len(self.records)):
+    def has_images(self, indices: Iterable[int] | None = None) -> bool:
+        """Whether any usable record (of these) has an image; stops at the first that has."""
+        for index in range(len(self.records)) if indices is None else indices:
             try:
                 if self.records[index].images:
                     return True
@@ -249,15 +264,17 @@ class VLMDataset(Dataset[Sample | BadSample]):
                 continue
         return False
 
-    def find_bad_records(self) -> list[BadSample]:
-        """The records that are found bad without decoding pictures or tokenizing."""
-        bad = []
-        for index in range(len(self.records)):
+    def find_bad_records(self, indices: Iterable[int] | None = None) -> list[BadSample]:
+        """The records (of these) that are found bad without decoding pictures or tokenizing."""
+        return list(self.bad_records(range(len(self.records)) if indices is None else indices))
+
+    def bad_records(self, indices: Iterable[int]) -> Iterator[BadSample]:
+        """As `find_bad_records`, one by one as they are found."""
+        for index in indices:
             try:
                 self.records[index]
             except BadRecordError as error:
-                bad.append(BadSample(index, str(error)))
-        return bad
+                yield BadSample(index, str(error))
 
 
 @dataclass(frozen=True)

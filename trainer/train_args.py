@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from dataset.records.mixing import Mixture, parse_sources
 from dataset.text_dataset import LOSS_ON
 from model.generations import DEFAULT_GENERATION, GENERATIONS
 from model.machine.paths import OUT_DIR, ROOT
@@ -109,7 +110,10 @@ class TrainArgs:
         "all",
         choices=LOSS_ON,
     )
-    data_path: Path = flag("records: .jsonl or .parquet / 训练数据")
+    data_path: Path | Mixture = flag(
+        "records: a file, folder or 'pattern' of JSONL, JSON, Parquet, Arrow or tar; several are "
+        "mixed, PATH:0.5 takes half of its records an epoch / 训练数据，可混合"
+    )
     images_path: Path = flag("folder or zip of images / 图像目录或 zip")
     from_weight: str = flag("weight to start from, or none / 起始权重")
     from_resume: bool = flag("continue an interrupted run / 断点续训", False)
@@ -124,6 +128,9 @@ class TrainArgs:
     )
     lora_targets: str = flag(
         "the matrices that get adapters / LoRA 作用的矩阵", "q_proj,k_proj,v_proj,o_proj"
+    )
+    fix_image_count: bool = flag(
+        "drop <image> tags for which a record has no picture / 去掉多余的 <image>", False
     )
     use_multi_image: bool = flag("the default data is the multi-image set / 多图数据", False)
     use_wandb: bool = flag("track the run; default: if --tracker is given / 是否记录实验")
@@ -215,7 +222,7 @@ class TrainArgs:
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, Path | Mixture) else value
 
 
 def parse_args(stage: Stage, argv: list[str] | None, *, description: str) -> TrainArgs:
@@ -237,6 +244,8 @@ def parse_args(stage: Stage, argv: list[str] | None, *, description: str) -> Tra
         options = {"default": default, "help": item.metadata["help"] + shown, "dest": item.name}
         if item.name == "freeze_llm":
             options |= {"type": parse_freeze, "nargs": "?", "const": 1, "metavar": "0/1/2"}
+        elif item.name == "data_path":
+            options |= {"type": str, "nargs": "+", "metavar": "PATH[:WEIGHT]"}
         elif item.name == "cache_vision_features":
             options |= {"nargs": "?", "const": "1", "metavar": "0/1/PATH"}
         elif item.type is bool:
@@ -246,6 +255,7 @@ def parse_args(stage: Stage, argv: list[str] | None, *, description: str) -> Tra
             options |= {"type": reader, "choices": item.metadata.get("choices")}
         parser.add_argument(*names, **options)
     args = TrainArgs(**vars(parser.parse_args(argv)))
+    args.data_path = parse_sources(args.data_path) if args.data_path else None
     args.from_weight = args.from_weight or usual["from_weight"]
     args.generation = args.generation or weight_generation(args)
     for name, value in stage.recipe(args.generation).items():

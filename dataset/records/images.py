@@ -1,45 +1,75 @@
-"""Owns reading a data set's encoded pictures from a folder, or from a zip file in place."""
+"""Owns reading a data set's encoded pictures from a folder, or from a zip file in place.
+
+Nothing outside the folder is opened: neither by a name nor by a link, and nothing but regular
+files. A picture's file may be of `MAX_IMAGE_BYTES`.
+"""
 
 import os
+import stat
 import zipfile
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dataset.records.conversation import shorten
+
+MAX_IMAGE_BYTES = 1 << 28
+AS_A_FILE = "is not in {} as a file"
+OUTSIDE = "leads out of {}, and nothing outside it is opened: copy it into the folder"
+
 
 class ImageFolder:
-    """Images as files below a folder."""
+    """Images as files below a folder; a name may lead through its sub-folders."""
 
     def __init__(self, root: Path):
         self.root = root
 
     @cached_property
-    def _names(self) -> frozenset[str]:
-        """Regular files, and links, whose targets are checked when they are read."""
-        return frozenset(
-            entry.name
-            for entry in os.scandir(self.root)
-            if entry.is_file(follow_symlinks=False) or entry.is_symlink()
-        )
+    def _real_root(self) -> str:
+        return os.path.join(os.path.realpath(self.root), "")
+
+    def _place(self, name: str) -> str | None:
+        """The real path of a name; None if it leads out of the folder or cannot be one."""
+        try:
+            place = os.path.realpath(os.path.join(self._real_root, name))
+        except (OSError, ValueError):  # a NUL in it
+            return None
+        return place if place.startswith(self._real_root) else None
 
     def exists(self, name: str) -> bool:
+        """Whether a name is that of a regular file in the folder."""
+        place = self._place(name)
         try:
-            return name in self._names or (self.root / name).is_file()
-        except OSError:  # no file system takes such a name
+            return place is not None and stat.S_ISREG(os.stat(place).st_mode)
+        except (OSError, ValueError):
             return False
+
+    def why_not(self, name: str) -> str:
+        """Why a name that does not exist cannot be read, to be put behind it in a sentence."""
+        is_outside = self._place(name) is None and os.path.lexists(self._real_root + name[:255])
+        is_outside |= os.path.isabs(name) or ".." in Path(name).parts
+        return (OUTSIDE if is_outside else AS_A_FILE).format(self.root)
 
     def read(self, name: str) -> bytes:
         """The bytes of a file.
 
         Raises:
-            ValueError: a FIFO or device of that name: reading it could block for ever.
+            ValueError: it leads out of the folder, is too large, or a FIFO or device of that name:
+                reading it could block for ever.
             OSError: it cannot be read.
         """
-        path = self.root / name
-        if not path.is_file() and path.exists():
-            raise ValueError(f"{name} in {self.root} is a folder, FIFO or device, not a file")
-        return path.read_bytes()
+        place = self._place(name)
+        if place is None:
+            raise ValueError(f"{shorten(name)} {OUTSIDE.format(self.root)}")
+        about = os.stat(place)
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError(
+                f"{shorten(name)[1:-1]} in {self.root} is a folder, FIFO or device, not a file"
+            )
+        check_size(about.st_size, name=name)
+        with open(place, "rb") as file:
+            return file.read(MAX_IMAGE_BYTES + 1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root}
@@ -74,20 +104,39 @@ class ImageZip:
     def exists(self, name: str) -> bool:
         return name in self._members
 
+    def why_not(self, name: str) -> str:
+        """Why a name that does not exist cannot be read, to be put behind it in a sentence."""
+        return AS_A_FILE.format(self.root) + " (a name that several folders have needs its folder)"
+
     def read(self, name: str) -> bytes:
-        """The bytes of a member; raises `ValueError` where it is damaged or encrypted."""
+        """The bytes of a member; raises `ValueError` where it is damaged, encrypted or too large
+        once unpacked."""
         archive, member = self._open(), self._members[name]
+        check_size(archive.getinfo(member).file_size, name=name)
         try:
-            return archive.read(member)
+            return archive.read(member)  # no more than the size that was checked is unpacked
         except Exception as error:  # zlib, lzma, bz2 and struct each have errors of their own
             why = str(error) or type(error).__name__
-            raise ValueError(f"{name} in {self.root.name} cannot be read ({why})") from error
+            raise ValueError(
+                f"{shorten(name)[1:-1]} in {self.root.name} cannot be read ({why})"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "_opened_by": None, "_zip": None}
 
 
-def open_images(images_path: Path | None) -> ImageFolder | ImageZip | None:
+def check_size(num_bytes: int, *, name: str) -> None:
+    """Raise ValueError for a picture's file that would fill the memory."""
+    if num_bytes > MAX_IMAGE_BYTES:
+        raise ValueError(
+            f"{shorten(name)} is of {num_bytes / 2**20:,.0f} MiB, and a picture's file may have "
+            f"{MAX_IMAGE_BYTES >> 20}: scale it down, or delete it"
+        )
+
+
+def open_images(
+    images_path: Path | None, *, flag: str = "--images_path"
+) -> ImageFolder | ImageZip | None:
     """The images of a folder or zip; for a missing folder, its name with `.zip` is tried."""
     if images_path is None:
         return None
@@ -97,5 +146,5 @@ def open_images(images_path: Path | None) -> ImageFolder | ImageZip | None:
         if path.is_file() and zipfile.is_zipfile(path):
             return ImageZip(path)
     raise FileNotFoundError(
-        f"no images: {images_path} is neither a folder nor a zip file; name it by --images_path"
+        f"no images: {images_path} is neither a folder nor a zip file; name it by {flag}"
     )

@@ -1,65 +1,52 @@
 """Owns records of a JSONL file: random access by an index of line offsets."""
 
 import os
-from functools import cached_property
+from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dataset.records.conversation import (
-    BadRecordError,
-    Record,
-    carries_tools,
-    check_conversation,
-    check_stray,
-    check_tags,
-    decode,
-    parse_json,
-    shorten,
-)
+from dataset.records.base import Records
+from dataset.records.conversation import BadRecordError, decode, parse_json
 from dataset.records.data_file import check_text
-from dataset.records.fingerprint import file_fingerprint
 from dataset.records.images import open_images
+from dataset.records.index_file import Index, kept_index
 
-JSONL_FIELDS = {"conversations", "image", "types"}
-SCAN_CHUNK_BYTES = 1 << 24
+SCAN_CHUNK_BYTES = 1 << 20
+SHORT_LINE_BYTES = 8  # longer lines are not checked for white space
+WIDTH = 3  # of an index: where a record begins, its length in bytes, its line
 
 
-class JsonlRecords:
+class JsonlRecords(Records):
     """Records of a JSONL file, found by an index of line offsets.
 
     Blank lines hold no record; `num_blank` counts them and `where` keeps the real line numbers.
     """
 
-    slowness = None  # see `ParquetRecords`
-
-    def __init__(self, data_path: Path, images_path: Path | None):
+    def __init__(self, data_path: Path, images_path: Path | None, *, fix_image_count: bool = False):
         check_text(data_path)
-        self.data_path = data_path
-        self.images = open_images(images_path)
-        offsets = [np.zeros(1, dtype=np.int64)]
-        with open(data_path, "rb") as file:
-            base = 0
-            while chunk := file.read(SCAN_CHUNK_BYTES):
-                breaks = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n"))
-                offsets.append(breaks + base + 1)
-                base += len(chunk)
-        bounds = np.concatenate(offsets)
-        if bounds[-1] != base:
-            bounds = np.append(bounds, base)
+        super().__init__(data_path, open_images(images_path), fix_image_count=fix_image_count)
         self._fd: BufferedReader | None = None
         self._fd_owner: int | None = None  # process id: each process opens the file for itself
-        lengths = np.diff(bounds)
-        filled = lengths > 0
-        for line in np.flatnonzero(lengths <= 8):  # longer lines are not checked for white space
-            filled[line] = bool(self._read(bounds[line], lengths[line]).strip())
-        self._starts, self._lengths = bounds[:-1][filled], lengths[filled]
-        self._line_numbers = np.flatnonzero(filled) + 1
-        self.num_blank = len(lengths) - len(self._starts)
+        self._index = self._find_index()
         if not len(self):
             raise ValueError(f"{data_path}: no records in it")
+        self.num_blank = self._count_blank()
+
+    def _find_index(self) -> Index:
+        return kept_index(self.data_path, self._make_index, kind=type(self).__name__, width=WIDTH)
+
+    def _make_index(self) -> Index:
+        return index_lines(self.data_path)
+
+    def _count_blank(self) -> int:
+        """Lines without a record; those behind the last one are looked at."""
+        start, length, number = map(int, self._index[-1])
+        with open(self.data_path, "rb") as file:
+            file.seek(start + length)
+            return number - len(self) + sum(1 for _ in file)
 
     def _read(self, start: int, length: int) -> bytes:
         if self._fd is None or self._fd_owner != os.getpid():
@@ -68,63 +55,47 @@ class JsonlRecords:
         return self._fd.read(int(length))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_fd": None, "_fd_owner": None}
+        index = None if isinstance(self._index, np.memmap) else self._index
+        return self.__dict__ | {"_fd": None, "_fd_owner": None, "_index": index}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if state["_index"] is None:  # it is mapped again, not sent
+            self._index = self._find_index()
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._index)
 
     def where(self, index: int) -> str:
         """ "file:line" of a record."""
-        return f"{self.data_path.name}:{self._line_numbers[index]}"
+        return f"{self.data_path.name}:{self._index[index, 2]}"
 
-    def __getitem__(self, index: int) -> Record:
-        """The checked record; raises `BadRecordError`."""
-        where = self.where(index)
-        line = self._read(self._starts[index], self._lengths[index])
-        raw = parse_json(decode(line, where=where), where=where)
+    def _raw(self, index: int, *, where: str) -> Mapping[str, Any]:
+        start, length, _ = self._index[index]
+        raw = parse_json(decode(self._read(start, length), where=where), where=where)
         if not isinstance(raw, dict):
             raise BadRecordError(f"{where}: a record must be a JSON object")
-        messages = check_conversation(raw.get("conversations"), where=where)
-        images = self._image_names(raw.get("image"), where=where)
-        fields = {name: value for name, value in raw.items() if name not in JSONL_FIELDS}
-        check_stray(fields, raw["conversations"], images, read="image", where=where)
-        check_tags(messages, images, where=where)
-        for name in images:
-            if self.images is not None and not self.images.exists(name):
-                raise BadRecordError(
-                    f"{where}: image {shorten(name)} is not in {self.images.root} as a file (in "
-                    "a zip, a name that several folders have needs its folder); add it, or name "
-                    "the right --images_path"
-                )
-        types: Any = raw.get("types")
-        has_types = isinstance(types, list) and all(isinstance(t, str) for t in types)
-        return Record(
-            messages,
-            images,
-            where,
-            types=tuple(types) if has_types else (),
-            carries_tools=carries_tools(raw["conversations"]),
-        )
+        return raw
 
-    def _image_names(self, image: Any, *, where: str) -> list[str]:
-        """The `image` field: absent or empty, one name, names joined by commas, or a list."""
-        if image in (None, "", []):
-            return []
-        if self.images is None:
-            raise BadRecordError(f"{where}: has an image but no --images_path was given")
-        if isinstance(image, str):
-            if "," not in image or self.images.exists(image):
-                return [image.strip()]
-            return [name.strip() for name in image.split(",") if name.strip()]
-        if isinstance(image, list) and all(isinstance(name, str) for name in image):
-            return image
-        raise BadRecordError(f"{where}: 'image' must be a file name, or several joined by commas")
 
-    def read_image(self, image: str | bytes) -> bytes:
-        assert self.images is not None and isinstance(image, str)
-        return self.images.read(image)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Identifies the records by content, not by path."""
-        return file_fingerprint(self.data_path, len(self))
+def index_lines(path: Path) -> Index:
+    """Where the lines that are not blank lie: (N, 3), with line numbers from 1."""
+    ends, base = [], 0
+    buffer = np.empty(SCAN_CHUNK_BYTES, dtype=np.uint8)
+    is_break = np.empty(SCAN_CHUNK_BYTES, dtype=bool)
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer.data):
+            np.equal(buffer[:size], ord("\n"), out=is_break[:size])
+            ends.append(np.flatnonzero(is_break[:size]) + (base + 1))
+            base += size
+    bounds = np.concatenate([np.zeros(1, dtype=np.int64), *ends])
+    if bounds[-1] != base:
+        bounds = np.append(bounds, base)
+    lengths = np.diff(bounds)
+    filled = lengths > 0
+    with open(path, "rb") as file:
+        for line in np.flatnonzero(lengths <= SHORT_LINE_BYTES):
+            file.seek(int(bounds[line]))
+            filled[line] = bool(file.read(int(lengths[line])).strip())
+    numbers = np.flatnonzero(filled) + 1
+    return np.stack([bounds[:-1][filled], lengths[filled], numbers], axis=1)

@@ -1,16 +1,28 @@
-"""Owns opening a data file by its suffix, and the default paths of the published data."""
+"""Owns opening data files of any layout, and the default paths of the published data."""
 
-from __future__ import annotations
-
+import codecs
+import glob
+import json
+import re
+from collections import Counter
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from dataset.records.data_file import check_file
+from dataset.records.base import Records
+from dataset.records.data_file import HEAD_BYTES, check_file, check_text
+from dataset.records.json_array import JsonArrayRecords
 from dataset.records.jsonl import JsonlRecords
+from dataset.records.layout import LAYOUTS
+from dataset.records.mixing import MixedRecords, Mixture
+from dataset.records.shards import ShardedRecords
+from dataset.records.webdataset import TarRecords
 
-if TYPE_CHECKING:
-    from dataset.records.parquet import ParquetRecords
-
+PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
+SUFFIXES = (*PARQUET_SUFFIXES, ".arrow", ".tar", ".jsonl", ".ndjson", ".json")  # in a folder
+DATASETS_FILES = ("state.json", "dataset_dict.json")  # of datasets.save_to_disk
+NOT_RECORDS = (*DATASETS_FILES, "dataset_info.json", "dataset_infos.json")
+SPLIT_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}\.")
 DATASET_DIR = Path(__file__).resolve().parents[1]
 DEFAULT_FILES = {
     "pretrain": (("pretrain_data", "pretrain_vlm_data", "pretrain_i2t"), "pretrain_images"),
@@ -38,16 +50,127 @@ def default_data_paths(kind: str) -> tuple[Path, Path]:
     )
 
 
-def open_records(data_path: Path, images_path: Path | None) -> JsonlRecords | ParquetRecords:
-    """Open a data file by its suffix.
+def open_records(
+    data_path: Path | Mixture, images_path: Path | None, *, fix_image_count: bool = False
+) -> Records:
+    """Open a data file, a folder of them, a pattern such as `data/*.parquet`, or a mixture.
 
+    Args:
+        images_path: folder or zip in which names of pictures are looked up.
+        fix_image_count: drop `<image>` tags for which a record has no picture.
     Raises:
         FileNotFoundError: the file or its images are missing.
         ValueError: not a regular file, unreadable, or without a record.
     """
-    check_file(data_path, what="data file", flag="--data_path")
-    if data_path.suffix == ".parquet":
+    options: dict[str, Any] = {"images_path": images_path, "fix_image_count": fix_image_count}
+    if isinstance(data_path, Mixture):
+        return MixedRecords(data_path, partial(open_records, **options))
+    if data_path.is_dir() and any((data_path / name).is_file() for name in DATASETS_FILES):
+        return _open_file(data_path, **options)
+    paths = find_files(data_path)
+    if len(paths) == 1:
+        return _open_file(paths[0], **options)
+    if paths[0].suffix.lower() in PARQUET_SUFFIXES:
+        from dataset.records.parquet_pages import Held
+
+        options["held"] = Held()  # one for all files
+    return ShardedRecords(data_path, paths, partial(_open_file, **options))
+
+
+def find_files(data_path: Path) -> list[Path]:
+    """The data files that a path names: itself, those of a folder, or those of a pattern.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: they are of several kinds or splits.
+    """
+    if data_path.is_dir():
+        paths = _files_of(data_path)
+    elif not data_path.exists() and set(str(data_path)) & set("*?["):
+        found = (Path(name) for name in glob.glob(str(data_path), recursive=True))
+        paths = sorted(path for path in found if path.is_file())
+        if not paths:
+            raise FileNotFoundError(f"no data file matches {data_path}; see --data_path")
+    else:
+        check_file(data_path, what="data file", flag="--data_path")
+        return [data_path]
+    kinds = Counter(path.suffix.lower() for path in paths)
+    if len(kinds) > 1:
+        found_kinds = ", ".join(f"{count} {suffix}" for suffix, count in kinds.items())
+        raise ValueError(
+            f"{data_path} holds {found_kinds}; name those to read by a pattern such as "
+            f"'{data_path / ('*' + next(iter(kinds)))}'"
+        )
+    return paths
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The data files in a folder, or if there are none, in the folders in it."""
+    for pattern in ("*", "*/*"):
+        paths = sorted(
+            path
+            for path in folder.glob(pattern)
+            if path.suffix.lower() in SUFFIXES
+            and path.name not in NOT_RECORDS
+            and not path.name.startswith((".", "_"))
+            and path.is_file()
+        )
+        if paths:
+            break
+    else:
+        seen = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise ValueError(
+            f"{folder} is a folder that holds no data file (in it: {seen}); what can be read: "
+            f"{LAYOUTS}"
+        )
+    splits = {match[1] for path in paths if (match := SPLIT_NAME.match(path.name))}
+    if len(splits) > 1:
+        raise ValueError(
+            f"{folder} holds the splits {', '.join(sorted(splits))}; name one by a pattern such as "
+            f"'{paths[0].with_name(min(splits) + '-*' + paths[0].suffix)}'"
+        )
+    return paths
+
+
+def _open_file(path: Path, images_path: Path | None, **options: Any) -> Records:
+    """Open one file, or a folder of `datasets`, by its suffix and first character."""
+    suffix = path.suffix.lower()
+    if suffix in PARQUET_SUFFIXES:
         from dataset.records.parquet import ParquetRecords  # pyarrow is slow to import
 
-        return ParquetRecords(data_path)
-    return JsonlRecords(data_path, images_path)
+        return ParquetRecords(path, images_path, **options)
+    if suffix == ".arrow" or path.is_dir():
+        from dataset.records.arrow import ArrowRecords
+
+        return ArrowRecords(path, images_path, **options)
+    if suffix == ".tar":
+        return TarRecords(path, images_path, **options)
+    check_text(path)
+    reader = JsonArrayRecords if is_json_array(path) else JsonlRecords
+    return reader(path, images_path, **options)
+
+
+def is_json_array(path: Path) -> bool:
+    """Whether a file is a JSON array of records rather than a record a line.
+
+    Raises:
+        ValueError: a `.json` that is neither.
+    """
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+    first_line, _, _ = head.partition(b"\n")
+    is_json = path.suffix.lower() == ".json"
+    if head.startswith(b"["):
+        return is_json or first_line.strip() == b"[" or head[1:].lstrip().startswith(b"{")
+    if is_json and len(first_line) < len(head) and not _is_object(first_line):
+        raise ValueError(
+            f"{path} is neither a JSON array of records nor a record a line; what can be read: "
+            f"{LAYOUTS}"
+        )
+    return False
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -49,6 +49,7 @@ class StepResult:
     is_bad: Tensor
     is_finite: Tensor  # (micro-steps,) the losses of this rank
     sample_names: list[list[str]]  # of each micro-step
+    source_sums: Tensor | None = None  # of a mixture; see source_losses.py
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Run:
     save: Callable[[], None]
     num_samples: int
     args: TrainArgs
+    source_names: list[str] = field(default_factory=list)  # of a mixture
     progress: Progress = field(default_factory=Progress)
     window: LogWindow = field(default_factory=LogWindow)
     pending: list[StepResult] = field(default_factory=list)  # whose `is_bad` is not read yet

@@ -34,6 +34,7 @@ class MicroBatch(Protocol):
     num_tokens: int
     num_truncated: int
     sample_names: list[str]
+    row_sources: list[int] | None
 
     @property
     def bad_samples(self) -> Sequence[BadSample]: ...

@@ -18,6 +18,7 @@ from trainer.loop.left_out import check_bad_samples, check_finite
 from trainer.loop.loading import DataFault
 from trainer.loop.loop_state import Run, StepResult
 from trainer.loop.schedule import get_lr
+from trainer.loop.source_losses import source_sums
 from trainer.loop.steps import Agreement, MicroBatch, Share, agree, shares_of
 from trainer.loop.validation import validation_loss
 from trainer.ranks.group import warn
@@ -143,7 +144,8 @@ def optimizer_step(run: Run, micro_batches: list[MicroBatch], counts: dict[str, 
     balance = StepBalance(
         run, micro_batches, num_tokens=counts["tokens"], num_sequences=counts["sequences"]
     )
-    sums = torch.zeros(2, device=run.device)
+    num_sources = len(run.source_names)
+    sums = torch.zeros(2 + 2 * num_sources, device=run.device)
     is_finite = []
     world_size = run.ranks.world_size  # engines average over ranks: undo that
     for i, batch in enumerate(micro_batches):
@@ -157,9 +159,11 @@ def optimizer_step(run: Run, micro_batches: list[MicroBatch], counts: dict[str, 
             run.engine.backward(loss * world_size)
         own = torch.stack((loss_sum, aux_sum)).detach()
         is_finite.append(own.isfinite().all())
-        sums += own
+        sums[:2] += own
+        if num_sources:
+            sums[2:] += source_sums(output.logits, batch, num_sources=num_sources)
     sums = run.ranks.device_sum(sums)
-    grad_norm, is_bad = run.engine.step(sums, is_empty=not counts["supervised"])
+    grad_norm, is_bad = run.engine.step(sums[:2], is_empty=not counts["supervised"])
     return StepResult(
         samples=counts["samples"],
         tokens=counts["tokens"],
@@ -171,6 +175,7 @@ def optimizer_step(run: Run, micro_batches: list[MicroBatch], counts: dict[str, 
         is_bad=is_bad,
         is_finite=torch.stack(is_finite),
         sample_names=[b.sample_names for b in micro_batches],
+        source_sums=sums[2:] if num_sources else None,
     )
 
 
@@ -178,7 +183,7 @@ def log_window(run: Run) -> None:
     """Print and write what happened since the last line, and begin a new window."""
     check_finite(run)
     progress, args = run.progress, run.args
-    figures = run.window.read(run.device)
+    figures = run.window.read(run.device, source_names=run.source_names)
     if not run.window.has_gradient and not run.is_warned:
         run.is_warned = True
         warn_of_no_gradient(run)
@@ -188,8 +193,14 @@ def log_window(run: Run) -> None:
     step_in_epoch = -(-progress.samples_in_epoch // run.samples_per_step)
     loss = "-" if figures["loss"] is None else f"{figures['loss']:.4f}"
     aux = f" aux_loss:{figures['aux_loss']:.4f}" if figures["aux_loss"] else ""
+    of_sources = "".join(
+        f" {name}:{figures[f'loss/{name}']:.4f}"
+        for name in run.source_names
+        if figures[f"loss/{name}"] is not None
+    )
     run.metrics.line(
-        f"Epoch:[{progress.epoch + 1}/{args.epochs}]({step_in_epoch}/{num_steps}) loss:{loss}{aux} "
+        f"Epoch:[{progress.epoch + 1}/{args.epochs}]({step_in_epoch}/{num_steps}) loss:{loss}{aux}"
+        f"{of_sources} "
         f"lr:{lr:.3e} tok/s:{figures['tokens_per_s']:.0f} eta:{time_left(run)}"
     )
     head = {"step": progress.step, "epoch": progress.epoch + 1, "samples": progress.samples}

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dataset.collate import GroupingCollator, VLMCollator
 from dataset.draws import Draws
 from dataset.lm_dataset import VLMDataset
+from dataset.records.mixing import Mixture
 from dataset.records.reader import default_data_paths
 from dataset.text_dataset import TextDataset
 from model.generations import GENERATIONS
@@ -25,7 +26,7 @@ from model.weights.file_names import find_weight
 from model.weights.metadata import read_metadata
 from model.weights.strict_loading import load_weights, read_weights, weight_config
 from trainer.loop.loading import Loader
-from trainer.loop.sample_order import epoch_order, rank_batches
+from trainer.loop.sample_order import dataset_order, rank_batches
 from trainer.ranks.group import Logger, Ranks, warn
 from trainer.ranks.signals import StopSignal
 from trainer.run import preflight
@@ -153,11 +154,17 @@ def make_datasets(
         kind = "multi" if args.use_multi_image else stage.data_kind
         data_path, default_images = default_data_paths(kind)
         images_path = images_path or default_images
-    options = {"max_length": args.max_seq_len, "on_bad_sample": "return"}
+    options = {
+        "max_length": args.max_seq_len,
+        "on_bad_sample": "return",
+        "fix_image_count": args.fix_image_count,
+    }
     dataset = VLMDataset(data_path, images_path, processor, **options, draws=draws)
     if dataset.records.slowness:
         warn(dataset.records.slowness)
-    if not dataset.has_images():
+    for part in dataset.parts or ():
+        Logger(f"source {part.name}: {part.num_taken} of {part.num_records} records an epoch")
+    if not dataset.has_images(preflight.looked_at(len(dataset), seed=args.seed)):
         warn(f"{dataset.data_path.name}: no usable record has a picture; only text is learnt from")
     if args.val_data_path is None:
         return dataset, None
@@ -170,6 +177,8 @@ def make_text_datasets(
     """Training and validation text, packed."""
     if args.data_path is None:
         raise ValueError("name the text to train on by --data_path: a .txt, .md or .jsonl file")
+    if isinstance(args.data_path, Mixture):
+        raise ValueError("--data_path: this stage reads one file of text; put several together")
     options = {"max_length": args.max_seq_len, "loss_on": args.loss_on}
     dataset = TextDataset(args.data_path, tokenizer, **options)
     if args.val_data_path is None:
@@ -206,7 +215,7 @@ class Loaders:
 
     def train(self, dataset: VLMDataset | TextDataset, epoch: int, start: int) -> Loader:
         """This rank's batches of an epoch from global sample `start` on."""
-        order = epoch_order(len(dataset), seed=self.args.seed, epoch=epoch)
+        order = dataset_order(dataset, seed=self.args.seed, epoch=epoch)
         return self._load(dataset.for_epoch(epoch), order, start=start)
 
     def validation(self, dataset: Dataset) -> Loader:

@@ -4,9 +4,12 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +28,9 @@ PROBE_TEXTS = (
 )
 NEAR_CHANCE = 0.85  # share of ln(vocabulary) above which a loss counts as near chance
 STATE_BYTES = {"weight": 2, "master": 4, "adam": 8}  # per parameter
+ALL_UP_TO = 10_000  # records that are all looked at before the first step; of more, a sample
+NUM_LOOKED_AT = 2_000
+LOOK = 0x100C  # keeps the draw of the sample apart from others of the seed
 KEPT_STATES = 2  # the newest and the one before
 ACTIVATION_BYTES = 34  # per token, layer and hidden unit, with a SwiGLU block; a rough guide
 
@@ -149,15 +155,43 @@ def check_ranks_agree(ranks: Ranks, facts: dict[str, str]) -> None:
         )
 
 
-def check_records(dataset, *, on_bad_sample: str) -> None:
-    """Look at every record without decoding pictures.
+def looked_at(num_records: int, *, seed: int) -> Sequence[int]:
+    """The records that are looked at before the first step: all, or a seeded sample in order."""
+    if num_records <= ALL_UP_TO:
+        return range(num_records)
+    dice = np.random.default_rng((LOOK, seed))
+    return sorted(dice.choice(num_records, NUM_LOOKED_AT, replace=False).tolist())
+
+
+def check_records(dataset, *, on_bad_sample: str, seed: int) -> None:
+    """Look at records without decoding pictures: at all, or where there are many, at a sample.
+
+    What a sample leaves out is checked as it comes: a run stops as soon as more than 1% of an
+    epoch's samples were bad. Where the sample is so bad that this may happen, all records are
+    looked at first, until the answer is known.
 
     Raises:
         ValueError: one is bad and the policy is "error", or more than 1% are.
     """
     if dataset.num_blank:
         warn(f"{dataset.data_path.name}: {dataset.num_blank} blank line(s) hold no record")
-    bad = dataset.find_bad_records()
+    if dataset.num_records <= ALL_UP_TO or not hasattr(dataset, "bad_records"):
+        judge(dataset, dataset.find_bad_records(), on_bad_sample=on_bad_sample)
+        return
+    sample = looked_at(dataset.num_records, seed=seed)
+    bad = dataset.find_bad_records(sample)
+    if bad and on_bad_sample != "error" and len(bad) > MAX_BAD_SHARE / 2 * len(sample):
+        most = int(MAX_BAD_SHARE * dataset.num_records) + 1
+        bad = list(islice(dataset.bad_records(range(dataset.num_records)), most))
+    judge(dataset, bad, on_bad_sample=on_bad_sample)
+    Logger(
+        f"{dataset.data_path.name}: {len(sample)} of {dataset.num_records} records looked at; the "
+        "others are checked as they come"
+    )
+
+
+def judge(dataset, bad: list, *, on_bad_sample: str) -> None:
+    """Warn of bad records, or raise ValueError as `check_records` says."""
     if not bad:
         return
     if on_bad_sample == "error":

@@ -20,6 +20,7 @@ from trainer.loop.loading import DataFault
 from trainer.loop.loop_state import Progress, Run
 from trainer.loop.optimizers import make_optimizer, set_trainable
 from trainer.loop.randomness import setup_seed
+from trainer.loop.sample_order import samples_per_epoch
 from trainer.loop.train_loop import train
 from trainer.ranks.group import (
     Logger,
@@ -49,6 +50,7 @@ LORA_TRAINED = r"\.lora_[AB]\.|^vision_proj\."  # what trains beside adapters
 # Flags that may differ between ranks, or that only the main process reads.
 FLAGS_OF_A_RANK = {
     "device", "num_workers", "cache_vision_features", "local_rank", "rank_timeout", "from_weight",
+    "data_path",
     "use_wandb", "tracker", "tracker_mode", "wandb_project", "wandb_run_name",
 }  # fmt: skip
 
@@ -195,7 +197,8 @@ def resume_and_train(
     """Load the saved state if --from_resume asks for it, and train; returns the exit status."""
     is_resumed = state.start()
     state.engine = make_engine(state, zero_config)
-    metrics = make_metrics(state, num_samples=len(parts.dataset), is_resumed=is_resumed)
+    num_samples = samples_per_epoch(parts.dataset)
+    metrics = make_metrics(state, num_samples=num_samples, is_resumed=is_resumed)
     run = make_run(state, parts, metrics, stop)
     return report_end(run, state.paths, train_and_save(run, state))
 
@@ -247,7 +250,7 @@ def check_run(args: TrainArgs, ranks: Ranks, parts: Parts, paths: RunPaths) -> N
         num_states=paths.num_states(),
     )
     for dataset in filter(None, (parts.dataset, parts.val_dataset)):
-        preflight.check_records(dataset, on_bad_sample=args.on_bad_sample)
+        preflight.check_records(dataset, on_bad_sample=args.on_bad_sample, seed=args.seed)
     preflight.report_memory(parts.model, ranks, args)
     num_cores = max(1, (os.cpu_count() or 1) // local_ranks()[1])  # for each rank of a machine
     if args.num_workers > num_cores:
@@ -270,7 +273,8 @@ def make_run(state: RunState, parts: Parts, metrics: Metrics, stop: StopSignal) 
         batches=partial(loaders.train, parts.dataset),
         val_batches=val_batches,
         save=state.save,
-        num_samples=len(parts.dataset),
+        num_samples=samples_per_epoch(parts.dataset),
+        source_names=[part.name for part in getattr(parts.dataset, "parts", None) or ()],
         args=args,
         progress=state.progress,
     )

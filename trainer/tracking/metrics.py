@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class LogWindow:
         self.aux_sum: torch.Tensor | float = 0.0
         self.grad_norm: torch.Tensor | float = 0.0
         self.grad_peak: torch.Tensor | float | None = None
+        self.source_sums: torch.Tensor | None = None  # of a mixture: losses, then tokens
 
     def add(self, update) -> None:
         """Count one optimizer step (a `StepResult`); one that was left out adds no loss."""
@@ -56,17 +58,21 @@ class LogWindow:
         self.sequences = self.sequences + update.sequences * kept
         self.loss_sum = self.loss_sum + torch.where(update.is_bad, 0.0, update.loss_sum)
         self.aux_sum = self.aux_sum + torch.where(update.is_bad, 0.0, update.aux_sum)
+        if update.source_sums is not None:
+            own = torch.where(update.is_bad, 0.0, update.source_sums)
+            self.source_sums = own if self.source_sums is None else self.source_sums + own
         self.grad_norm = update.grad_norm
         is_first = self.grad_peak is None
         self.grad_peak = (
             update.grad_norm if is_first else torch.maximum(self.grad_peak, update.grad_norm)
         )
 
-    def read(self, device: torch.device) -> dict[str, Any]:
+    def read(self, device: torch.device, *, source_names: Sequence[str] = ()) -> dict[str, Any]:
         """The window's figures; the one place that waits for the device.
 
         Loss is the mean per supervised token, without the MoE loss, which is the mean per
-        sequence; tokens are those of the text and the images, without padding.
+        sequence; tokens are those of the text and the images, without padding. `loss/NAME` is the
+        loss of a source of a mixture, None where the window had nothing of it.
         """
         peak = float("nan") if self.grad_peak is None else self.grad_peak
         values = (
@@ -89,7 +95,15 @@ class LogWindow:
             "samples_per_s": self.samples / elapsed_s,
             "data_wait_pct": 100 * self.wait_s / elapsed_s,
             "peak_gib": peak_gib(device),
+            **self._source_losses(source_names),
         }
+
+    def _source_losses(self, names: Sequence[str]) -> dict[str, float | None]:
+        if self.source_sums is None:
+            return {f"loss/{name}": None for name in names}
+        sums = self.source_sums.tolist()
+        pairs = zip(names, sums[: len(names)], sums[len(names) :], strict=True)
+        return {f"loss/{name}": loss / tokens if tokens else None for name, loss, tokens in pairs}
 
 
 class JsonLog:

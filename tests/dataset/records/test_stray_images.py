@@ -17,8 +17,8 @@ from dataset.records.reader import open_records
 from trainer import train_sft_vlm
 
 BLIND = {
-    "list": ({"images": ["0_0.png"]}, "its pictures stand in 'images', which is not read"),
-    "list of numbers": ({"images": ["0001", "0002"]}, "'images'"),
+    "list": ({"imgs": ["0_0.png"]}, "its pictures stand in 'imgs', which is not read"),
+    "list of numbers": ({"photos": ["0001", "0002"]}, "'photos'"),
     "path": ({"image_path": "a/0_0.png"}, "'image_path'"),
     "img": ({"img": "0_0"}, "'img'"),
     "capital": ({"Image": "0_0.png"}, "'Image'"),
@@ -28,7 +28,7 @@ BLIND = {
     "list of dictionaries": ({"pictures": [{"url": "a"}]}, "'pictures'"),
     "data URL": ({"attachment": "data:image/png;base64,iVBORw0KGgo="}, "'attachment'"),
     "base64": ({"image_base64": "iVBORw0KGgo="}, "'image_base64'"),
-    "empty image too": ({"image": "", "images": ["0_0.png"]}, "'images'"),
+    "empty image too": ({"image": "", "pictures": ["0_0.png"]}, "'pictures'"),
 }
 BLIND_TAGS = [
     "<img>", "<img/>", "<Image>", "<IMAGE>", "<|image|>", "<|image_1|>", "<image_1>", "<image1>",
@@ -81,9 +81,10 @@ def test_picture_in_a_message_is_refused(tmp_path):
     record["conversations"][0]["images"] = ["0_0.png"]
     with pytest.raises(BadRecordError, match="message 1 has pictures in 'images'"):
         write(tmp_path, record)[0]
-    record["conversations"][0] = {"role": "user", "content": [{"type": "image", "image": "a.png"}]}
-    with pytest.raises(BadRecordError, match="'content'.*, but a list: .* pictures in 'image'"):
-        write(tmp_path, record)[0]
+    for kind in ("video", "audio"):
+        record["conversations"][0] = {"role": "user", "content": [{"type": kind, kind: "a.mp4"}]}
+        with pytest.raises(BadRecordError, match=f"message 1 has a part of type '{kind}', but"):
+            write(tmp_path, record)[0]
 
 
 @pytest.mark.parametrize("fields", HARMLESS)
@@ -115,8 +116,8 @@ def test_parquet_column_of_pictures_that_is_not_read_is_refused(tmp_path):
     encoded = (images / "0_0.png").read_bytes()
     turns = json.dumps(conversation("What?", "A circle.")["conversations"])
     for name, value in (
-        ("image", {"bytes": encoded, "path": None}),
-        ("images", [encoded]),
+        ("img", {"bytes": encoded, "path": None}),
+        ("photos", [encoded]),
         ("picture", encoded),
         ("file", "0_0.png"),
     ):
@@ -139,12 +140,12 @@ def test_blind_data_does_not_train(assets, tmp_path, capfd):
     data, images = make_records(tmp_path / "data", num_records=8)
     records = [json.loads(line) for line in data.open()]
     text = "\n".join(
-        json.dumps(conversation("What?", "A circle.", images=[r.get("image", "")])) for r in records
+        json.dumps(conversation("What?", "A circle.", photos=[r.get("image", "")])) for r in records
     )
     data.write_text(text + "\n")
     assert train_sft_vlm.main(train_flags(assets, tmp_path, data, images)) == 1
     err = capfd.readouterr().err
-    assert "of 8 samples cannot be used" in err and "its pictures stand in 'images'" in err
+    assert "of 8 samples cannot be used" in err and "its pictures stand in 'photos'" in err
 
 
 def test_data_without_a_picture_trains_and_says_so(assets, tmp_path, capfd):

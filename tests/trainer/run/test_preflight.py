@@ -1,10 +1,13 @@
 """If this fails, a full disk, a wrong tokenizer or bad records show only after hours."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from support.scripts import train_flags
 from support.tiny_parts import make_records
 
+from dataset.lm_dataset import BadSample
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.vlm_processor import load_tokenizer
 from trainer import train_pretrain_vlm
@@ -75,3 +78,65 @@ def test_cut_samples_are_counted(assets, tmp_path, capfd):
     argv = train_flags(assets, tmp_path, *data, max_seq_len=60)
     assert train_pretrain_vlm.main(argv) == 0
     assert "sample(s) were cut at 60 tokens" in capfd.readouterr().err
+
+
+class Many:
+    """Records of which some numbers are bad; keeps which were looked at."""
+
+    num_blank, data_path = 0, Path("many.jsonl")
+
+    def __init__(self, num_records, is_bad):
+        self.num_records, self.is_bad, self.seen = num_records, is_bad, []
+
+    def bad_records(self, indices):
+        for index in indices:
+            self.seen.append(index)
+            if self.is_bad(index):
+                yield BadSample(index, f"many.jsonl:{index}: broken")
+
+    def find_bad_records(self, indices=None):
+        return list(self.bad_records(range(self.num_records) if indices is None else indices))
+
+
+def test_of_many_records_a_seeded_sample_is_looked_at(capfd):
+    many = Many(3_000_000, lambda _index: False)
+    preflight.check_records(many, on_bad_sample="skip", seed=1)
+    assert len(many.seen) == preflight.NUM_LOOKED_AT and many.seen == sorted(set(many.seen))
+    assert (
+        many.seen
+        == preflight.looked_at(3_000_000, seed=1)
+        != preflight.looked_at(3_000_000, seed=2)
+    )
+    assert "many.jsonl: 2000 of 3000000 records looked at" in capfd.readouterr().out
+    few = Many(10_000, lambda index: index == 9_999)
+    preflight.check_records(few, on_bad_sample="skip", seed=1)
+    assert few.seen == list(range(10_000))
+    assert "1 record(s) will be left out; the first: many.jsonl:9999" in capfd.readouterr().err
+
+
+def test_a_bad_sample_leads_to_an_exact_verdict():
+    bad = Many(200_000, lambda index: index % 50 == 0)  # 2%
+    with pytest.raises(ValueError, match="2001 of 200000 samples cannot be used, more than 1%"):
+        preflight.check_records(bad, on_bad_sample="skip", seed=0)
+    assert len(bad.seen) < 103_000  # it is known before the end
+    near = Many(200_000, lambda index: index % 110 == 0)  # 0.9%, a sample may well have 1%
+    preflight.check_records(near, on_bad_sample="skip", seed=0)
+    assert len(near.seen) == 202_000
+    with pytest.raises(ValueError, match="broken .--on_bad_sample skip goes on"):
+        preflight.check_records(bad, on_bad_sample="error", seed=0)
+
+
+def test_what_the_sample_left_out_is_checked_as_it_comes(assets, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(preflight, "ALL_UP_TO", 10)
+    monkeypatch.setattr(preflight, "NUM_LOOKED_AT", 2)
+    data, images = make_records(tmp_path / "data", num_records=12)
+    lines = data.read_text().splitlines()
+    unseen = next(i for i in range(12) if i not in preflight.looked_at(12, seed=42))
+    lines[unseen] = lines[unseen].replace("assistant", "robot")
+    data.write_text("\n".join(lines))
+    assert train_pretrain_vlm.main(train_flags(assets, tmp_path, data, images)) == 1
+    captured = capfd.readouterr()
+    assert "2 of 12 records looked at" in captured.out
+    assert f"1 of 12 samples cannot be used, more than 1%; the last: data_0.jsonl:{unseen + 1}" in (
+        captured.err
+    )

@@ -1,0 +1,104 @@
+"""Owns indexes that are kept: where the records of a file lie, found by one pass for good.
+
+An index is an array of int64 with a row a record, kept beside its file as `.NAME.index`, or in the
+user's cache folder where that folder cannot be written. It begins with what the file was like, and
+is made anew where that has changed. It is mapped into memory, so all processes of a machine share
+it. The index of a small file is not kept: it is made faster than it is read.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+Index = npt.NDArray[np.int64]
+
+KEPT_FROM_BYTES = 1 << 22  # smaller files are indexed in some 10 ms
+VERSION = 1
+MAGIC = b"mmv-records-index"
+KEY_BYTES = 32
+HEAD_BYTES = 64  # magic and key, padded, so that the array is aligned
+ENDS_BYTES = 1 << 16  # hashed at either end of the file
+
+
+def kept_index(path: Path, build: Callable[[], Index], *, kind: str, width: int) -> Index:
+    """The index of a file: the kept one if the file is still the same, else a new one.
+
+    Args:
+        build: makes it, (N, width), by a pass over the file.
+        kind: of the index; another kind of the same file is another index.
+    """
+    if path.stat().st_size < KEPT_FROM_BYTES:
+        return build()
+    key = _key(path, kind)
+    places = index_places(path)
+    for place in places:
+        found = _read(place, key, width=width)
+        if found is not None:
+            return found
+    index = build()
+    if _key(path, kind) != key:  # it was written to meanwhile
+        return index
+    for place in places:
+        with contextlib.suppress(OSError):
+            _write(place, key, index)
+            kept = _read(place, key, width=width)
+            return index if kept is None else kept
+    return index
+
+
+def index_places(path: Path) -> tuple[Path, Path]:
+    """Where the index of a file may be kept: beside it, and in the user's cache folder."""
+    place = Path(os.path.abspath(path))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    named = f"{place.name}.{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.index"
+    return place.with_name(f".{place.name}.index"), cache / "minimind-v" / named
+
+
+def _key(path: Path, kind: str) -> bytes:
+    """What a file is like: size, time of the last change, both ends."""
+    with open(path, "rb") as file:
+        about = os.fstat(file.fileno())
+        digest = hashlib.sha256(f"{VERSION} {kind} {about.st_size} {about.st_mtime_ns}".encode())
+        digest.update(file.read(ENDS_BYTES))
+        file.seek(max(0, about.st_size - ENDS_BYTES))
+        digest.update(file.read(ENDS_BYTES))
+    return digest.digest()
+
+
+def _read(place: Path, key: bytes, *, width: int) -> Index | None:
+    """A kept index, mapped; None where there is none, or one of something else."""
+    head = (MAGIC + key).ljust(HEAD_BYTES, b"\0")
+    row_bytes = 8 * width
+    try:
+        with open(place, "rb") as file:
+            if file.read(HEAD_BYTES) != head:
+                return None
+            num_rows, rest = divmod(os.fstat(file.fileno()).st_size - HEAD_BYTES, row_bytes)
+            if rest or not num_rows:
+                return None
+        shape = (num_rows, width)
+        return np.memmap(place, np.int64, "r", offset=HEAD_BYTES, shape=shape)
+    except (OSError, ValueError):
+        return None
+
+
+def _write(place: Path, key: bytes, index: Index) -> None:
+    """Write an index whole or not at all; several processes may do so at once."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=place.parent, prefix=f"{place.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write((MAGIC + key).ljust(HEAD_BYTES, b"\0"))
+            file.write(np.ascontiguousarray(index).data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, place)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

@@ -1,0 +1,161 @@
+"""Owns mixtures: several sources of records that are trained on together, each with a weight.
+
+A source of N records and weight w gives round(w N) samples an epoch. Each is taken once before any
+is taken again, over epochs too: an epoch goes on in the source where the one before has ended.
+"""
+
+import hashlib
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from dataset.records.base import Records
+from dataset.records.conversation import Record
+
+WEIGHT = re.compile(r"(.+):(\d+\.?\d*|\.\d+)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records to train on, and how much of them an epoch takes."""
+
+    path: Path
+    weight: float | None = None  # None: it was not given, which is 1
+
+    def __str__(self) -> str:
+        return str(self.path) + ("" if self.weight is None else f":{self.weight:g}")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The sources of `--data_path`, in its order."""
+
+    sources: tuple[Source, ...]
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.sources))
+
+    @property
+    def name(self) -> str:
+        """For messages, where a single file has its name."""
+        return " + ".join(source.path.name for source in self.sources)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source in a mixture: how many records it has, and how many samples an epoch takes."""
+
+    name: str
+    num_records: int
+    num_taken: int
+
+
+def parse_sources(texts: Sequence[str]) -> Path | Mixture:
+    """What `--data_path` names: one path, or a mixture of `PATH` and `PATH:WEIGHT`.
+
+    Raises:
+        ValueError: a weight of 0, or a path that is given twice.
+    """
+    sources = [_parse_source(text) for text in texts]
+    if len(sources) == 1 and sources[0].weight is None:
+        return sources[0].path
+    for source, times in Counter(source.path for source in sources).items():
+        if times > 1:
+            raise ValueError(f"--data_path names {source} twice; give it a weight, as {source}:2")
+    return Mixture(tuple(sources))
+
+
+def _parse_source(text: str) -> Source:
+    match = WEIGHT.fullmatch(text)
+    if match is None or Path(text).expanduser().exists():
+        return Source(Path(text).expanduser())
+    weight = float(match[2])
+    if not weight:
+        raise ValueError(f"--data_path {text}: a weight must be above 0; or leave the source out")
+    return Source(Path(match[1]).expanduser(), weight)
+
+
+class MixedRecords(Records):
+    """The records of all sources, one source behind the other.
+
+    Args:
+        open_source: opens the records of a path.
+    Raises:
+        ValueError, OSError: a source cannot be read.
+    """
+
+    def __init__(self, mixture: Mixture, open_source: Callable[[Path], Records]):
+        self._sources = [open_source(source.path) for source in mixture.sources]
+        self._starts = [0, *accumulate(map(len, self._sources))]
+        super().__init__(mixture.sources[0].path, None)
+        self.num_blank = sum(records.num_blank for records in self._sources)
+        self.slowness = next((r.slowness for r in self._sources if r.slowness), None)
+        names = source_names([source.path for source in mixture.sources])
+        self.parts = [
+            Part(name, len(records), max(1, round((source.weight or 1) * len(records))))
+            for name, source, records in zip(names, mixture.sources, self._sources, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def source_of(self, index: int) -> int:
+        """Number of the source that a record is of."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return bisect_right(self._starts, index) - 1
+
+    def _place(self, index: int) -> tuple[Records, int]:
+        source = self.source_of(index)
+        return self._sources[source], index - self._starts[source]
+
+    def where(self, index: int) -> str:
+        records, place = self._place(index)
+        return records.where(place)
+
+    def __getitem__(self, index: int) -> Record:
+        records, place = self._place(index)
+        return records[place]
+
+    def _raw(self, index: int, *, where: str) -> Mapping[str, Any]:
+        records, place = self._place(index)
+        return records._raw(place, where=where)
+
+    def read_image(self, image: str | bytes) -> bytes:
+        """As `Records.read_image`; all sources look names up in one place."""
+        named = next((r for r in self._sources if r.images is not None), self._sources[0])
+        return named.read_image(image)
+
+    def files(self) -> list[Path]:
+        """The files that hold the records, in order."""
+        return [path for records in self._sources for path in records.files()]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies records and weights, not the paths."""
+        digest = hashlib.sha256()
+        for records, part in zip(self._sources, self.parts, strict=True):
+            digest.update(f"{records.fingerprint} {part.num_taken} ".encode())
+        return digest.hexdigest()
+
+    @property
+    def former_fingerprint(self) -> str:
+        return self.fingerprint
+
+
+def source_names(paths: Sequence[Path]) -> list[str]:
+    """Short names of sources: the file's, or the folder's of a pattern; longer where two are
+    alike."""
+    names = [path.parent.name if set(path.name) & set("*?[") else path.stem for path in paths]
+    names = [name or "data" for name in names]
+    if len(set(names)) < len(names):
+        names = [f"{path.parent.name}/{path.name}" for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{number} {name}" for number, name in enumerate(names, 1)]
+    return names
