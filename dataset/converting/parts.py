@@ -64,7 +64,8 @@ class Converter:
         import pyarrow  # slow to import
 
         first, num = part * PART_RECORDS, self.num_records(part)
-        rows = [self._row(index) for index in range(first, first + num)]
+        done: dict[bytes, bytes] = {}  # neighbouring records often have the same picture
+        rows = [self._row(index, done) for index in range(first, first + num)]
         schema = pyarrow.schema(
             {"record": pyarrow.string(), "images": pyarrow.list_(pyarrow.large_binary())}
         )
@@ -77,10 +78,13 @@ class Converter:
         self.atomic_write(self.path(part), write)
         return num
 
-    def _row(self, index: int) -> dict[str, Any]:
+    def _row(self, index: int, done: dict[bytes, bytes]) -> dict[str, Any]:
         try:
             record = self.layout.record(index)
-            images = [self.resizing.apply(one, self.open_picture) for one in record.images]
+            for image in record.images:
+                if image not in done:
+                    done[image] = self.resizing.apply(image, self.open_picture)
+            images = [done[image] for image in record.images]
         except FaultyRecordError as error:
             return _packed({"fault": asdict(error.fault)}, [])
         except Exception as error:  # on damaged data the libraries raise almost anything
