@@ -37,6 +37,8 @@ ALLOWED = {
     "dataset": "dataset/records",
     "dataset/features": DATASET,
     "dataset/evaluation": DATASET,
+    "dataset/examining": f"{DATASET} dataset/evaluation",
+    "dataset/converting": f"{DATASET} dataset/examining",
     "dataset/synthetic": "",
     "dataset/fetching": "",
     "trainer": "",
@@ -62,6 +64,9 @@ COMMANDS = {
     "dataset/download.py": f"{MODEL} dataset/fetching",
     "dataset/check_published.py": f"{MODEL} model/evaluation dataset/fetching",
     "dataset/prompt_picture.py": f"{MODEL} dataset dataset/records",
+    "dataset/doctor.py": f"{MODEL} model/evaluation {DATASET} dataset/examining dataset/converting",
+    "dataset/convert.py": f"{MODEL} model/evaluation dataset/examining dataset/converting "
+    "dataset/fetching",
     "dataset/synthetic/__main__.py": "",
     "trainer/train_pretrain_vlm.py": "trainer/stages.py trainer/run",
     "trainer/train_sft_vlm.py": "trainer/stages.py trainer/run",

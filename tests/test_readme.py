@@ -9,7 +9,7 @@ from support.scripts import ROOT
 
 import eval_vlm
 import web_demo
-from dataset import check_published, download, prompt_picture
+from dataset import check_published, convert, doctor, download, prompt_picture
 from dataset.synthetic import __main__ as synthetic
 from trainer import benchmark, demo, photos, plot, stages, train_clip_tiny, train_tokenizer
 from trainer.train_args import parse_args
@@ -40,6 +40,8 @@ PARSERS = {
     "trainer/plot.py": plot.parse_args,
     "dataset/synthetic": synthetic.parse_args,
     "dataset/prompt_picture.py": prompt_picture.parse_args,
+    "dataset/doctor.py": doctor.parse_args,
+    "dataset/convert.py": convert.parse_args,
     "eval_vlm.py": eval_vlm.parse_args,
     "web_demo.py": web_demo.parse_args,
     "dataset/download.py": download.parse_args,

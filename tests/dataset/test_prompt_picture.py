@@ -10,6 +10,7 @@ from support.tiny_parts import conversation
 
 from dataset import prompt_picture
 from dataset.lm_dataset import IGNORE_INDEX, VLMDataset
+from dataset.prompt_spans import PART, spans_of
 from model.vision_tower import load_image_processor, load_vision_config
 from model.vlm_processor import VLMProcessor, load_tokenizer
 from model.weights.build_model import placeholder_config
@@ -64,7 +65,7 @@ def arguments(assets, data, *more) -> list[str]:
 
 def test_spans_are_the_samples_tokens_in_order(dataset):
     sample = dataset[0]
-    spans = prompt_picture.spans_of(sample, dataset.processor)
+    spans = spans_of(sample, dataset.processor)
     assert sum(s.num_tokens for s in spans) == len(sample.input_ids)
     num_supervised = sum(s.num_tokens for s in spans if s.kind == "supervised")
     assert num_supervised == (sample.labels != IGNORE_INDEX).sum() > 0
@@ -74,8 +75,8 @@ def test_spans_are_the_samples_tokens_in_order(dataset):
     assert left[0] > 250 > 5 > left[2] and right[2] > 250 > 5 > right[0]
     assert images[1].picture.getpixel((16, 16))[:2] == (255, 255)
     supervised = "".join(s.text for s in spans if s.kind == "supervised")
-    assert supervised.replace(prompt_picture.PART, "") == "龘 picture.<|im_end|>\n"
-    text = "".join(s.text for s in spans if s.kind == "text").replace(prompt_picture.PART, "")
+    assert supervised.replace(PART, "") == "龘 picture.<|im_end|>\n"
+    text = "".join(s.text for s in spans if s.kind == "text").replace(PART, "")
     assert text.startswith("<|im_start|>system\nYou are") and "user\n图像里  ?" in text
 
 

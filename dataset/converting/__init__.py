@@ -1,0 +1,1 @@
+"""Other projects' layouts, turned into records: the parts of `python -m dataset.convert`."""

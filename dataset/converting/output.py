@@ -1,0 +1,112 @@
+"""Owns writing records: JSON lines with their pictures in a zip or a folder, or Parquet.
+
+The bytes depend on the records alone. A picture is named after its content, so that one that many
+records have is written once, and no name of a source leads anywhere.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from dataset.records.conversation import Record
+
+SUFFIXES = {  # first bytes of a picture's file -> how its name ends
+    b"\xff\xd8": ".jpg",
+    b"\x89PNG": ".png",
+    b"RIFF": ".webp",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
+}
+ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # of every member, so that equal pictures give equal bytes
+GROUP_BYTES = 1 << 26  # of a Parquet file's row group, about
+
+StorePicture = Callable[[str, bytes], None]  # takes a name, each once, and the picture's bytes
+
+
+@dataclass(frozen=True)
+class PlainRecord:
+    """A record to write: messages with role and content, encoded pictures, types of the answers."""
+
+    messages: list[dict[str, Any]]
+    images: list[bytes]
+    types: tuple[str, ...] = ()
+
+
+def plain_record(record: Record, images: list[bytes]) -> PlainRecord:
+    """A record as it was read, to be written again; tools of its system message stay."""
+    messages = []
+    for message in record.messages:
+        fields = {"role": message["role"], "content": message["content"]}
+        if message.get("tools"):
+            fields["functions"] = message["tools"]
+        messages.append(fields)
+    return PlainRecord(messages, images, record.types)
+
+
+def image_name(content: bytes) -> str:
+    """The name of a picture's file."""
+    suffix = next((end for head, end in SUFFIXES.items() if content.startswith(head)), ".tif")
+    return hashlib.blake2b(content, digest_size=10).hexdigest() + suffix
+
+
+def json_lines(records: Iterable[PlainRecord], store: StorePicture) -> Iterator[bytes]:
+    """The records as lines, each picture stored when it is first met."""
+    stored: set[str] = set()
+    for record in records:
+        names = [image_name(content) for content in record.images]
+        for name, content in zip(names, record.images, strict=True):
+            if name not in stored:
+                stored.add(name)
+                store(name, content)
+        fields: dict[str, Any] = {"conversations": record.messages}
+        if names:
+            fields["image"] = ", ".join(names)
+        if record.types:
+            fields["types"] = list(record.types)
+        yield json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def into_zip(archive: zipfile.ZipFile) -> StorePicture:
+    """Stores pictures as members that are not compressed: they are already."""
+
+    def store(name: str, content: bytes) -> None:
+        archive.writestr(zipfile.ZipInfo(name, date_time=ZIP_TIME), content)
+
+    return store
+
+
+def into_folder(folder: Path) -> StorePicture:
+    """Stores pictures as files."""
+
+    def store(name: str, content: bytes) -> None:
+        (folder / name).write_bytes(content)
+
+    return store
+
+
+def write_parquet(file: IO[bytes], records: Iterable[PlainRecord]) -> None:
+    """Write columns `conversations` (JSON) and `image_bytes` (a list), in the published layout."""
+    import pyarrow  # slow to import
+    import pyarrow.parquet
+
+    schema = pyarrow.schema(
+        {"conversations": pyarrow.string(), "image_bytes": pyarrow.list_(pyarrow.binary())}
+    )
+    rows: list[dict[str, Any]] = []
+    size = 0
+    # Without a dictionary any row can be read alone.
+    with pyarrow.parquet.ParquetWriter(file, schema, use_dictionary=False) as writer:
+        for record in records:
+            text = json.dumps(record.messages, ensure_ascii=False)
+            text = text.encode("utf-8", "backslashreplace").decode()
+            rows.append({"conversations": text, "image_bytes": record.images})
+            size += len(text) + sum(map(len, record.images))
+            if size >= GROUP_BYTES:
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+                rows, size = [], 0
+        if rows:
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))

@@ -1,0 +1,1 @@
+"""What a data set holds and what is wrong with it: the parts of `python -m dataset.doctor`."""
