@@ -21,7 +21,7 @@ from model.generation.engine import VLMEngine
 from model.generation.sampling import add_sampling_arguments, sampling_from
 from model.machine.paths import ROOT
 from model.options import OnceParser, add_model_arguments, parse_path
-from model.serving.api.server import serve_api
+from model.serving.api.server import check_origins, serve_api
 from model.serving.web.server import serve_page
 from model.serving.web.weights import Weights
 
@@ -44,6 +44,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--api_key",
         default=os.environ.get("MINIMIND_API_KEY"),
         help="asked of --api's clients / 接口密钥",
+    )
+    add(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages of this origin may ask --api; repeatable, * is any / 允许的网页来源",
     )
     add("--concurrency", type=int, default=2, help="answers at once / 同时生成的回答数")
     add("--queue", type=int, default=64, help="questions that may wait / 最多排队数")
@@ -73,12 +80,17 @@ def main(argv: list[str] | None = None) -> int:
                 "--concurrency must be at least 1, --queue at least 0, --port 0 to 65535; got "
                 f"{args.concurrency}, {args.queue}, {args.port}"
             )
+        if args.cors and not args.api:
+            raise ValueError("--cors is of the server for programs; add --api, or leave it out")
+        check_origins(args.cors)
         sampling_from(args)  # wrong flags are told before anything is loaded
         if args.api:
             engine = VLMEngine.from_args(args)
             defaults = sampling_from(args, engine.generation)
             print_warning(engine)
-            return serve_api(engine, defaults, **where, **limits, api_key=args.api_key)
+            return serve_api(
+                engine, defaults, **where, **limits, api_key=args.api_key, origins=args.cors
+            )
         weights = Weights(args)
         first = weights.get(weights.default)
         defaults = sampling_from(args, first.generation)

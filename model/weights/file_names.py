@@ -16,6 +16,11 @@ def weight_stem(name: str, *, hidden_size: int, use_moe: bool) -> str:
     return f"{name}_{hidden_size}{'_moe' if use_moe else ''}"
 
 
+def name_without_size(stem: str) -> str:
+    """NAME of `NAME_{hidden}{_moe}`; another stem stays as it is."""
+    return re.sub(r"_\d+(_moe)?$", "", stem)
+
+
 def find_weight(
     name: str,
     *,
