@@ -145,6 +145,7 @@ class Endpoint:
                 else:
                     async for _ in reply.written():
                         text_came()
+                    client.check()  # a cut answer is nobody's
                     await JSONResponse(reply.whole())(scope, receive, send)
         finally:
             metrics.tokens(reply.usage)
