@@ -66,9 +66,11 @@ def test_langchain(engine, address):
         assert reply.usage_metadata["output_tokens"] == 24
         chunks = list(chat.stream(theirs))
         assert "".join(chunk.content for chunk in chunks) == expected and len(chunks) > 3
-    told = library.ChatOpenAI(
+    several = library.ChatOpenAI(
         base_url=address, api_key="none", model=MODEL, logprobs=True, top_logprobs=2, n=2
-    ).generate([[("user", "What?")]])
+    )
+    messages = pytest.importorskip("langchain_core.messages", reason=HOW)
+    told = several.generate([[messages.HumanMessage("What?")]])
     assert len(told.generations[0]) == 2
     text = library.OpenAI(
         base_url=address, api_key="none", model=MODEL, max_retries=0, temperature=0
