@@ -19,11 +19,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from model.generation.engine import VLMEngine
 from model.generation.sampling import add_sampling_arguments, sampling_from
-from model.machine.paths import ROOT
+from model.machine.paths import OUT_DIR, ROOT
 from model.options import OnceParser, add_model_arguments, parse_path
-from model.serving.api.server import serve_api
+from model.serving.api.server import check_origins, serve_api
 from model.serving.web.server import serve_page
 from model.serving.web.weights import Weights
+from model.weights.file_names import weight_at_hand
+
+DEMO = "sft_vlm_demo_128.pth"
+# Flags of which each says which weight is meant.
+NAME_A_WEIGHT = {
+    "weight", "load_from", "generation", "hidden_size", "num_hidden_layers", "use_moe",
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -45,6 +52,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=os.environ.get("MINIMIND_API_KEY"),
         help="asked of --api's clients / 接口密钥",
     )
+    add(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages of this origin may ask --api; repeatable, * is any / 允许的网页来源",
+    )
     add("--concurrency", type=int, default=2, help="answers at once / 同时生成的回答数")
     add("--queue", type=int, default=64, help="questions that may wait / 最多排队数")
     add(
@@ -53,7 +67,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=ROOT / "dataset" / "eval_images",
         help="folder of pictures to try on the page / 示例图片目录",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.names_weight = bool(parser.given & NAME_A_WEIGHT)
+    return args
+
+
+def take_what_is_there(args: argparse.Namespace) -> None:
+    """Where no weight is named and the usual one is not there, take one that is, and say so."""
+    if args.names_weight:
+        return
+    path = weight_at_hand(args.weight, save_dir=args.save_dir)
+    if path is None:
+        return
+    is_demo = path == OUT_DIR / DEMO
+    told = "the finished tiny model of this repository: it knows coloured shapes, little else"
+    print(
+        f"note: there is no weight {args.weight} yet, so this starts with {path.name}"
+        f"{', ' + told if is_demo else ''}; --weight names another / 没有 {args.weight}，先用 "
+        f"{path.name}",
+        file=sys.stderr,
+        flush=True,
+    )
+    args.weight = str(path)
 
 
 def print_warning(engine: VLMEngine) -> None:
@@ -73,12 +108,18 @@ def main(argv: list[str] | None = None) -> int:
                 "--concurrency must be at least 1, --queue at least 0, --port 0 to 65535; got "
                 f"{args.concurrency}, {args.queue}, {args.port}"
             )
+        if args.cors and not args.api:
+            raise ValueError("--cors is of the server for programs; add --api, or leave it out")
+        check_origins(args.cors)
         sampling_from(args)  # wrong flags are told before anything is loaded
+        take_what_is_there(args)
         if args.api:
             engine = VLMEngine.from_args(args)
             defaults = sampling_from(args, engine.generation)
             print_warning(engine)
-            return serve_api(engine, defaults, **where, **limits, api_key=args.api_key)
+            return serve_api(
+                engine, defaults, **where, **limits, api_key=args.api_key, origins=args.cors
+            )
         weights = Weights(args)
         first = weights.get(weights.default)
         defaults = sampling_from(args, first.generation)

@@ -151,7 +151,8 @@ class VLMProcessor:
         """The prompt as text, every `<image>` replaced by the placeholder.
 
         Args:
-            messages: a first system message may have `tools`, a list for the template.
+            messages: a first system message may have `tools`, a list for the template. If the last
+                one is the assistant's, the generation prompt ends with it: the model goes on there.
             open_thinking: the generation prompt opens a think block (generation 3).
             keep_empty_thinking: False drops the empty think blocks that the template writes.
         Raises:
@@ -160,14 +161,18 @@ class VLMProcessor:
         tools = (messages[0].get("tools") if messages else None) or None
         if tools is not None:
             self._check_text(json.dumps(tools, ensure_ascii=False), what="text of the tools")
+        is_begun = add_generation_prompt and messages[-1]["role"] == "assistant"
+        asked = messages[:-1] if is_begun else messages
         text = self.tokenizer.apply_chat_template(
-            [{"role": m["role"], "content": self._fill(m["content"])} for m in messages],
+            [{"role": m["role"], "content": self._fill(m["content"])} for m in asked],
             tools=tools,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             open_thinking=open_thinking,
         )
         assert isinstance(text, str)
+        if is_begun:
+            text += self._fill(messages[-1]["content"])
         return text if keep_empty_thinking else text.replace(EMPTY_THINKING, "")
 
     def plain(self, text: str) -> str:
@@ -326,7 +331,36 @@ class VLMProcessor:
             (I + J,) bool.
         """
         options = {"add_generation_prompt": True, "open_thinking": open_thinking}
-        rows = [self(m, images, **options) for m, images in conversations]
+        return self._pad_left([self(m, images, **options) for m, images in conversations])
+
+    def text_batch(
+        self, prompts: Sequence[str | Sequence[int]], *, max_tokens: int
+    ) -> dict[str, Tensor]:
+        """Texts, or their ids, as they stand, as a batch like that of `prompt_batch`.
+
+        Raises:
+            ValueError: a prompt is empty, leaves no room for an answer, or holds what is no text or
+                no id.
+        """
+        rows = []
+        for prompt in prompts:
+            if isinstance(prompt, str) and any("\ud800" <= c <= "\udfff" for c in prompt):
+                raise ValueError("the prompt holds half a character (a UTF-16 surrogate)")
+            if isinstance(prompt, str):
+                prompt = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor(prompt, dtype=torch.int64)
+            if not 0 < len(ids) < max_tokens:
+                raise ValueError(
+                    f"the prompt has {len(ids):,} tokens; 1 to {max_tokens - 1:,} are taken: the "
+                    "answer needs room too"
+                )
+            if not 0 <= int(ids.min()) <= int(ids.max()) < len(self.tokenizer):
+                raise ValueError(f"the prompt's ids must be from 0 to {len(self.tokenizer) - 1}")
+            mask = torch.zeros(len(ids), dtype=torch.bool)
+            rows.append({"input_ids": ids, "image_mask": mask, **self._look([])})
+        return self._pad_left(rows)
+
+    def _pad_left(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
         shape = (len(rows), width)
         batch = {

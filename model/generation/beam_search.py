@@ -10,34 +10,45 @@ import threading
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from model.generation.decoding import AnswerState
 from model.generation.sampling import Sampling
 from model.model_vlm import MiniMindVLM
 
 OF_IMAGES = ("pixel_values", "vision_features", "has_features")  # the rest is of tokens
-MIN_BEAM_TOKENS = 16_384  # 16 beams of 1,024 tokens, however short the model's context
+MIN_SHARED_TOKENS = 16_384  # 16 beams of 1,024 tokens, however short the model's context
 
 
-def beam_room(num_prompt_tokens: int, num_beams: int, *, max_tokens: int) -> int:
-    """How many tokens an answer may have: as its beams together hold at most one full context (or
-    `MIN_BEAM_TOKENS`), a request with many beams takes no more memory than one without.
+def shared_room(num_prompt_tokens: int, num_rows: int, *, max_tokens: int, name: str) -> int:
+    """How many tokens an answer may have: as all beams, or all answers, of a request together hold
+    at most one full context (or `MIN_SHARED_TOKENS`), many take no more memory than one.
 
     Args:
+        num_prompt_tokens: of the longest prompt.
+        num_rows: beams or answers that are computed together.
         max_tokens: of prompt and answer together, in the model's context.
+        name: of what to lower, for the message.
     Raises:
         ValueError: there is no room for an answer.
     """
     room = max_tokens - num_prompt_tokens
-    if num_beams == 1:
+    if num_rows == 1:
         return room
-    held = max(max_tokens, MIN_BEAM_TOKENS)
-    room = min(room, held // num_beams - num_prompt_tokens)
+    held = max(max_tokens, MIN_SHARED_TOKENS)
+    room = min(room, held // num_rows - num_prompt_tokens)
     if room < 1:
+        what = "beams" if name == "num_beams" else "answers"
         raise ValueError(
-            f"{num_beams} beams of a prompt of {num_prompt_tokens:,} tokens hold more than "
-            f"{held:,} tokens; lower num_beams, shorten the question or use fewer images"
+            f"{num_rows} {what} with a prompt of {num_prompt_tokens:,} tokens hold more than "
+            f"{held:,} tokens; lower {name}, shorten the question or use fewer images"
         )
     return room
 
@@ -127,11 +138,17 @@ class BeamDecoder:
                 eos_token_id=self._eos_token_id,
                 pad_token_id=self._eos_token_id,
             ),
-            logits_processor=self._sampling.processors(),
+            logits_processor=_processors(self._sampling),
             stopping_criteria=StoppingCriteriaList([self._ends]),
         )
         assert isinstance(found, Tensor)
         return found[:, ids.shape[1] :]
+
+
+def _processors(sampling: Sampling) -> LogitsProcessorList:
+    penalty = float(sampling.repetition_penalty)
+    wanted = [] if penalty == 1 else [RepetitionPenaltyLogitsProcessor(penalty)]
+    return LogitsProcessorList(wanted)
 
 
 class BeamEnds(StoppingCriteria):

@@ -3,61 +3,49 @@
 Shapes: B unfinished answers, T tokens, V vocabulary.
 """
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 
-from model.generation.sampling import Sampling
+from model.generation.sampler import Sampler
 from model.model_vlm import MiniMindVLM
 
 REPLACEMENT = "\ufffd"  # what the tokenizer writes for bytes that are not a whole character
 
 
+class TokenScore(NamedTuple):
+    """A token of an answer, and what the model says of it: natural logarithms of probabilities."""
+
+    token_id: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]  # ids and their own, in falling order
+
+
 class AnswerState:
-    """One answer while it is generated, with its own random numbers.
+    """One answer while it is generated.
 
     Args:
-        prompt_ids: (T,) on the CPU, without padding.
+        num_prompt_tokens: without padding.
         max_new_tokens: must fit in the context behind the prompt.
     """
 
-    def __init__(self, prompt_ids: Tensor, sampling: Sampling, *, max_new_tokens: int):
-        self.num_prompt_tokens = len(prompt_ids)
+    def __init__(self, num_prompt_tokens: int, *, max_new_tokens: int):
+        self.num_prompt_tokens, self.max_new_tokens = num_prompt_tokens, max_new_tokens
         self.new_ids: list[int] = []
+        self.scores: list[TokenScore] = []  # of the new tokens, where the settings ask for them
         self.finish_reason: str | None = None  # "stop", "length" or "cancelled"
-        self.max_new_tokens = max_new_tokens
-        self._is_greedy = sampling.temperature == 0
-        self._processors = sampling.processors()
-        self._ids = F.pad(prompt_ids, (0, max_new_tokens))  # filled as the answer grows
-        self._generator = torch.Generator()
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(sampling.seed)
 
-    def add_token(self, logits: Tensor, *, eos_token_id: int) -> int:
-        """Choose the next token and append it; sets `finish_reason` if it is the last one.
-
-        Args:
-            logits: (V,) float32 on the CPU.
-        """
-        length = self.num_prompt_tokens + len(self.new_ids)
-        ids = self._ids[None, :length]  # (1, T)
-        scores = self._processors(ids, logits[None])[0]  # type: ignore[arg-type]  # int64 will do
-        if self._is_greedy:
-            token = int(scores.argmax())
-        else:
-            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
-        self._ids[length] = token
+    def add_token(self, token: int, *, end_ids: Collection[int]) -> None:
+        """Append a token; sets `finish_reason` if it is the last one."""
         self.new_ids.append(token)
-        if token == eos_token_id:
+        if token in end_ids:
             self.finish_reason = "stop"
         elif len(self.new_ids) == self.max_new_tokens:
             self.finish_reason = "length"
-        return token
 
     def set_tokens(self, ids: list[int], *, eos_token_id: int) -> None:
         """Take a whole answer, found elsewhere; what stands behind its end or limit is dropped."""
@@ -65,6 +53,11 @@ class AnswerState:
         has_end = eos_token_id in ids
         self.new_ids = ids[: ids.index(eos_token_id) + 1] if has_end else ids
         self.finish_reason = "stop" if has_end else "length"
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The new tokens that are text: without the one that ended the answer."""
+        return self.new_ids[:-1] if self.finish_reason == "stop" else self.new_ids
 
 
 class Decoder:
@@ -75,7 +68,10 @@ class Decoder:
 
     Args:
         batch: of `VLMProcessor.prompt_batch`.
-        answers: one for each row of the batch, in its order.
+        answers: for each row of the batch, in its order, one or the same number of several: those
+            of one row follow one another. The prompts are computed once all the same.
+        sampler: of these answers.
+        num_logprobs: as of `Sampling`.
     """
 
     def __init__(
@@ -83,13 +79,15 @@ class Decoder:
         model: MiniMindVLM,
         batch: dict[str, Tensor],
         answers: list[AnswerState],
+        sampler: Sampler,
         *,
-        eos_token_id: int,
+        end_ids: Collection[int],
+        num_logprobs: int | None = None,
     ):
         self.answers = answers
         self._active = list(answers)
-        self._model = model
-        self._eos_token_id = eos_token_id
+        self._model, self._sampler = model, sampler
+        self._end_ids, self._num_logprobs = frozenset(end_ids), num_logprobs
         self._inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         self._mask = self._inputs["attention_mask"]  # (B, T)
         self._cache: Cache | None = None
@@ -104,26 +102,46 @@ class Decoder:
             answer.finish_reason = "cancelled"
         self._active, self._inputs, self._cache = [], {}, None
 
+    def end(self, answer: AnswerState) -> None:
+        """End one answer with the tokens it has, between two steps; a finished one stays."""
+        if answer.finish_reason is None:
+            answer.finish_reason = "cancelled"
+            self._drop_finished()
+
     @torch.inference_mode()
     def step(self) -> None:
         """Add a token to every unfinished answer; an error cancels them all."""
         try:
             logits = self._forward()
+            tokens = self._sampler.choose(logits)
+            scores = self._scores(logits, tokens)
+            chosen = tokens.tolist()
         except RuntimeError:
             self.cancel()  # frees the cache: others may need it while the error is reported
             raise
-        for answer, scores in zip(self._active, logits, strict=True):
-            answer.add_token(scores, eos_token_id=self._eos_token_id)
+        for answer, token in zip(self._active, chosen, strict=True):
+            answer.add_token(token, end_ids=self._end_ids)
+        for answer, score in zip(self._active, scores, strict=False):
+            answer.scores.append(score)
+        self._drop_finished()
+
+    def _drop_finished(self) -> None:
+        """Finished answers leave the batch."""
         unfinished = [i for i, a in enumerate(self._active) if a.finish_reason is None]
-        if len(unfinished) < len(self._active):  # finished answers leave the batch
-            self._active = [self._active[i] for i in unfinished]
+        if len(unfinished) == len(self._active):
+            return
+        self._active = [self._active[i] for i in unfinished]
+        if not unfinished:
+            self._inputs, self._cache = {}, None
+        else:
+            assert self._cache is not None, "an answer ended before the first step"
             kept = torch.tensor(unfinished, dtype=torch.int64, device=self._mask.device)
             self._mask = self._mask[kept]
-            assert self._cache is not None
             self._cache.batch_select_indices(kept)
+            self._sampler.select(unfinished)
 
     def _forward(self) -> Tensor:
-        """Logits (B, V) of the next tokens, in float32 on the CPU."""
+        """Logits (B, V) of the next tokens, in float32."""
         if self._cache is None:
             inputs: dict[str, Any] = self._inputs
         else:
@@ -137,9 +155,24 @@ class Decoder:
                 "cache": self._cache,
             }
         output = self._model(**inputs, use_cache=True, logits_to_keep=1)
+        logits: Tensor = output.logits[:, -1].float()
+        num_choices = len(self._active) // len(logits)
+        if num_choices > 1:  # this was the prompt, which several answers share
+            output.cache.batch_repeat_interleave(num_choices)
+            self._mask = self._mask.repeat_interleave(num_choices, 0)
+            logits = logits.repeat_interleave(num_choices, 0)
         self._inputs, self._cache = {}, output.cache
-        logits: Tensor = output.logits[:, -1].float().cpu()
         return logits
+
+    def _scores(self, logits: Tensor, tokens: Tensor) -> list[TokenScore]:
+        """What the model says of the chosen tokens (B,); nothing where none is asked for."""
+        if self._num_logprobs is None:
+            return []
+        logprobs = logits.log_softmax(-1)
+        own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+        values, ids = logprobs.topk(min(self._num_logprobs, logprobs.shape[1]))
+        rows = zip(tokens.tolist(), own, ids.tolist(), values.tolist(), strict=True)
+        return [TokenScore(t, p, tuple(zip(i, v, strict=True))) for t, p, i, v in rows]
 
 
 class TextPieces:
@@ -149,8 +182,8 @@ class TextPieces:
     pieces joined are the decoded answer, without an incomplete character at its end.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True):
+        self._tokenizer, self._skips_special = tokenizer, skip_special_tokens
         self._waiting: list[int] = []  # ids since the last character boundary
         self._num_returned = 0  # characters of theirs returned already
 
@@ -158,7 +191,9 @@ class TextPieces:
         """The characters that this token completes; "" if none."""
         self._waiting.append(token)
         text = self._tokenizer.decode(
-            self._waiting, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._waiting,
+            skip_special_tokens=self._skips_special,
+            clean_up_tokenization_spaces=False,
         )
         assert isinstance(text, str)  # of one sequence; a batch would give a list
         whole = text.removesuffix(REPLACEMENT)

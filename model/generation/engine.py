@@ -6,46 +6,26 @@ the same answer everywhere.
 
 import argparse
 import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from model.generation.attention_map import image_attention
-from model.generation.beam_search import BeamDecoder, beam_room
+from model.generation.beam_search import BeamDecoder, shared_room
 from model.generation.context import Context
-from model.generation.decoding import AnswerState, Decoder, TextPieces
-from model.generation.sampling import Sampling, cannot_think
-from model.generation.thinking import Piece, ThinkingSplitter, without_thinking
+from model.generation.decoding import AnswerState, Decoder
+from model.generation.sampler import Sampler
+from model.generation.sampling import MAX_SEED, Sampling, cannot_think
+from model.generation.stream import NO_ROOM_ADVICE, Answer, Stream, Streams
+from model.generation.thinking import without_thinking
 from model.machine.device import memory_guard
 from model.vision.pictures import Picture
 from model.vlm_processor import IMAGE_TAG, Message
 from model.weights.build_model import LoadedModel, load_model
 
-NO_ROOM_ADVICE = "ask more briefly, with fewer pictures, or lower --batch_size or --concurrency"
 # As `VLMProcessor` takes them: pictures, or what is known of them already.
 Images = Sequence[Picture | Tensor] | Tensor
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer and how it ended.
-
-    Args:
-        finish_reason: "stop" (the model wrote its end token), "length" or "cancelled".
-        num_new_tokens: the end token included.
-        num_dropped_turns: old turns that the context had no room for.
-        reasoning: the thinking in front of `text`; None where there is none.
-    """
-
-    text: str
-    finish_reason: str
-    num_prompt_tokens: int
-    num_new_tokens: int
-    num_dropped_turns: int
-    reasoning: str | None = None
 
 
 def ask(prompt: str, *, num_images: int) -> list[Message]:
@@ -53,85 +33,6 @@ def ask(prompt: str, *, num_images: int) -> list[Message]:
     if IMAGE_TAG not in prompt:
         prompt = f"{IMAGE_TAG}\n" * num_images + prompt
     return [{"role": "user", "content": prompt}]
-
-
-class Stream:
-    """One answer as it comes: iterate over the pieces of its text, then read `answer`.
-
-    Thinking comes first; `is_thinking` says whether the piece that was returned last belongs to it.
-    Nothing is computed between two pieces, and each may be read by another thread. Closing the
-    stream, leaving it as a context manager or setting `cancel` ends the answer at the next token.
-    Beam search gives the answer as a whole, once it is found; if `cancel` is set meanwhile, that
-    is the best beam so far.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder | BeamDecoder,
-        pieces: TextPieces,
-        splitter: ThinkingSplitter,
-        *,
-        num_dropped_turns: int,
-        cancel: threading.Event | None,
-    ):
-        self.is_thinking = False
-        self._decoder, self._pieces, self._splitter = decoder, pieces, splitter
-        self._ready: deque[Piece] = deque()
-        self._num_dropped_turns = num_dropped_turns
-        self._cancel = cancel
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    @memory_guard(NO_ROOM_ADVICE)
-    def __next__(self) -> str:
-        while not self._ready and not self._decoder.is_done:
-            if self._cancel is not None and self._cancel.is_set():
-                self.close()
-                break
-            answer = self._decoder.answers[0]
-            num_before = len(answer.new_ids)
-            self._decoder.step()
-            text = "".join(map(self._pieces.push, answer.new_ids[num_before:]))
-            self._ready += self._splitter.push(text)
-        if not self._ready:
-            self._ready += self._splitter.finish()
-        if not self._ready:
-            raise StopIteration
-        text, self.is_thinking = self._ready.popleft()
-        return text
-
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the answer with the tokens it has; nothing happens to a finished one."""
-        self._decoder.cancel()
-
-    @property
-    def answer(self) -> Answer:
-        """The answer, once it has ended."""
-        if not self._decoder.is_done:
-            raise ValueError(
-                "the answer has not ended yet: read the stream to its end, or close it"
-            )
-        self._ready += self._splitter.finish()
-        return _answer(self._decoder.answers[0], self._splitter, self._num_dropped_turns)
-
-
-def _answer(state: AnswerState, split: ThinkingSplitter, num_dropped_turns: int) -> Answer:
-    assert state.finish_reason is not None
-    return Answer(
-        split.answer,
-        state.finish_reason,
-        state.num_prompt_tokens,
-        len(state.new_ids),
-        num_dropped_turns,
-        split.reasoning,
-    )
 
 
 class VLMEngine:
@@ -192,22 +93,11 @@ class VLMEngine:
             ValueError, OSError: a conversation or picture that cannot be used.
             OutOfMemory: (a ValueError too) memory ran out; what was allocated is free again.
         """
-        decoder, dropped = self._start(conversations, sampling, cancel)
-        while not decoder.is_done:
-            if cancel is not None and cancel.is_set():
-                decoder.cancel()
-            else:
-                decoder.step()
-        answers = []
-        for state, num_dropped_turns in zip(decoder.answers, dropped, strict=True):
-            pieces, splitter = TextPieces(self.processor.tokenizer), self._splitter(sampling)
-            splitter.push("".join(pieces.push(token) for token in state.new_ids))
-            splitter.finish()
-            answers.append(_answer(state, splitter, num_dropped_turns))
-        return answers
-
-    def _splitter(self, sampling: Sampling) -> ThinkingSplitter:
-        return ThinkingSplitter(can_think=self.can_think, is_open=sampling.open_thinking)
+        batch, dropped = self._prompts(conversations, sampling)
+        streams = self._streams(batch, dropped, sampling, cancel=cancel)
+        for _ in streams:
+            pass
+        return streams.answers
 
     @memory_guard(NO_ROOM_ADVICE)
     def stream(
@@ -224,22 +114,55 @@ class VLMEngine:
             ValueError, OSError: as `generate`, before the first piece.
             OutOfMemory: here or while any piece is read.
         """
-        decoder, (num_dropped_turns,) = self._start([(messages, images)], sampling, cancel)
-        return Stream(
-            decoder,
-            TextPieces(self.processor.tokenizer),
-            self._splitter(sampling),
-            num_dropped_turns=num_dropped_turns,
-            cancel=cancel,
+        return Stream(self.choices(messages, images, sampling, cancel=cancel))
+
+    @memory_guard(NO_ROOM_ADVICE)
+    def choices(
+        self,
+        messages: list[Message],
+        images: Images,
+        sampling: Sampling,
+        *,
+        num_choices: int = 1,
+        cancel: threading.Event | None = None,
+    ) -> Streams:
+        """Several answers to one question, computed together; the prompt is computed once.
+
+        The first has the random numbers of `sampling.seed`, each further one those of the next
+        seed. Raises as `stream`.
+        """
+        batch, dropped = self._prompts([(messages, images)], sampling)
+        return self._streams(
+            batch, dropped, sampling, num_choices=num_choices, is_shared=True, cancel=cancel
         )
 
-    def _start(
+    @memory_guard(NO_ROOM_ADVICE)
+    def complete(
         self,
-        conversations: list[tuple[list[Message], Images]],
+        prompts: Sequence[str | Sequence[int]],
         sampling: Sampling,
-        cancel: threading.Event | None,
-    ) -> tuple[Decoder | BeamDecoder, list[int]]:
-        """A decoder, and how many turns were dropped from each conversation."""
+        *,
+        num_choices: int = 1,
+        cancel: threading.Event | None = None,
+    ) -> Streams:
+        """Texts that go on from each prompt as it stands: no chat template, no pictures.
+
+        Args:
+            prompts: texts, in which special tokens are read as such, or ids.
+            num_choices: answers to each prompt; they follow one another.
+        Raises:
+            ValueError: a prompt that is empty, too long or has other ids than the vocabulary's.
+        """
+        batch = self.processor.text_batch(prompts, max_tokens=self.max_tokens)
+        dropped = [0] * len(prompts)
+        return self._streams(
+            batch, dropped, sampling, num_choices=num_choices, is_shared=True, cancel=cancel
+        )
+
+    def _prompts(
+        self, conversations: list[tuple[list[Message], Images]], sampling: Sampling
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """The model's inputs, and how many turns were dropped from each conversation."""
         if not conversations:
             raise ValueError("no conversation to answer")
         thinks = sampling.open_thinking
@@ -252,17 +175,91 @@ class VLMEngine:
             )
             prompts.append((kept, images))
             dropped.append(num_dropped)
-        batch = self.processor.prompt_batch(prompts, open_thinking=thinks)
+        return self.processor.prompt_batch(prompts, open_thinking=thinks), dropped
+
+    def _streams(
+        self,
+        batch: dict[str, Tensor],
+        dropped: list[int],
+        sampling: Sampling,
+        *,
+        num_choices: int = 1,
+        is_shared: bool = False,
+        cancel: threading.Event | None,
+    ) -> Streams:
+        """The answers to a batch of prompts.
+
+        Args:
+            is_shared: all answers are one request's, which has the memory of one full context.
+        """
+        rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        prompts = [ids[mask.bool()] for ids, mask in rows for _ in range(num_choices)]
+        num_beams = sampling.num_beams
+        num_rows, name = (num_beams, "num_beams") if num_beams > 1 else (1, "n")
+        if is_shared:
+            num_rows *= len(prompts)
+        longest = max(map(len, prompts)) if is_shared else None
         answers = []
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-            prompt_ids = ids[mask.bool()]
-            room = beam_room(len(prompt_ids), sampling.num_beams, max_tokens=self.max_tokens)
+        for ids in prompts:
+            room = shared_room(longest or len(ids), num_rows, max_tokens=self.max_tokens, name=name)
             limit = min(sampling.max_new_tokens, room)
-            answers.append(AnswerState(prompt_ids, sampling, max_new_tokens=limit))
-        what, end = (self.model, batch, answers), self.processor.tokenizer.eos_token_id
-        if sampling.num_beams == 1:
-            return Decoder(*what, eos_token_id=end), dropped
-        return BeamDecoder(*what, sampling, eos_token_id=end, cancel=cancel), dropped
+            answers.append(AnswerState(len(ids), max_new_tokens=limit))
+        decoder: Decoder | BeamDecoder
+        if num_beams > 1:
+            decoder = self._beam_decoder(batch, answers, sampling, cancel)
+        else:
+            decoder = self._decoder(batch, answers, sampling, prompts, num_choices)
+        return Streams(
+            decoder,
+            self.processor.tokenizer,
+            sampling,
+            can_think=self.can_think,
+            num_dropped_turns=[n for n in dropped for _ in range(num_choices)],
+            cancel=cancel,
+        )
+
+    def _beam_decoder(
+        self,
+        batch: dict[str, Tensor],
+        answers: list[AnswerState],
+        sampling: Sampling,
+        cancel: threading.Event | None,
+    ) -> BeamDecoder:
+        assert len(answers) == len(batch["input_ids"]), "beams give one answer to a prompt"
+        end = self.processor.tokenizer.eos_token_id
+        return BeamDecoder(self.model, batch, answers, sampling, eos_token_id=end, cancel=cancel)
+
+    def _decoder(
+        self,
+        batch: dict[str, Tensor],
+        answers: list[AnswerState],
+        sampling: Sampling,
+        prompts: list[Tensor],
+        num_choices: int,
+    ) -> Decoder:
+        end_ids = {*sampling.stop_token_ids}
+        if not sampling.ignore_eos:
+            end_ids.add(self.processor.tokenizer.eos_token_id)
+        first = sampling.seed
+        seeds = [
+            None if first is None else (first + i) % (MAX_SEED + 1) for i in range(num_choices)
+        ]
+        sampler = Sampler(
+            sampling,
+            prompts,
+            seeds=seeds * len(batch["input_ids"]),
+            end_ids=end_ids,
+            vocab_size=self.model.config.vocab_size,
+            device=self.model.device,
+        )
+        return Decoder(
+            self.model,
+            batch,
+            answers,
+            sampler,
+            end_ids=end_ids,
+            num_logprobs=sampling.num_logprobs,
+        )
 
     def remember(self, messages: list[Message], answer: str) -> list[Message]:
         """The conversation with the model's answer appended, for the next question.

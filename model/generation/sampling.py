@@ -1,22 +1,9 @@
-"""Owns how an answer is generated: temperature, top-k, top-p, repetition penalty, seed, thinking,
-beams.
-
-Shapes: V vocabulary.
-"""
+"""Owns how an answer is generated: temperature, truncation, penalties, ends, thinking, beams."""
 
 import argparse
 import math
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from model.generations import DEFAULT_GENERATION, GENERATIONS
 from model.options import parse_bool
@@ -24,6 +11,12 @@ from model.options import parse_bool
 MAX_SEED = 2**63 - 1
 MAX_TOP_K = 1_000_000
 MAX_BEAMS = 16
+MAX_LOGPROBS = 20
+# Of draws, or of single answers: a beam search does not take them.
+NOT_OF_BEAMS = (
+    "min_p", "presence_penalty", "frequency_penalty", "min_tokens", "ignore_eos", "stop_token_ids",
+    "num_logprobs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,15 @@ class Sampling:
         num_beams: of beam search, which draws nothing: above 1 it needs temperature 0. 1 is none.
         length_penalty: of beam search: an answer's log probability is divided by its number of
             tokens to this power, as in transformers; 0 takes the sum, as the captioning papers do.
+        min_p: only tokens of at least this share of the likeliest one's probability; 0 is off.
+        presence_penalty: subtracted from the logits of tokens that the answer already holds.
+        frequency_penalty: the same, once for each time that the answer holds the token.
+        min_tokens: the answer does not end before it has so many.
+        ignore_eos: the model's end token does not end the answer.
+        stop_token_ids: tokens that end the answer too; the one that does is no part of the text.
+        skip_special_tokens: False leaves special tokens in the text.
+        num_logprobs: of so many of the likeliest tokens, and of the chosen one, log probabilities
+            are kept, those that the model gives before penalties and temperature; None: of none.
     Raises:
         ValueError: a value is out of its range, or beams at a temperature above 0; the message
             names the flag.
@@ -55,6 +57,14 @@ class Sampling:
     open_thinking: bool = False
     num_beams: int = 1
     length_penalty: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    skip_special_tokens: bool = True
+    num_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         def must(is_right: bool, name: str, wanted: str) -> None:
@@ -69,36 +79,33 @@ class Sampling:
         must(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", f"from 0 to {MAX_SEED}")
         must(1 <= self.num_beams <= MAX_BEAMS, "num_beams", f"1 (no beam search) to {MAX_BEAMS}")
         must(-10 <= self.length_penalty <= 10, "length_penalty", "from -10 to 10")
-        if self.num_beams > 1 and self.temperature > 0:
+        must(0 <= self.min_p <= 1, "min_p", "from 0 to 1")
+        must(-2 <= self.presence_penalty <= 2, "presence_penalty", "from -2 to 2")
+        must(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "from -2 to 2")
+        wanted = f"from 0 to the longest answer, {self.max_new_tokens}"
+        must(0 <= self.min_tokens <= self.max_new_tokens, "min_tokens", wanted)
+        is_number = self.num_logprobs is None or 0 <= self.num_logprobs <= MAX_LOGPROBS
+        must(is_number, "num_logprobs", f"from 0 to {MAX_LOGPROBS}")
+        if self.num_beams > 1:
+            self._check_beams()
+
+    def _check_beams(self) -> None:
+        if self.temperature > 0:
             raise ValueError(
                 f"--num_beams {self.num_beams} searches and draws nothing: it needs --temperature "
                 f"0; got {self.temperature}"
             )
+        for name in NOT_OF_BEAMS:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"--{name} does not go with --num_beams {self.num_beams}; leave one of them out"
+                )
 
     @property
     def decoding(self) -> dict[str, float]:
         """What a report says of how its answers were generated."""
         names = ("temperature", "num_beams", "length_penalty")
         return {name: getattr(self, name) for name in names}
-
-    def processors(self) -> LogitsProcessorList:
-        """The logits processors of one answer, in the order that transformers' `generate` uses."""
-        steps = LogitsProcessorList()
-        if self.repetition_penalty != 1:
-            steps.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
-        if self.temperature > 0:
-            steps.append(_peak_at_zero)
-            steps.append(TemperatureLogitsWarper(float(self.temperature)))
-            if self.top_k > 0:
-                steps.append(TopKLogitsWarper(self.top_k))
-            if self.top_p < 1:
-                steps.append(TopPLogitsWarper(float(self.top_p)))
-        return steps
-
-
-def _peak_at_zero(_ids: Tensor, logits: Tensor) -> Tensor:
-    """Shift the largest logit to 0, so that no tiny temperature overflows; softmax is the same."""
-    return logits - logits.max(-1, keepdim=True).values
 
 
 DEFAULT_SEED = 2026

@@ -16,6 +16,11 @@ def weight_stem(name: str, *, hidden_size: int, use_moe: bool) -> str:
     return f"{name}_{hidden_size}{'_moe' if use_moe else ''}"
 
 
+def name_without_size(stem: str) -> str:
+    """NAME of `NAME_{hidden}{_moe}`; another stem stays as it is."""
+    return re.sub(r"_\d+(_moe)?$", "", stem)
+
+
 def find_weight(
     name: str,
     *,
@@ -36,7 +41,8 @@ def find_weight(
     if name.endswith(".pth") or os.sep in name:
         path = Path(name).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"no weight file {name}")
+            there = _names_of([path.parent if path.parent.is_dir() else save_dir])
+            raise FileNotFoundError(f"no weight file {name} (there: {there})")
         return path
     usual_size = GENERATIONS[generation or DEFAULT_GENERATION].config["hidden_size"]
     folders = list(dict.fromkeys([save_dir.resolve(), OUT_DIR]))
@@ -59,9 +65,21 @@ def find_weight(
     raise _not_found(name, wanted, folders, published="llm3" if generation == 3 else "llm_512")
 
 
+def weight_at_hand(name: str, *, save_dir: Path) -> Path | None:
+    """What to take where there is no weight of this name: the newest whose name begins with it, in
+    `save_dir` or else in `out/`. None where the weight is there, or nothing like it.
+    """
+    for folder in dict.fromkeys([save_dir.resolve(), OUT_DIR]):
+        found = sorted(folder.glob(f"{name}_*.pth"), key=lambda p: (p.stat().st_mtime, p.name))
+        if any(name_without_size(path.stem) == name for path in found):
+            return None
+        if found:
+            return found[-1]
+    return None
+
+
 def _not_found(name: str, wanted: str, folders: list[Path], *, published: str) -> FileNotFoundError:
     """The error for a weight that is in none of the folders; it lists what is there."""
-    present = sorted({p.name for folder in folders for p in folder.glob("*.pth")})
     ways_out = {
         "llm": f"fetch it by `python dataset/download.py {published}`, make it by "
         "trainer/train_llm.py",
@@ -71,5 +89,11 @@ def _not_found(name: str, wanted: str, folders: list[Path], *, published: str) -
     way_out = ways_out.get(name, "make it first")
     return FileNotFoundError(
         f"no weight {wanted}.pth in {' or '.join(str(f) for f in folders)} (there: "
-        f"{', '.join(present) or 'no weights'}); {way_out}, or name its path"
+        f"{_names_of(folders)}); {way_out}, or name another by --weight: its path, or its name "
+        "without the size"
     )
+
+
+def _names_of(folders: list[Path]) -> str:
+    present = sorted({p.name for folder in folders for p in folder.glob("*.pth")})
+    return ", ".join(present) or "no weights"

@@ -82,10 +82,15 @@ def served_process(*flags) -> Iterator[str]:
 
 @contextlib.contextmanager
 def served_thread(
-    engine: VLMEngine, *, patience: Patience | None = None, max_connections: int = 100, **limits
+    engine: VLMEngine,
+    *,
+    defaults: Sampling | None = None,
+    patience: Patience | None = None,
+    max_connections: int = 100,
+    **limits,
 ) -> Iterator[str]:
     """The application in a thread of this process; yields its address."""
-    app = create_app(engine, Sampling(), **limits)
+    app = create_app(engine, defaults or Sampling(), **limits)
     config = server_config(app, max_connections=max_connections, patience=patience, port=0)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -3,7 +3,7 @@
 import anyio
 from starlette.requests import Request
 
-from model.serving.api.request import ApiError
+from model.serving.api.protocol.fields import ApiError
 
 MAX_BODY_BYTES = 20 * 2**20
 BODY_TIMEOUT_S = 60

@@ -5,6 +5,7 @@ depend on who asks at the same time, or a search that nothing can stop.
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from support.third_generation import make_assets3, make_it_say, make_loaded3
 from support.tiny_vlm import conversations, make_loaded, never_end, picture
 from transformers import GenerationConfig
 
-from model.generation.beam_search import MIN_BEAM_TOKENS, BeamDecoder, beam_room
+from model.generation.beam_search import MIN_SHARED_TOKENS, BeamDecoder, shared_room
 from model.generation.engine import VLMEngine, ask
 from model.generation.sampling import Sampling, add_sampling_arguments, sampling_from
 from model.machine.device import OutOfMemory
@@ -62,7 +63,8 @@ def samples() -> list[tuple]:
 
 def engine_ids(engine: VLMEngine, some: list[tuple], sampling: Sampling, **options) -> list:
     """New tokens of each answer, by the decoder that the engine uses."""
-    decoder, _ = engine._start(some, sampling, options.get("cancel"))
+    batch, dropped = engine._prompts(some, sampling)
+    decoder = engine._streams(batch, dropped, sampling, cancel=options.get("cancel"))._decoder
     assert isinstance(decoder, BeamDecoder)
     decoder.step()
     assert decoder.is_done
@@ -260,12 +262,14 @@ def test_memory_that_runs_out_is_one_line_and_the_engine_goes_on(assets, monkeyp
 
 
 def test_beams_together_hold_no_more_than_a_context(assets):
-    assert beam_room(100, 1, max_tokens=32_768) == 32_668
-    assert beam_room(100, 16, max_tokens=32_768) == 32_768 // 16 - 100
-    assert beam_room(100, 2, max_tokens=400) == 300
-    assert beam_room(100, 16, max_tokens=2000) == MIN_BEAM_TOKENS // 16 - 100
-    with pytest.raises(ValueError, match="16 beams of a prompt of 1,024 tokens.* lower num_beams"):
-        beam_room(1024, 16, max_tokens=8192)
+    room = partial(shared_room, name="num_beams")
+    assert room(100, 1, max_tokens=32_768) == 32_668
+    assert room(100, 16, max_tokens=32_768) == 32_768 // 16 - 100
+    assert room(100, 2, max_tokens=400) == 300
+    assert room(100, 16, max_tokens=2000) == MIN_SHARED_TOKENS // 16 - 100
+    told = "16 beams with a prompt of 1,024 tokens.* lower num_beams"
+    with pytest.raises(ValueError, match=told):
+        room(1024, 16, max_tokens=8192)
     engine = VLMEngine(make_loaded(assets, max_position_embeddings=32_768))
     question = ask("a b " * 1500, num_images=0)
     with pytest.raises(ValueError, match="lower num_beams"):

@@ -17,8 +17,9 @@ from support.tiny_vlm import (
     picture,
 )
 
-from model.generation.decoding import AnswerState, TextPieces
+from model.generation.decoding import TextPieces
 from model.generation.engine import VLMEngine, ask
+from model.generation.sampler import Sampler
 from model.generation.sampling import Sampling
 from model.vlm_processor import load_tokenizer
 
@@ -114,7 +115,7 @@ def test_sampling_that_leaves_one_token_is_greedy(engine):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}],
+    [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3}],
     ids=lambda fields: next(iter(fields), "plain"),
 )
 def test_first_tokens_are_drawn_from_the_right_distribution(dense, fields):
@@ -130,12 +131,18 @@ def test_first_tokens_are_drawn_from_the_right_distribution(dense, fields):
         expected[order[3:]] = 0
     if "top_p" in fields:  # the fewest tokens that hold this share
         expected[order[1:][expected[order].cumsum(0)[:-1] >= 0.6]] = 0
+    if "min_p" in fields:
+        expected[expected < 0.3 * expected.max()] = 0
     expected /= expected.sum()
-    rows = [
-        AnswerState(batch["input_ids"][0], Sampling(1, seed=s, **settings), max_new_tokens=1)
-        for s in range(num_draws)
-    ]
-    drawn = torch.tensor([row.add_token(logits, eos_token_id=2) for row in rows])
+    sampler = Sampler(
+        Sampling(1, **settings),
+        [batch["input_ids"][0]] * num_draws,
+        seeds=range(num_draws),
+        end_ids={2},
+        vocab_size=len(logits),
+        device=logits.device,
+    )
+    drawn = sampler.choose(logits.expand(num_draws, -1))
     share = torch.bincount(drawn, minlength=len(expected)) / num_draws
     assert (share[expected == 0] == 0).all()
     error = (expected * (1 - expected) / num_draws).sqrt()

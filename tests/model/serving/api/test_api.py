@@ -27,7 +27,7 @@ from support.tiny_vlm import make_loaded, picture, round_weights, save_tiny
 from model.generation.engine import VLMEngine, ask
 from model.generation.sampling import Sampling
 from model.machine.terminal import CONTROLS, shown
-from model.serving.api.reply import StopText
+from model.serving.api.protocol.stop_text import StopText
 
 SETTINGS = {"temperature": 0.9, "top_p": 0.9, "seed": 5, "max_completion_tokens": 16}
 SAMPLING = Sampling(16, 0.9, 0.9, seed=5)

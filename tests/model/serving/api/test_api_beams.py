@@ -16,7 +16,8 @@ from support.tiny_vlm import make_loaded, never_end, picture
 from model.generation.engine import VLMEngine, ask
 from model.generation.sampling import Sampling
 from model.serving.api.places import Places
-from model.serving.api.request import ApiError, parse_request
+from model.serving.api.protocol.fields import ApiError
+from model.serving.api.protocol.request import Asked, parse_chat
 
 BEAMS = {"num_beams": 4, "length_penalty": 0.5}
 SAMPLING = Sampling(16, temperature=0, **BEAMS)
@@ -94,7 +95,7 @@ def test_mistakes_are_told(engine, fields, param, message):
 
 def parse(engine: VLMEngine, defaults: Sampling, **fields) -> Sampling:
     body = json.dumps(question("What?") | fields).encode()
-    return parse_request(body, engine, model_id=MODEL, defaults=defaults).sampling
+    return parse_chat(body, Asked(engine, [MODEL], defaults)).sampling
 
 
 def test_what_a_request_names_counts_before_the_flags(engine):
@@ -135,14 +136,14 @@ def test_searches_run_one_at_a_time_and_leave_slots_to_others():
         places, log = Places(concurrency=2, queue=9), []
         ends = {name: asyncio.Event() for name in "abcd"}
 
-        async def run(name: str, *, is_search: bool) -> None:
-            async with places.slot(is_search=is_search):
+        async def run(name: str, *, is_large: bool) -> None:
+            async with places.slot(is_large=is_large):
                 log.append(name)
                 await ends[name].wait()
 
         tasks = {}
-        for name, is_search in (("a", True), ("b", True), ("c", True), ("d", False)):
-            tasks[name] = asyncio.create_task(run(name, is_search=is_search))
+        for name, is_large in (("a", True), ("b", True), ("c", True), ("d", False)):
+            tasks[name] = asyncio.create_task(run(name, is_large=is_large))
             await asyncio.sleep(0)
         await asyncio.sleep(0.01)
         assert log == ["a", "d"]  # "b" and "c" hold no slot while they wait
@@ -155,7 +156,7 @@ def test_searches_run_one_at_a_time_and_leave_slots_to_others():
         with contextlib.suppress(asyncio.CancelledError):
             await tasks["b"]
         await asyncio.gather(tasks["a"], tasks["c"], tasks["d"])
-        async with places.slot(is_search=True), places.slot():
+        async with places.slot(is_large=True), places.slot():
             pass
 
     asyncio.run(asyncio.wait_for(check(), WITHIN_S))

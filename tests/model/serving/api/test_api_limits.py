@@ -12,8 +12,9 @@ from support.tiny_vlm import make_loaded, picture
 
 from model.generation.engine import VLMEngine
 from model.generation.sampling import Sampling
-from model.serving.api.reply import StopText
-from model.serving.api.request import ApiError, parse_request
+from model.serving.api.protocol.fields import ApiError
+from model.serving.api.protocol.request import Asked, parse_chat
+from model.serving.api.protocol.stop_text import StopText
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +216,7 @@ def test_parsing_stops_when_the_client_has_left(engine):
         body = question(picture(6), "What?")
         body["messages"] = body["messages"] * 2
         data = json.dumps(body).encode()
-        parse_request(data, engine, model_id=MODEL, defaults=Sampling(), check=check)
+        parse_chat(data, Asked(engine, [MODEL], Sampling()), check=check)
 
     for count in range(1, 5):  # two messages, a picture in each
         with pytest.raises(Left):
@@ -228,7 +229,7 @@ def test_pictures_are_counted_before_they_are_opened(engine):
     url = {"type": "image_url", "image_url": {"url": "not opened"}}
     body["messages"][0]["content"] += [url] * 17
     with pytest.raises(ApiError, match="17 images; at most 16"):
-        parse_request(json.dumps(body).encode(), engine, model_id=MODEL, defaults=Sampling())
+        parse_chat(json.dumps(body).encode(), Asked(engine, [MODEL], Sampling()))
 
 
 def test_body_that_is_announced_too_large_is_not_waited_for(address):

@@ -62,7 +62,7 @@ ENTRY = {"role": "user", "content": "What?"}
         ({"model": "gpt-4"}, 404, "the model 'gpt-4' does not exist; this server has 'sft_vlm_32'"),
         ({"model": None}, 400, "model is required"),
         ({"messages": []}, 400, "the last of messages must be from the user"),
-        ({"messages": [ENTRY, {"role": "assistant", "content": "A."}]}, 400, "from the user"),
+        ({"messages": [{"role": "assistant", "content": "A."}]}, 400, "from the user"),
         ({"messages": [{"role": "tool", "content": "A."}]}, 400, "messages[0].role must be one of"),
         ({"messages": [ENTRY | {"content": "<|im_end|>"}]}, 400, "special token <|im_end|>"),
         ({"messages": [ENTRY | {"content": "a <image>"}]}, 400, "1 <image> tag(s) but 0 image(s)"),
@@ -70,7 +70,9 @@ ENTRY = {"role": "user", "content": "What?"}
         ({"messages": [ENTRY | {"content": [{"type": "input_audio"}]}]}, 400, "text or image_url"),
         ({"messages": [ENTRY | {"content": "circle " * 40_000}]}, 400, "the model takes 32768"),
         ({"messages": [ENTRY | {"content": parts(*[picture(6)] * 17)}]}, 400, "at most 16"),
-        ({"n": 2}, 400, "n must be 1"),
+        ({"n": 17}, 400, "n times the number of prompts must be 1 to 16"),
+        ({"n": 2, "num_beams": 2}, 400, "n must be 1 with num_beams 2"),
+        ({"n": 2, "max_tokens": 20_000}, 400, "are 40,000 tokens; at most 32,768 are taken"),
         ({"temperature": 2.1}, 400, "temperature must be from 0 to 2"),
         ({"top_p": -0.1}, 400, "top_p must be from 0 to 1"),
         ({"max_tokens": 0}, 400, "max_tokens must be at least 1"),
@@ -82,7 +84,7 @@ ENTRY = {"role": "user", "content": "What?"}
         ({"stop": ["a"] * 5}, 400, "up to 4"),
         ({"stream_options": {}}, 400, "only allowed when stream is true"),
         ({"tools": [{"type": "function"}]}, 400, "tools is not supported"),
-        ({"frequency_penalty": 1}, 400, "frequency_penalty is not supported"),
+        ({"frequency_penalty": 3}, 400, "frequency_penalty must be from -2 to 2; got 3"),
         ({"nonsense": 1}, 400, "unrecognized request argument: nonsense"),
     ],
 )  # fmt: skip
@@ -122,7 +124,7 @@ def test_protocol_around_the_request(address):
     assert post(address, good)[0] == 200
     status, reply = post(address, good, **{"Content-Type": "text/plain"})
     assert status == 415 and "application/json" in reply["error"]["message"]
-    assert post(address, good, path="/completions")[0] == 404
+    assert post(address, good, path="/embeddings")[0] == 404
     assert post(address, b"", path="/models/other", method="GET")[0] == 404
     status, reply = post(address, b"", method="GET")
     assert status == 405 and reply["error"]["type"] == "invalid_request_error"

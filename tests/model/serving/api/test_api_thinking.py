@@ -76,13 +76,13 @@ def test_stop_strings_are_sought_in_the_answer(client):
 
 
 def test_history_loses_its_thinking(client, engine, monkeypatch):
-    asked, stream = [], VLMEngine.stream
+    asked, choices = [], VLMEngine.choices
 
     def recorded(self, messages, *args, **options):
         asked.append(messages)
-        return stream(self, messages, *args, **options)
+        return choices(self, messages, *args, **options)
 
-    monkeypatch.setattr(VLMEngine, "stream", recorded)
+    monkeypatch.setattr(VLMEngine, "choices", recorded)
     said = {"role": "assistant", "content": "<think>\nsecret\n</think>\n\nRed."}
     echoed = {"role": "assistant", "content": "Red.", "reasoning_content": "secret"}
     ask = {"role": "user", "content": "What?"}
@@ -95,7 +95,9 @@ def test_history_loses_its_thinking(client, engine, monkeypatch):
     ("options", "message"),
     [
         ({"open_thinking": 1}, "open_thinking must be true or false"),
-        ({"enable_thinking": True}, "enable_thinking is not supported; only open_thinking is"),
+        ({"enable_thinking": "yes"}, "enable_thinking must be true or false"),
+        ({"open_thinking": True, "enable_thinking": False}, "contradict each other"),
+        ({"thinking": True}, "thinking is not supported; only open_thinking is"),
         (["open_thinking"], "chat_template_kwargs must be an object"),
     ],
 )
