@@ -1,12 +1,14 @@
 """Export a weight to another runtime's format, or bring a folder back as a weight.
 
     python -m model.export --weight sft_vlm --to llava --out out/llava
+    python -m model.export --weight sft_vlm --to transformers --out out/own
     python -m model.export --weight llm --to llama --out out/llama
     python -m model.export --load_from out/llava --to pth --out out/back/sft_vlm_512.pth
 
 llava (linear projection, generation 2) and internvl (MLP projection, generation 3) are stock
 classes of transformers, llama and qwen3 the language model alone (with experts: Qwen2-MoE and
-Qwen3-MoE). pth reads any of them with --load_from.
+Qwen3-MoE). transformers is any model by our own classes, whose code lies in the folder. pth reads
+any of them with --load_from.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from model.export.names import PREFIXES
 from model.export.new_folder import check_new_folder, new_folder
+from model.export.remote import write_remote
 from model.export.source import load_source
 from model.export.stock import VISION_FORMATS, write_stock
 from model.export.way_back import check_new_weight, write_pth
@@ -24,7 +27,7 @@ from model.machine.device import memory_guard
 from model.machine.terminal import Terminated, one_line, sigterm_as_ctrl_c
 from model.options import NATIVE, OnceParser, add_model_arguments, parse_bool, parse_path
 
-PTH = "pth"
+REMOTE, PTH = "transformers", "pth"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser)
     parser.set_defaults(device="cpu", dtype="float32")
     add = parser.add_argument
-    add("--to", required=True, choices=(*PREFIXES, PTH), help="format / 格式")
+    add("--to", required=True, choices=(*PREFIXES, REMOTE, PTH), help="format / 格式")
     out_help = "new folder; for pth the weight's file / 新目录；pth 则为权重文件"
     add("--out", required=True, type=parse_path, help=out_help)
     add(
@@ -68,15 +71,18 @@ def export(args: argparse.Namespace) -> str:
         write_pth(loading, out)
         return f"{out}: the weight of {args.load_from}"
     check_new_folder(out)
-    source = load_source(loading, with_vision=args.to in VISION_FORMATS)
+    source = load_source(loading, with_vision=args.to in (*VISION_FORMATS, REMOTE))
     with new_folder(out) as folder:
-        name = write_stock(
-            source,
-            folder,
-            format_name=args.to,
-            dtype=args.dtype,
-            projector_gelu=args.projector_gelu,
-        )
+        if args.to == REMOTE:
+            name = write_remote(source, folder, dtype=args.dtype)
+        else:
+            name = write_stock(
+                source,
+                folder,
+                format_name=args.to,
+                dtype=args.dtype,
+                projector_gelu=args.projector_gelu,
+            )
     return f"{out}: {source.path.name} as {name}"
 
 

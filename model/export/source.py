@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
@@ -129,16 +128,3 @@ def _metadata(
     described = describe_model(model, tokenizer_sha256=tokenizer_sha256(tokenizer))
     kept = {name: former[name] for name in KEPT if name in former}
     return {"format": METADATA_FORMAT} | described | kept
-
-
-def as_dtype(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors in another number format, each with memory of its own.
-
-    Raises:
-        ValueError: a value does not fit the format.
-    """
-    cast = {name: tensor.to(dtype).contiguous().clone() for name, tensor in state.items()}
-    for name, tensor in cast.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} does not fit {dtype}; export it as float32")
-    return cast

@@ -4,26 +4,23 @@ Nothing of this repository is needed to load them, and no remote code.
 """
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from model.export.chat_template import with_parts
+from model.export.files import save_common, save_config
 from model.export.names import to_stock
-from model.export.source import Source, Vision, as_dtype
+from model.export.source import Source, Vision
 from model.model_minimind import MiniMindConfig
 from model.model_vlm import VLMConfig
 from model.vision_tower import count_prefix_tokens, image_side
 from model.vlm_processor import IMAGE_TAG
 
-DESCRIPTION = "minimind.json"  # the weight's description, which `--to pth` reads
 # (generation, has experts) -> the library's name of the language model.
 TEXT_CLASSES = {
     (2, False): "Llama", (2, True): "Qwen2Moe", (3, False): "Qwen3", (3, True): "Qwen3Moe",
@@ -81,40 +78,20 @@ def write_stock(
         config = _vision_config(source, text, tokenizer, format_name, projector_gelu=projector_gelu)
         image_id = config.image_token_id
         _save_processor(source.vision, source.config, tokenizer, config, folder)
-    num_rows = text.vocab_size
-    tensors = to_stock(source.state, format_name, num_rows=num_rows, with_gelu=projector_gelu)
-    save_tensors(as_dtype(tensors, getattr(torch, dtype)), folder)
-    config.dtype = dtype
-    _save_config(config, folder)
+    tensors = to_stock(
+        source.state, format_name, num_rows=text.vocab_size, with_gelu=projector_gelu
+    )
     is_added = image_id is not None and source.config.vocab_size <= image_id
-    own = source.config
-    GenerationConfig(
-        bos_token_id=own.bos_token_id,
-        eos_token_id=own.eos_token_id,
-        pad_token_id=own.pad_token_id,
-        suppress_tokens=[image_id] if is_added else None,
-    ).save_pretrained(folder)
-    description = json.dumps(source.metadata, indent=1, ensure_ascii=False)
-    (folder / DESCRIPTION).write_text(description, encoding="utf-8")
+    save_config(config, folder, dtype=dtype)
+    save_common(
+        source,
+        tensors,
+        folder,
+        dtype=getattr(torch, dtype),
+        never=image_id if is_added else None,
+    )
     assert config.architectures
     return str(config.architectures[0])
-
-
-def save_tensors(state: dict[str, Tensor], folder: Path) -> None:
-    """Write `model.safetensors`, to be read by whoever may read the folder's other files."""
-    path = folder / "model.safetensors"
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(state, path, {"format": "pt"})
-    path.chmod(mode)
-
-
-def _save_config(config: PreTrainedConfig, folder: Path) -> None:
-    """Write config.json, without the path that the tower's was read from."""
-    fields = json.loads(config.to_json_string(use_diff=False))
-    fields.get("vision_config", {}).pop("_name_or_path", None)
-    text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def stock_text_config(config: MiniMindConfig) -> PreTrainedConfig:

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.export.files import DESCRIPTION
 from model.export.names import from_stock
-from model.export.stock import DESCRIPTION, TEXT_CLASSES, stock_text_config
+from model.export.stock import TEXT_CLASSES, stock_text_config
 from model.machine.atomic_file import real_place
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -36,8 +37,10 @@ SAME_FIELDS = (
     "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "num_experts",
 )  # fmt: skip
 # What must come out as it was, or the folder computes something that ours does not.
-COMPUTED = ("head_dim", "hidden_act", "attention_bias", "mlp_bias", "qkv_bias", "use_sliding_window",
-            "decoder_sparse_step", "norm_topk_prob")  # fmt: skip
+COMPUTED = (
+    "head_dim", "hidden_act", "attention_bias", "mlp_bias", "qkv_bias", "use_sliding_window",
+    "decoder_sparse_step", "norm_topk_prob",
+)  # fmt: skip
 
 
 def check_new_weight(path: Path) -> None:
@@ -59,7 +62,9 @@ def write_pth(args: argparse.Namespace, out: Path) -> None:
     if model_type == VLMConfig.model_type:
         loaded = load_model(args)
         sha256 = tokenizer_sha256(loaded.processor.tokenizer)
-        save_weights(loaded.model, out, describe_model(loaded.model, tokenizer_sha256=sha256))
+        described = _read_description(folder)
+        found = described or describe_model(loaded.model, tokenizer_sha256=sha256)
+        save_weights(loaded.model, out, found)
         return
     if model_type not in READABLE:
         raise ValueError(
@@ -74,20 +79,16 @@ def _read_stock(
     folder: Path, format_name: str, generation: int
 ) -> tuple[MiniMindForCausalLM, Metadata]:
     """The model of a stock folder, and what describes it."""
-    described = folder / DESCRIPTION
-    is_ours = described.is_file()
-    if is_ours:
-        metadata: Metadata = _read_json(described)
-        fields = metadata.get("config")
-        if metadata.get("format") != METADATA_FORMAT or not isinstance(fields, dict):
-            raise ValueError(f"{described} is not the description of a weight; export it again")
+    metadata = _read_description(folder)
+    if metadata is not None:
+        fields = metadata["config"]
     elif format_name in ("llava", "internvl"):
         raise ValueError(
             f"{folder} has no {DESCRIPTION}, so it was not exported from here, and no weight can "
             "be made of it"
         )
     else:
-        fields, metadata = _foreign_fields(folder, generation), {}
+        fields = _foreign_fields(folder, generation)
     state = from_stock(_read_tensors(folder), format_name, num_rows=fields["vocab_size"])
     is_vlm = format_name in ("llava", "internvl")
     model = (
@@ -96,11 +97,22 @@ def _read_stock(
         else MiniMindForCausalLM(MiniMindConfig(**fields))
     )
     load_weights(model, state, path=folder, may_lack_projection=False)
-    if not is_ours:
+    if metadata is None:
         metadata = {"config": describe_config(model.config)}
         if (folder / "tokenizer.json").is_file():
             metadata["tokenizer_sha256"] = tokenizer_sha256(load_tokenizer(folder))
     return model, metadata
+
+
+def _read_description(folder: Path) -> Metadata | None:
+    """What an export from here says of its weight; None for another's folder."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        return None
+    metadata: Metadata = _read_json(path)
+    if metadata.get("format") != METADATA_FORMAT or not isinstance(metadata.get("config"), dict):
+        raise ValueError(f"{path} is not the description of a weight; export it again")
+    return metadata
 
 
 def _foreign_fields(folder: Path, generation: int) -> dict[str, Any]:

@@ -101,7 +101,12 @@ def run_foreign(folder: Path, jobs: dict[Path, dict[str, Any]]) -> dict[Path, di
     path.write_text(json.dumps(full), encoding="utf-8")
     command = [sys.executable, "-I", str(ROOT / "tests" / "support" / "foreign.py"), str(path)]
     process = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, env=script_environment(), timeout=600
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=script_environment() | {"HF_MODULES_CACHE": str(folder / "modules")},
+        timeout=900,
     )
     assert process.returncode == 0, process.stderr
     return {

@@ -2,8 +2,9 @@
 
     python -I tests/support/foreign.py JOBS.json
 
-Of the list of jobs, each is {"folder", "auto", "remote", "samples", "out", "max_new_tokens"}; a sample has `messages`
-for the chat template and `images`, paths. Into `out` go each sample's ids, logits and, for `max_new_tokens` > 0, greedy answer.
+A job is {"folder", "auto", "tower", "remote", "samples", "out", "max_new_tokens"}; a sample has
+`messages` for the chat template and `images`, paths. Into `out` go each sample's ids, logits and,
+where `max_new_tokens` is not 0, greedy answer.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""If this fails, an exported folder of a stock class does not compute what our model does."""
+"""If this fails, an exported folder does not compute what our model does, or does not come back."""
 
 import json
 
@@ -7,7 +7,8 @@ import torch
 from support.exporting import NUM_IMAGES, export, make_kits, our_logits, run_foreign
 from transformers import AutoModelForImageTextToText
 
-from model.export.__main__ import main
+from model.export.__main__ import main, parse_args
+from model.weights.build_model import load_model
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4  # of logits, float32
@@ -17,6 +18,8 @@ SEEING = {
     ("llava", "2_moe"): "LlavaForConditionalGeneration",
     ("internvl", "3"): "InternVLForConditionalGeneration",
     ("internvl", "3_moe"): "InternVLForConditionalGeneration",
+    ("transformers", "2"): "MiniMindVForConditionalGeneration",
+    ("transformers", "3_moe"): "MiniMindVForConditionalGeneration",
 }
 TEXT = {
     ("llama", "2"): "LlamaForCausalLM",
@@ -55,6 +58,7 @@ def results(folder, outs):
     jobs = {
         out: {"auto": auto.get(case, "AutoModelForImageTextToText")}
         | ({"tower": "SiglipVisionConfig"} if case[0] == "internvl" else {})
+        | {"remote": case[0] == "transformers"}
         for case, out in outs.items()
     }
     found = run_foreign(folder, jobs)
@@ -71,7 +75,7 @@ def difference(result, loaded, folder, index) -> float:
 
 
 @pytest.mark.parametrize("case", SEEING, ids="-".join)
-def test_stock_model_sees_what_ours_sees(case, results, kits, folder):
+def test_exported_model_sees_what_ours_sees(case, results, kits, folder):
     result, loaded = results[case], kits[case[1]].load()
     assert result["class"] == SEEING[case]
     for index in range(len(NUM_IMAGES)):
@@ -85,6 +89,15 @@ def test_stock_language_model_says_what_ours_says(case, results, kits, folder):
     result = results[case]
     assert result["class"] == TEXT[case]
     assert difference(result, kits[case[1]].load(), folder, 0) < TOLERANCE
+
+
+def test_folder_of_our_classes_is_read_with_the_tower_in_it(outs, kits, folder):
+    flags = ["--load_from", str(outs["transformers", "2"]), "--to", "pth", "--out", "none"]
+    loaded = load_model(parse_args(flags))
+    for ours, theirs in zip(
+        our_logits(kits["2"].load(), folder, 2), our_logits(loaded, folder, 2), strict=True
+    ):
+        assert torch.equal(ours, theirs)
 
 
 def test_internvl_without_its_tower_is_refused_not_random(outs):
