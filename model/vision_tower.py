@@ -96,6 +96,7 @@ KINDS = {
     "efficientnet": TowerKind("EfficientNet", "EfficientNetImageProcessor"),
 }
 FULL_MODELS = {"clip": "CLIPConfig", "siglip": "SiglipConfig"}  # with a text tower beside
+WHOLE_MODEL = "minimind-v"  # an export, whose tensors of the tower begin with `vision_encoder.`
 NAFLEX = ("siglip2", "siglip2_vision_model")
 
 
@@ -152,6 +153,10 @@ def load_vision_config(folder: Path) -> PreTrainedConfig:
         if model_type in FULL_MODELS:
             full = getattr(transformers, FULL_MODELS[model_type]).from_pretrained(folder)
             config: PreTrainedConfig = full.vision_config
+        elif model_type == WHOLE_MODEL and has_own_tower(folder):
+            fields = PreTrainedConfig.get_config_dict(folder)[0]["vision_config"]
+            model_type = fields.pop("model_type")
+            config = KINDS[model_type].config_class(**fields)
         elif model_type in KINDS:
             config = KINDS[model_type].config_class.from_pretrained(folder)
     except Exception as error:  # wrong fields raise almost anything
@@ -174,6 +179,12 @@ def load_vision_config(folder: Path) -> PreTrainedConfig:
     for name, value in kind_of(config).config_fields.items():
         setattr(config, name, value)
     return config
+
+
+def has_own_tower(folder: Path) -> bool:
+    """Whether a folder of a whole MiniMind-V, as an export writes it, holds the tower too."""
+    fields = PreTrainedConfig.get_config_dict(folder)[0].get("vision_config")
+    return isinstance(fields, dict) and fields.get("model_type") in KINDS
 
 
 def kind_of(config: PreTrainedConfig) -> TowerKind:
@@ -376,6 +387,11 @@ def _read_tower(
     """The model, and which tensors transformers reports as missing, unexpected or mismatched."""
     kind = kind_of(config)
     loaded: tuple[PreTrainedModel, dict[str, set[str]]] = kind.model_class.from_pretrained(
-        folder, config=config, dtype=torch.float32, output_loading_info=True, **kind.options
+        folder,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        key_mapping={r"^vision_encoder\.": ""},
+        **kind.options,
     )  # type: ignore[assignment]  # annotated as the model alone
     return loaded

@@ -29,6 +29,7 @@ ALLOWED = {
     "model/vision/features.py": MODEL,
     "model/generation": MODEL,
     "model/evaluation": f"{MODEL} model/generation",
+    "model/export": MODEL,
     "model/serving": f"{MODEL} model/generation",
     "model/serving/api/protocol": f"{MODEL} model/generation",
     "model/serving/api": f"{MODEL} model/generation model/serving model/serving/api/protocol",
@@ -69,6 +70,7 @@ COMMANDS = {
     "dataset/convert.py": f"{MODEL} model/evaluation dataset/examining dataset/converting "
     "dataset/fetching",
     "dataset/synthetic/__main__.py": "",
+    "model/export/__main__.py": MODEL,
     "trainer/train_pretrain_vlm.py": "trainer/stages.py trainer/run",
     "trainer/train_sft_vlm.py": "trainer/stages.py trainer/run",
     "trainer/train_llm.py": "trainer/stages.py trainer/run",

@@ -11,6 +11,7 @@ import eval_vlm
 import web_demo
 from dataset import check_published, convert, doctor, download, prompt_picture
 from dataset.synthetic import __main__ as synthetic
+from model.export import __main__ as export
 from trainer import benchmark, demo, photos, plot, stages, train_clip_tiny, train_tokenizer
 from trainer.train_args import parse_args
 
@@ -43,6 +44,7 @@ PARSERS = {
     "dataset/doctor.py": doctor.parse_args,
     "dataset/convert.py": convert.parse_args,
     "eval_vlm.py": eval_vlm.parse_args,
+    "model/export": export.parse_args,
     "web_demo.py": web_demo.parse_args,
     "dataset/download.py": download.parse_args,
     "dataset/check_published.py": check_published.parse_args,

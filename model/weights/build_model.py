@@ -22,7 +22,12 @@ from model.machine.device import (
 from model.model_minimind import MiniMindConfig
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.options import NATIVE
-from model.vision_tower import count_image_tokens, find_vision_dir, read_tower_shape
+from model.vision_tower import (
+    count_image_tokens,
+    find_vision_dir,
+    has_own_tower,
+    read_tower_shape,
+)
 from model.vlm_processor import VLMProcessor, check_special_tokens, load_tokenizer
 from model.weights.file_names import find_weight
 from model.weights.metadata import Metadata, read_metadata, tower_sha256
@@ -226,7 +231,9 @@ def _load_folder(args: argparse.Namespace, flags: dict[str, Any]) -> LoadedModel
         )
     own_tokenizer = folder if (folder / "tokenizer.json").is_file() else None
     tokenizer = load_tokenizer(args.tokenizer_path or own_tokenizer, generation=config.generation)
-    image_processor = attach_tower(model, args.vision_model_path, metadata={}, path=folder)
+    own_tower = folder if has_own_tower(folder) else None
+    tower = args.vision_model_path or own_tower
+    image_processor = attach_tower(model, tower, metadata={}, path=folder)
     processor = VLMProcessor(tokenizer, image_processor, config=model.config)
     return LoadedModel(model, processor, folder, can_see=True)
 

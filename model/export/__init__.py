@@ -1,0 +1,1 @@
+"""Other runtimes' formats: a trained model as a folder that needs none of this repository."""

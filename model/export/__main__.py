@@ -1,0 +1,107 @@
+"""Export a weight to another runtime's format, or bring a folder back as a weight.
+
+    python -m model.export --weight sft_vlm --to llava --out out/llava
+    python -m model.export --weight sft_vlm --to transformers --out out/own
+    python -m model.export --weight llm --to llama --out out/llama
+    python -m model.export --load_from out/llava --to pth --out out/back/sft_vlm_512.pth
+
+llava (linear projection, generation 2) and internvl (MLP projection, generation 3) are stock
+classes of transformers, llama and qwen3 the language model alone (with experts: Qwen2-MoE and
+Qwen3-MoE). transformers is any model by our own classes, whose code lies in the folder. pth reads
+any of them with --load_from.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+from model.export.names import PREFIXES
+from model.export.new_folder import check_new_folder, new_folder
+from model.export.remote import write_remote
+from model.export.source import load_source
+from model.export.stock import VISION_FORMATS, write_stock
+from model.export.way_back import check_new_weight, write_pth
+from model.machine.device import memory_guard
+from model.machine.terminal import Terminated, one_line, sigterm_as_ctrl_c
+from model.options import NATIVE, OnceParser, add_model_arguments, parse_bool, parse_path
+
+REMOTE, PTH = "transformers", "pth"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags of the command line; `dtype` is the export's, never None."""
+    parser = OnceParser(
+        prog="python -m model.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_arguments(parser)
+    parser.set_defaults(device="cpu", dtype="float32")
+    add = parser.add_argument
+    add("--to", required=True, choices=(*PREFIXES, REMOTE, PTH), help="format / 格式")
+    out_help = "new folder; for pth the weight's file / 新目录；pth 则为权重文件"
+    add("--out", required=True, type=parse_path, help=out_help)
+    add(
+        "--projector_gelu",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="llava for runtimes that put a GELU into every projector / 适配固定 GELU 的运行时",
+    )
+    return parser.parse_args(argv)
+
+
+def export(args: argparse.Namespace) -> str:
+    """Do what the flags say; returns what was written, in words.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: why nothing was.
+    """
+    out: Path = args.out
+    loading = argparse.Namespace(**(vars(args) | {"dtype": "float32"}))
+    if args.projector_gelu and args.to != "llava":
+        raise ValueError("--projector_gelu is of --to llava")
+    if args.to == PTH:
+        if args.load_from == NATIVE:
+            raise ValueError("--to pth needs the folder to read: --load_from FOLDER")
+        check_new_weight(out)
+        write_pth(loading, out)
+        return f"{out}: the weight of {args.load_from}"
+    check_new_folder(out)
+    source = load_source(loading, with_vision=args.to in (*VISION_FORMATS, REMOTE))
+    with new_folder(out) as folder:
+        if args.to == REMOTE:
+            name = write_remote(source, folder, dtype=args.dtype)
+        else:
+            name = write_stock(
+                source,
+                folder,
+                format_name=args.to,
+                dtype=args.dtype,
+                projector_gelu=args.projector_gelu,
+            )
+    return f"{out}: {source.path.name} as {name}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    args = parse_args(argv)
+    try:
+        with sigterm_as_ctrl_c(), memory_guard("free some of it"):
+            print(export(args))
+        return 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("MINIMIND_TRACEBACK"):
+            raise
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print("\nstopped; nothing was written / 已停止，未写入任何文件", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Runs exported folders by stock classes, in a process that cannot import this repository.
+
+    python -I tests/support/foreign.py JOBS.json
+
+A job is {"folder", "auto", "tower", "remote", "samples", "out", "max_new_tokens"}; a sample has
+`messages` for the chat template and `images`, paths. Into `out` go each sample's ids, logits and,
+where `max_new_tokens` is not 0, greedy answer.
+"""
+
+import importlib.util
+import json
+import sys
+
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+
+
+def main() -> None:
+    for name in ("model", "dataset", "trainer"):
+        assert importlib.util.find_spec(name) is None, f"{name} can be imported here"
+    torch.set_num_threads(1)
+    with open(sys.argv[1], encoding="utf-8") as file:
+        jobs = json.load(file)
+    for job in jobs:
+        run(job)
+
+
+def run(job: dict) -> None:
+    options = {"trust_remote_code": True} if job.get("remote") else {}
+    auto, parts = getattr(transformers, job["auto"]), {}
+    if job.get("tower"):
+        parts["vision_config"] = getattr(transformers, job["tower"]).from_pretrained(job["folder"])
+    model, report = auto.from_pretrained(
+        job["folder"], output_loading_info=True, **parts, **options
+    )
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == torch.float32
+    model.eval()
+    reader = "AutoTokenizer" if job["auto"] == "AutoModelForCausalLM" else "AutoProcessor"
+    processor = getattr(transformers, reader).from_pretrained(job["folder"], **options)
+    tensors, answers = {}, []
+    for i, sample in enumerate(job["samples"]):
+        inputs = encode(processor, sample)
+        with torch.no_grad():
+            tensors[f"{i}.logits"] = model(**inputs).logits[0].contiguous()
+            tensors[f"{i}.input_ids"] = inputs["input_ids"][0].contiguous()
+            if job["max_new_tokens"]:
+                options = {"max_new_tokens": job["max_new_tokens"], "do_sample": False}
+                ids = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+                answers.append(processor.decode(ids, skip_special_tokens=True))
+    save_file(tensors, job["out"] + ".safetensors")
+    with open(job["out"] + ".json", "w", encoding="utf-8") as file:
+        json.dump({"class": type(model).__name__, "answers": answers}, file, ensure_ascii=False)
+
+
+def encode(processor, sample: dict) -> dict:
+    text = processor.apply_chat_template(
+        sample["messages"], tokenize=False, add_generation_prompt=True
+    )
+    images = [Image.open(path).convert("RGB") for path in sample["images"]]
+    given = {"images": images} if images else {}
+    inputs = processor(text=text, return_tensors="pt", **given)
+    return {
+        name: inputs[name]
+        for name in ("input_ids", "attention_mask", "pixel_values")
+        if name in inputs
+    }
+
+
+if __name__ == "__main__":
+    main()
