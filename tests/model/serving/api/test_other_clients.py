@@ -73,7 +73,7 @@ def test_langchain(engine, address):
     told = several.generate([[messages.HumanMessage("What?")]])
     assert len(told.generations[0]) == 2
     text = library.OpenAI(
-        base_url=address, api_key="none", model=MODEL, max_retries=0, temperature=0
+        base_url=address, api_key="none", model=MODEL, max_retries=0, temperature=0, max_tokens=24
     )
     prompt = engine.processor.render(ask("What?", num_images=0), add_generation_prompt=True)
     expected = text_of(engine, ask("What?", num_images=0), [])
