@@ -39,7 +39,8 @@ class MiniMindVProcessor(ProcessorMixin):
         if isinstance(text, str):
             text = [text]
         text = [self._set_apart(t) if isinstance(t, str) else t for t in text or []] or None
-        return super().__call__(images=images, text=text, **kwargs)
+        inputs: BatchFeature = super().__call__(images=images, text=text, **kwargs)
+        return inputs
 
     def _set_apart(self, text: str) -> str:
         """A literal `@` must not touch a placeholder of `@`: a blank goes between."""

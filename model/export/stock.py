@@ -169,6 +169,7 @@ def _vision_config(
     if not is_single:
         tokenizer.add_special_tokens({"additional_special_tokens": [token]})
     image_id = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(image_id, int)
     text.vocab_size = max(text.vocab_size, image_id + 1)
     num_prefix = count_prefix_tokens(vision.config)
     num_states = vision.config.num_hidden_layers + 1
@@ -227,16 +228,16 @@ def _save_processor(
     tokens, neither of which our models know.
     """
     is_full = config.vision_feature_select_strategy == "full"
+    image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+    assert isinstance(image_token, str)
     processor = transformers.LlavaProcessor(
         image_processor=vision.image_processor,
         tokenizer=tokenizer,
         patch_size=vision.config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=count_prefix_tokens(vision.config),
-        image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
-        chat_template=with_parts(
-            tokenizer.chat_template, image=tokenizer.convert_ids_to_tokens(config.image_token_id)
-        ),
+        image_token=image_token,
+        chat_template=with_parts(tokenizer.chat_template, image=image_token),
     )
     grid = image_side(vision.config) // vision.config.patch_size
     num_prefix = count_prefix_tokens(vision.config)
