@@ -65,9 +65,8 @@ def arrow_files(folder: Path) -> list[Path]:
     """
     if (folder / SPLITS_FILE).is_file():
         splits = sorted(path.name for path in folder.iterdir() if (path / STATE_FILE).is_file())
-        raise ValueError(
-            f"{folder} holds the splits {', '.join(splits)}; name one: {folder / 'SPLIT'}"
-        )
+        example = folder / (splits[0] if splits else "train")
+        raise ValueError(f"{folder} holds the splits {', '.join(splits)}; name one, as {example}")
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         names = [entry["filename"] for entry in state["_data_files"]]

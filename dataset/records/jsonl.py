@@ -14,7 +14,7 @@ from dataset.records.data_file import check_text
 from dataset.records.images import open_images
 from dataset.records.index_file import Index, kept_index
 
-SCAN_CHUNK_BYTES = 1 << 20
+SCAN_CHUNK_BYTES = 1 << 18
 SHORT_LINE_BYTES = 8  # longer lines are not checked for white space
 WIDTH = 3  # of an index: where a record begins, its length in bytes, its line
 
