@@ -18,7 +18,7 @@ main{max-width:1120px;margin:0 auto;padding:28px 20px 60px}
 h1{font-size:26px;margin:0}h2{font-size:18px;margin:36px 0 12px}h2 small{color:var(--soft);
 font-weight:400;margin-left:8px}
 .files{color:var(--soft);overflow-wrap:anywhere;margin:2px 0 18px}
-.grid{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(165px,1fr))}
+.grid{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(128px,1fr))}
 .box,.card{background:#fff;border:1px solid var(--line);border-radius:10px;padding:14px 16px}
 .box b{display:block;font-size:24px;font-weight:600;font-variant-numeric:tabular-nums}
 .box span{color:var(--soft);font-size:13px}
@@ -188,7 +188,7 @@ def _record_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
 def _image_rows(images: dict[str, Any]) -> list[tuple[str, str]]:
     sides = ("p0", "p50", "p100")
     sizes = (f"{w}x{h} {share(n, images['total'])}" for w, h, n in images["most_frequent_sizes"])
-    of_a_record = ", ".join(f"{n} in {c:,} records" for n, c in images["of_a_record"].items())
+    of_a_record = ", ".join(f"{n} ({c:,} records)" for n, c in images["of_a_record"].items())
     return [
         ("in all", f"{images['total']:,}, {images['distinct']:,} distinct"),
         ("of a record", of_a_record or "none"),

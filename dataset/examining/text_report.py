@@ -83,7 +83,7 @@ def _tokens(tokens: dict[str, Any]) -> Iterator[str]:
 
 def _merged(bars: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     """A histogram with at most `NUM_LINES` bars."""
-    step = -(-len(bars) // NUM_LINES)
+    step = max(1, -(-len(bars) // NUM_LINES))
     groups = [bars[i : i + step] for i in range(0, len(bars), step)]
     return [(group[0][0], group[-1][1], sum(bar[2] for bar in group)) for group in groups]
 
@@ -104,7 +104,7 @@ def _epoch(epoch: dict[str, Any], tokens_per_s: float | None) -> Iterator[str]:
 
 
 def _images(images: dict[str, Any]) -> Iterator[str]:
-    of_a_record = ", ".join(f"{n} in {c:,}" for n, c in images["of_a_record"].items())
+    of_a_record = ", ".join(f"{n} ({c:,} records)" for n, c in images["of_a_record"].items())
     yield f"images: {images['total']:,}, {images['distinct']:,} distinct; a record: {of_a_record}"
     if not images["total"]:
         return
