@@ -40,8 +40,9 @@ from trainer.measuring.figures import (
 from trainer.measuring.materials import make_records, make_tower
 from trainer.measuring.matrix_rate import matrix_rate
 from trainer.measuring.runs import UNTIMED_STEPS, OrdinaryRun, PlainRun
-from trainer.ranks.group import Ranks, init_distributed_mode
+from trainer.ranks.group import Ranks
 from trainer.run.report import INTERRUPTED
+from trainer.run.setup import start_device
 from trainer.stages import STAGES
 from trainer.tracking.environment import versions
 from trainer.tracking.metrics import peak_gib
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             check_place(own.json, flag="--json")  # now, not after minutes of measuring
         with tempfile.TemporaryDirectory() as name, memory_guard("lower --batch_size"):
             args = stage_args(own, rest, Path(name))
-            ranks = init_distributed_mode(args.device, args.dtype, tf32=args.tf32)
+            ranks = start_device(args)
             if ranks.world_size > 1:
                 raise ValueError("this measures one process; start it without torchrun")
             setup_seed(args.seed)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from model.machine.device import choose_device, has_bfloat16, memory_guard, prepare_device
+from model.machine.device import choose_device, default_dtype, memory_guard, prepare_device
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.options import OnceParser
 from trainer.loop.engine import Engine, autocast
@@ -58,7 +58,7 @@ def make_state(size: str, folder: Path, device: torch.device) -> RunState:
 
 def take_step(state: RunState, input_ids: torch.Tensor) -> None:
     device = input_ids.device
-    with autocast(device, "bfloat16" if has_bfloat16(device) else "float16"):
+    with autocast(device, default_dtype(device)):
         loss = state.model(input_ids=input_ids, labels=input_ids).loss
     loss.backward()
     state.optimizer.step()

@@ -71,7 +71,11 @@ class TrainArgs:
     )
     warmup_steps: int = flag("steps of a rising rate at the start / 预热步数", 0, low=0)
     device: str = flag("cpu, cuda, cuda:1, mps; default: the best / 默认自动选择")
-    dtype: str = flag("arithmetic of the forward pass / 混合精度类型", "bfloat16", choices=DTYPES)
+    dtype: str = flag(
+        "arithmetic of the forward pass; default: bfloat16, on a CPU without instructions for it "
+        "float32 / 混合精度类型",
+        choices=DTYPES,
+    )
     tf32: bool = flag("float32 products on a GPU in TF32: fast, rough / float32 用 TF32", False)
     num_workers: int = flag("processes that load data / 数据加载进程数", 8, low=0)
     accumulation_steps: int = flag("micro-steps per optimizer step / 梯度累积", 1, low=1)

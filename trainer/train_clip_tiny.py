@@ -41,7 +41,13 @@ from dataset.synthetic.clip_data import (
     name_patches,
 )
 from dataset.synthetic.scenes import sample_scene
-from model.machine.device import check_dtype, choose_device, memory_guard, prepare_device
+from model.machine.device import (
+    check_dtype,
+    choose_device,
+    memory_guard,
+    prepare_device,
+    training_dtype,
+)
 from model.machine.paths import ROOT
 from model.options import OnceParser
 from model.vlm_processor import load_tokenizer
@@ -286,7 +292,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--projection_dim", type=int, default=96, help="of the shared space / 共享空间维度")
     add("--tokenizer_path", type=Path, help="folder of the tokenizer / 分词器目录")
     add("--device", help="default: the best / 默认自动选择")
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="arithmetic / 精度")
+    dtype_help = "arithmetic; default: bfloat16, on a CPU without it float32 / 精度"
+    add("--dtype", choices=("bfloat16", "float32"), help=dtype_help)
     add("--num_workers", type=int, default=1, help="processes that draw / 绘图进程数")
     add("--log_interval", type=int, default=50, help="steps between lines / 日志间隔")
     add("--seed", type=int, default=42, help="of scenes and weights / 随机种子")
@@ -334,6 +341,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Train the tower, measure it on held-out pairs, write the folder."""
     device = prepare_device(choose_device(args.device))
+    args.dtype = args.dtype or training_dtype(device)
     check_dtype(device, args.dtype)
     tokenizer = load_tokenizer(args.tokenizer_path)
     setup_seed(args.seed)

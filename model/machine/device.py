@@ -89,10 +89,13 @@ def prepare_device(device: torch.device, *, tf32: bool = False) -> torch.device:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 natively.
+    """Whether the device computes in bfloat16 natively; emulated it takes tens of times as long.
 
     `torch.cuda.is_bf16_supported()` also counts emulation, and looks at the current device.
     """
+    if device.type == "cpu":
+        has_kernels = torch.backends.mkldnn.is_available()
+        return has_kernels and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if device.type != "cuda" or torch.version.hip is not None:
         return True
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -105,9 +108,15 @@ def default_dtype(device: torch.device) -> str:
     return "bfloat16" if has_bfloat16(device) else "float16"
 
 
+def training_dtype(device: torch.device) -> str:
+    """The dtype for training: bfloat16, but on a CPU that only emulates it float32."""
+    is_slow = device.type == "cpu" and not has_bfloat16(device)
+    return "float32" if is_slow else "bfloat16"
+
+
 def check_dtype(device: torch.device, dtype: str) -> None:
-    """Raise ValueError for a number format that the device only emulates."""
-    if dtype == "bfloat16" and not has_bfloat16(device):
+    """Raise ValueError for a number format that a GPU only emulates."""
+    if device.type != "cpu" and dtype == "bfloat16" and not has_bfloat16(device):
         raise ValueError("this GPU has no bfloat16; use --dtype float16 or float32")
 
 

@@ -12,6 +12,7 @@ from support.rank_group import run_ranks
 from support.scripts import run_script, train_flags
 from support.tiny_parts import conversation, make_records, make_tower
 
+from model.machine import device
 from model.weights.metadata import read_metadata
 from model.weights.saving import save_weights
 from trainer import train_pretrain_vlm, train_sft_vlm
@@ -288,3 +289,26 @@ def test_disk_that_fills_while_saving_keeps_the_old_files(assets, tmp_path, data
     monkeypatch.undo()
     assert {p: p.read_bytes() for p in before} == before
     assert not list(tmp_path.glob("*/.*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("is_native", "given", "used", "line"),
+    [
+        (True, None, "bfloat16", None),
+        (False, None, "float32", "this CPU has no instructions for bfloat16"),
+        (False, "bfloat16", "bfloat16", "takes many times as long; leave the flag out"),
+        (False, "float32", "float32", None),
+    ],
+)
+def test_a_cpu_without_bfloat16_trains_in_float32(
+    is_native, given, used, line, assets, tmp_path, monkeypatch, capsys
+):
+    """Emulated, its products take thirty times as long, and nothing says so."""
+    monkeypatch.setattr(device, "has_bfloat16", lambda _: is_native)
+    data, images = make_records(tmp_path, num_records=4)
+    argv = train_flags(assets, tmp_path, data, images, dtype=given)
+    assert train_pretrain_vlm.main(argv) == 0
+    said = "".join(capsys.readouterr())
+    assert f"--dtype {used} " in said
+    assert ("this CPU has no instructions" in said) == (line is not None)
+    assert line is None or line in said

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model.machine.device import out_of_memory_line
+from model.machine.device import out_of_memory_line, training_dtype
 from trainer.loop import zero_engine as zero
 from trainer.loop.engine import Engine, wrap_for_ranks
 from trainer.loop.loading import DataFault
@@ -133,7 +133,7 @@ def print_error(error: object) -> None:
 def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
     """Build everything, check it, train, and report; returns the exit status."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data workers are the pool
-    ranks = init_distributed_mode(args.device, args.dtype, tf32=args.tf32)
+    ranks = start_device(args)
     setup_seed(args.seed)
     check_tracker(args)
     zero_config = zero.read_config(args, ranks) if args.deepspeed else None
@@ -143,6 +143,22 @@ def run_stage(stage: Stage, args: TrainArgs, stop: StopSignal) -> int:
     with run_lock([lock_path(state.paths.weight), lock_path(state.paths.state)], ranks):
         keep_features(args, ranks, parts, state.paths)
         return resume_and_train(state, parts, stop, zero_config)
+
+
+def start_device(args: TrainArgs) -> Ranks:
+    """Prepare the device and join the other ranks; settles `args.dtype`."""
+    ranks = init_distributed_mode(args.device, args.dtype or "bfloat16", tf32=args.tf32)
+    usual = training_dtype(ranks.device)
+    if args.dtype is None:
+        args.dtype = usual
+        if usual == "float32":
+            Logger("this CPU has no instructions for bfloat16, so training is in float32")
+    elif (args.dtype, usual) == ("bfloat16", "float32"):
+        warn(
+            "--dtype bfloat16: this CPU has no instructions for it and takes many times as long; "
+            "leave the flag out to train in float32"
+        )
+    return ranks
 
 
 def prepare(stage: Stage, args: TrainArgs, ranks: Ranks) -> tuple[Parts, RunState]:
