@@ -107,7 +107,7 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path, capfd):
 def test_ctrl_c_ends_in_one_line(name, tmp_path):
     script = {
         "tower": [
-            *"trainer/train_clip_tiny.py --log_interval 1 --num_workers 1".split(),
+            *"trainer/train_clip_tiny.py --log_interval 1 --num_workers 1 --dtype float32".split(),
             "--save_dir",
             tmp_path / "tower",
         ],
