@@ -76,7 +76,7 @@ class VLMCollator:
                 "pixel_values": None,
             }
         inputs["is_right_padded"] = True
-        sources = [s.source for s in good] or [None]
+        sources = [s.source for s in good if s.source is not None]
         inputs["target_positions"] = target_positions(inputs["labels"])
         if self.packs and good:
             positions = packed_positions(inputs["attention_mask"], multiple=self.pad_multiple)
@@ -90,7 +90,7 @@ class VLMCollator:
             sample_names=[s.where for s in good],
             bad_samples=[s for s in samples if isinstance(s, BadSample)],
             num_truncated=sum(s.is_truncated for s in good),
-            row_sources=None if None in sources else sources,
+            row_sources=sources or None,
         )
 
     def _pad(self, samples: list[Sample]) -> dict[str, Any]:

@@ -17,7 +17,11 @@ class RunPaths:
     state: Path
     metrics: Path
     curves: Path
-    adapters: Path  # of LoRA
+
+    @property
+    def adapters(self) -> Path:
+        """The folder of LoRA's adapters."""
+        return self.weight.with_name(f"{self.weight.stem}_lora")
 
     def num_states(self) -> int:
         """How many states of this run are there."""
@@ -33,5 +37,4 @@ def run_paths(args: TrainArgs, model: MiniMindForCausalLM) -> RunPaths:
         state=args.checkpoint_dir / f"{stem}_resume.pth",
         metrics=args.save_dir / f"{stem}{METRICS_SUFFIX}",
         curves=args.save_dir / f"{stem}_curves.png",
-        adapters=args.save_dir / f"{stem}_lora",
     )
