@@ -30,12 +30,14 @@ class Batch:
     sample_names: list[str]
     bad_samples: list[BadSample] = field(default_factory=list)
     num_truncated: int = 0
-    row_sources: list[int] | None = None  # of a mixture, a number for each sequence
+    target_sources: Tensor | None = None  # of a mixture, (N,): at `target_positions`
 
     def pin_memory(self) -> "Batch":
         self.inputs = {
             k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in self.inputs.items()
         }
+        if self.target_sources is not None:
+            self.target_sources = self.target_sources.pin_memory()
         return self
 
     def inputs_on(self, device: torch.device) -> dict[str, Any]:
@@ -76,7 +78,6 @@ class VLMCollator:
                 "pixel_values": None,
             }
         inputs["is_right_padded"] = True
-        sources = [s.source for s in good if s.source is not None]
         inputs["target_positions"] = target_positions(inputs["labels"])
         if self.packs and good:
             positions = packed_positions(inputs["attention_mask"], multiple=self.pad_multiple)
@@ -90,7 +91,7 @@ class VLMCollator:
             sample_names=[s.where for s in good],
             bad_samples=[s for s in samples if isinstance(s, BadSample)],
             num_truncated=sum(s.is_truncated for s in good),
-            row_sources=sources or None,
+            target_sources=target_sources(good, inputs),
         )
 
     def _pad(self, samples: list[Sample]) -> dict[str, Any]:
@@ -152,6 +153,14 @@ def collate_features(samples: list[Sample]) -> dict[str, Any]:
     if all(has_features):
         return {"vision_features": features}
     return {"vision_features": features, "has_features": torch.tensor(has_features)}
+
+
+def target_sources(samples: list[Sample], inputs: dict[str, Any]) -> Tensor | None:
+    """Of a mixture, the number of the source at each of the `target_positions`: (N,) int64."""
+    sources = [s.source for s in samples if s.source is not None]
+    if not sources:
+        return None
+    return torch.tensor(sources)[inputs["target_positions"] // inputs["labels"].shape[1]]
 
 
 def target_positions(labels: Tensor) -> Tensor:

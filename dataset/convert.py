@@ -17,6 +17,7 @@ itself is wrong, and 130 after Ctrl-C.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -100,6 +101,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)  # fmt: skip
 
 
+class NoRecordError(ValueError):
+    """Nothing could be converted."""
+
+
 def images_place(args: argparse.Namespace) -> Path | None:
     """Where the pictures go: a zip or a folder; None for Parquet, which holds them itself."""
     if args.to.suffix == ".parquet":
@@ -144,9 +149,18 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _state(path: Path) -> list[Any]:
-    """A file or folder with what changes when it is written."""
+    """A file or folder, all files below it included, with what changes when it is written."""
     about = path.stat()
-    return [str(path.resolve()), about.st_size if path.is_file() else None, about.st_mtime_ns]
+    if path.is_file():
+        return [str(path.resolve()), about.st_size, about.st_mtime_ns]
+    digest = hashlib.sha256()
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        for name in sorted(names):
+            own = os.stat(os.path.join(folder, name), follow_symlinks=False)
+            text = f"{os.path.join(folder, name)!a} {own.st_size} {own.st_mtime_ns}\n"
+            digest.update(text.encode())
+    return [str(path.resolve()), digest.hexdigest(), None]
 
 
 def kept(items: Iterator[PlainRecord | Fault], faults: FaultBook) -> Iterator[PlainRecord]:
@@ -197,7 +211,7 @@ def join(args: argparse.Namespace, converter: Converter, faults: FaultBook) -> i
 
     def check() -> None:
         if not num:
-            raise ValueError("no record could be converted, so nothing was written")
+            raise NoRecordError("no record could be converted, so nothing was written")
 
     place = images_place(args)
     if place is None:
@@ -249,7 +263,7 @@ def finish(args: argparse.Namespace, converter: Converter) -> int:
     faults = FaultBook()
     try:
         num = join(args, converter, faults)
-    except ValueError as error:
+    except NoRecordError as error:
         print(f"error: {error}", file=sys.stderr)
         num = 0
     if args.faults:

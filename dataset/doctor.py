@@ -232,6 +232,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; nothing was written / 已中断", file=sys.stderr)
         return INTERRUPTED
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        print("error: a process that reads the data was killed, perhaps for want of memory; "
+              "lower --num_workers", file=sys.stderr)  # fmt: skip
+        return WRONG_USE
     except (ValueError, OSError) as error:
         if os.environ.get("MINIMIND_TRACEBACK"):
             raise

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dataset.converting.json_index import JsonArray, check_object
-from dataset.converting.output import PlainRecord, plain_record
+from dataset.converting.output import PlainRecord, plain_messages, plain_record
 from dataset.converting.pictures import SourcePictures
 from dataset.examining.faults import Fault
 from dataset.examining.sources import Sources
@@ -90,7 +90,8 @@ class ShareGpt(JsonLayout):
         others = {k: v for k, v in fields.items() if k not in (field, kind)}
         check_stray(others, fields[field], names, read=kind, where=where)
         check_tags(messages, names, where=where)
-        return PlainRecord(messages, [self.pictures.read(name) for name in names])
+        pictures = [self.pictures.read(name) for name in names]
+        return PlainRecord(plain_messages(messages), pictures)
 
 
 class CocoCaptions(JsonLayout):

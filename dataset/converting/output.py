@@ -7,7 +7,7 @@ records have is written once, and no name of a source leads anywhere.
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -38,13 +38,18 @@ class PlainRecord:
 
 def plain_record(record: Record, images: list[bytes]) -> PlainRecord:
     """A record as it was read, to be written again; tools of its system message stay."""
-    messages = []
-    for message in record.messages:
+    return PlainRecord(plain_messages(record.messages), images, record.types)
+
+
+def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A reader's messages as files have them: tools are in the field `functions`."""
+    plain = []
+    for message in messages:
         fields = {"role": message["role"], "content": message["content"]}
         if message.get("tools"):
             fields["functions"] = message["tools"]
-        messages.append(fields)
-    return PlainRecord(messages, images, record.types)
+        plain.append(fields)
+    return plain
 
 
 def image_name(content: bytes) -> str:
@@ -89,12 +94,17 @@ def into_folder(folder: Path) -> StorePicture:
 
 
 def write_parquet(file: IO[bytes], records: Iterable[PlainRecord]) -> None:
-    """Write columns `conversations` (JSON) and `image_bytes` (a list), in the published layout."""
+    """Write columns `conversations` (JSON) and `image_bytes` (a list), in the published layout, and
+    `types` (a list, empty for a record without)."""
     import pyarrow  # slow to import
     import pyarrow.parquet
 
     schema = pyarrow.schema(
-        {"conversations": pyarrow.string(), "image_bytes": pyarrow.list_(pyarrow.binary())}
+        {
+            "conversations": pyarrow.string(),
+            "image_bytes": pyarrow.list_(pyarrow.binary()),
+            "types": pyarrow.list_(pyarrow.string()),
+        }
     )
     rows: list[dict[str, Any]] = []
     size = 0
@@ -103,7 +113,8 @@ def write_parquet(file: IO[bytes], records: Iterable[PlainRecord]) -> None:
         for record in records:
             text = json.dumps(record.messages, ensure_ascii=False)
             text = text.encode("utf-8", "backslashreplace").decode()
-            rows.append({"conversations": text, "image_bytes": record.images})
+            types = list(record.types)
+            rows.append({"conversations": text, "image_bytes": record.images, "types": types})
             size += len(text) + sum(map(len, record.images))
             if size >= GROUP_BYTES:
                 writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))

@@ -6,6 +6,7 @@ all are there they are joined in their order. So the result has the same bytes h
 """
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -24,6 +25,9 @@ from dataset.converting.output import PlainRecord
 from dataset.converting.pictures import OpenPicture, Resizing
 from dataset.examining.faults import Fault, fault_of
 from dataset.examining.sources import FaultyRecordError
+
+# What the machine lacks, now, whatever the data are.
+NOT_OF_THE_DATA = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
 
 PART_RECORDS = 128  # few enough that the pictures of a part fit in memory
 VERSION = 1  # of the parts' files
@@ -87,7 +91,12 @@ class Converter:
             images = [done[image] for image in record.images]
         except FaultyRecordError as error:
             return _packed({"fault": asdict(error.fault)}, [])
+        except MemoryError:
+            raise  # not the record's fault
         except Exception as error:  # on damaged data the libraries raise almost anything
+            reason = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            if isinstance(reason, OSError) and reason.errno in NOT_OF_THE_DATA:
+                raise
             fault = fault_of(error, where=self.layout.where(index))
             return _packed({"fault": asdict(fault)}, [])
         return _packed({"messages": record.messages, "types": record.types}, images)

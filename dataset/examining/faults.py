@@ -22,7 +22,8 @@ LEAKED_RECORD = "record of the held-out set"
 KINDS = {
     "not UTF-8": r"not UTF-8",
     "not JSON": r"not valid JSON|must be a JSON object|ends before its end",
-    LEAVES_FOLDER: r"leaves|climbs|outside (?:of )?(?:the |its )?(?:images|folder)",
+    LEAVES_FOLDER: r"leaves the folder|leads out of|climbs|outside (?:of )?(?:the |its )?"
+    r"(?:images|folder)",
     "picture too large": r"over [\d,]+ (?:pixels|bytes)|over what Pillow decodes|is too thin",
     "broken picture": r"not a readable image",
     "image that is not there": r"is not in .* as a file|no --images_path|no such image",
@@ -55,7 +56,12 @@ class Fault:
 
 def kind_of(message: str) -> str:
     """The kind of fault that a reader's message tells."""
-    return next((kind for kind, words in KINDS.items() if re.search(words, message)), OTHER)
+    unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "''", message)  # names may hold any words
+    for text in (unquoted, message):
+        for kind, words in KINDS.items():
+            if re.search(words, text):
+                return kind
+    return OTHER
 
 
 def fault_of(error: BaseException, *, where: str, named: str = "") -> Fault:

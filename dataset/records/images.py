@@ -8,7 +8,7 @@ import os
 import stat
 import zipfile
 from collections import Counter
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,8 @@ class ImageZip:
                 f"{shorten(name)[1:-1]} in {self.root.name} cannot be read ({why})"
             ) from error
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "_opened_by": None, "_zip": None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_zip, (self.root,)
 
 
 def check_size(num_bytes: int, *, name: str) -> None:
@@ -132,6 +132,17 @@ def check_size(num_bytes: int, *, name: str) -> None:
             f"{shorten(name)} is of {num_bytes / 2**20:,.0f} MiB, and a picture's file may have "
             f"{MAX_IMAGE_BYTES >> 20}: scale it down, or delete it"
         )
+
+
+def open_zip(root: Path) -> ImageZip:
+    """The images of a zip file; one object for all who name it, as its list of members is large."""
+    about = root.stat()
+    return _open_zip(Path(os.path.abspath(root)), about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _open_zip(root: Path, _size: int, _mtime_ns: int) -> ImageZip:
+    return ImageZip(root)
 
 
 def open_images(
@@ -144,7 +155,7 @@ def open_images(
         return ImageFolder(images_path)
     for path in (images_path, images_path.with_name(images_path.name + ".zip")):
         if path.is_file() and zipfile.is_zipfile(path):
-            return ImageZip(path)
+            return open_zip(path)
     raise FileNotFoundError(
         f"no images: {images_path} is neither a folder nor a zip file; name it by {flag}"
     )

@@ -19,10 +19,10 @@ import numpy.typing as npt
 Index = npt.NDArray[np.int64]
 
 KEPT_FROM_BYTES = 1 << 22  # smaller files are indexed in some 10 ms
-VERSION = 1
+VERSION = 2
 MAGIC = b"mmv-records-index"
 KEY_BYTES = 32
-HEAD_BYTES = 64  # magic and key, padded, so that the array is aligned
+HEAD_BYTES = 64  # magic, key and number of rows, padded, so that the array is aligned
 ENDS_BYTES = 1 << 16  # hashed at either end of the file
 
 
@@ -45,6 +45,9 @@ def kept_index(path: Path, build: Callable[[], Index], *, kind: str, width: int)
     if _key(path, kind) != key:  # it was written to meanwhile
         return index
     for place in places:
+        found = _read(place, key, width=width)  # another process may have been as fast
+        if found is not None:
+            return found
         with contextlib.suppress(OSError):
             _write(place, key, index)
             kept = _read(place, key, width=width)
@@ -52,12 +55,16 @@ def kept_index(path: Path, build: Callable[[], Index], *, kind: str, width: int)
     return index
 
 
-def index_places(path: Path) -> tuple[Path, Path]:
+def index_places(path: Path) -> list[Path]:
     """Where the index of a file may be kept: beside it, and in the user's cache folder."""
     place = Path(os.path.abspath(path))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    beside = place.with_name(f".{place.name}.index")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # this user has no home
+        return [beside]
     named = f"{place.name}.{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.index"
-    return place.with_name(f".{place.name}.index"), cache / "minimind-v" / named
+    return [beside, cache / "minimind-v" / named]
 
 
 def _key(path: Path, kind: str) -> bytes:
@@ -73,19 +80,22 @@ def _key(path: Path, kind: str) -> bytes:
 
 def _read(place: Path, key: bytes, *, width: int) -> Index | None:
     """A kept index, mapped; None where there is none, or one of something else."""
-    head = (MAGIC + key).ljust(HEAD_BYTES, b"\0")
-    row_bytes = 8 * width
     try:
         with open(place, "rb") as file:
-            if file.read(HEAD_BYTES) != head:
-                return None
-            num_rows, rest = divmod(os.fstat(file.fileno()).st_size - HEAD_BYTES, row_bytes)
-            if rest or not num_rows:
-                return None
+            head = file.read(HEAD_BYTES)
+            num_bytes = os.fstat(file.fileno()).st_size - HEAD_BYTES
+        num_rows = num_bytes // (8 * width)
+        if not num_rows or num_rows * 8 * width != num_bytes or head != _head(key, num_rows):
+            return None
         shape = (num_rows, width)
         return np.memmap(place, np.int64, "r", offset=HEAD_BYTES, shape=shape)
     except (OSError, ValueError):
         return None
+
+
+def _head(key: bytes, num_rows: int) -> bytes:
+    """How an index begins; with its length, so that one that was cut off is not taken."""
+    return (MAGIC + key + num_rows.to_bytes(8, "little")).ljust(HEAD_BYTES, b"\0")
 
 
 def _write(place: Path, key: bytes, index: Index) -> None:
@@ -94,8 +104,10 @@ def _write(place: Path, key: bytes, index: Index) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=place.parent, prefix=f"{place.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write((MAGIC + key).ljust(HEAD_BYTES, b"\0"))
+            file.write(_head(key, len(index)))
             file.write(np.ascontiguousarray(index).data)
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, place)
     except BaseException:

@@ -10,7 +10,7 @@ from typing import Any
 from dataset.records.base import Records
 from dataset.records.conversation import Record
 
-MAX_OPEN = 64  # files, in each process
+MAX_OPEN = 256  # files, in each process
 
 
 class ShardedRecords(Records):
@@ -26,6 +26,7 @@ class ShardedRecords(Records):
     def __init__(self, data_path: Path, paths: Sequence[Path], open_shard: Callable[..., Records]):
         self._paths, self._open_shard = list(paths), open_shard
         self._opened: OrderedDict[int, Records] = OrderedDict()
+        self._starts: list[int] = []  # of each file's records; the last is their number
         counts, slow, self.num_blank = [], [], 0
         for number in range(len(self._paths)):
             shard = self._shard(number)
@@ -38,7 +39,10 @@ class ShardedRecords(Records):
 
     def _shard(self, number: int) -> Records:
         if number not in self._opened:
-            self._opened[number] = self._open_shard(self._paths[number])
+            shard = self._open_shard(self._paths[number])
+            if self._starts and len(shard) != self._starts[number + 1] - self._starts[number]:
+                raise ValueError(f"{self._paths[number]} was changed while it is in use")
+            self._opened[number] = shard
             if len(self._opened) > MAX_OPEN:
                 self._opened.popitem(last=False)
         self._opened.move_to_end(number)

@@ -64,6 +64,11 @@ def export(args: argparse.Namespace) -> str:
     loading = argparse.Namespace(**(vars(args) | {"dtype": "float32"}))
     if args.projector_gelu and args.to != "llava":
         raise ValueError("--projector_gelu is of --to llava")
+    if args.projector_gelu and args.dtype != "float32":
+        raise ValueError(
+            "--projector_gelu adds 16 to what the projector computes, which only float32 bears; "
+            "leave --dtype out"
+        )
     if args.to == PTH:
         if args.load_from == NATIVE:
             raise ValueError("--to pth needs the folder to read: --load_from FOLDER")

@@ -1,5 +1,6 @@
 """Owns the chat template of an export: ours, which also takes content in parts, as pipelines do."""
 
+# Each part is a line, as pictures and questions are in training.
 # A message's content may be a text, or parts {"type": "image"} and {"type": "text", "text": ...}.
 PARTS = """\
 {%- set flat = namespace(messages=[]) -%}
@@ -8,7 +9,8 @@ PARTS = """\
 {%- set flat.messages = flat.messages + [message] -%}
 {%- else -%}
 {%- set content = namespace(text='') -%}
-{%- for part in message['content'] -%}
+{%- for part in message['content'] or [] -%}
+{%- set content.text = content.text + ('' if loop.first else '\\n') -%}
 {%- set content.text = content.text + (part['text'] if part['type'] == 'text' else IMAGE) -%}
 {%- endfor -%}
 {%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}

@@ -18,6 +18,12 @@ def save_config(config: PreTrainedConfig, folder: Path, *, dtype: str) -> None:
     config.dtype = dtype
     fields = json.loads(config.to_json_string(use_diff=False))
     fields.get("vision_config", {}).pop("_name_or_path", None)
+    for part in (fields, fields.get("text_config", {})):
+        rope = part.get("rope_parameters") or {}
+        if "rope_theta" in rope:  # where releases before 5 look for it, and others after them
+            part["rope_theta"] = rope["rope_theta"]
+            scaled = {name: value for name, value in rope.items() if name != "rope_theta"}
+            part["rope_scaling"] = None if rope["rope_type"] == "default" else scaled
     text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 

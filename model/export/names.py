@@ -93,6 +93,8 @@ def from_stock(
     state = {}
     for name, tensor in stock.items():
         own = _renamed(name, backwards).replace(STOCK_SHARED, SHARED)
+        if own.endswith(SHARED_GATE) and tensor.any():
+            raise ValueError(f"{name} is not 0: it weighs a shared expert, and ours have no weight")
         if own.startswith(TOWER[0]) or own.endswith(SHARED_GATE):
             continue
         state[own] = tensor / 2 if name.endswith(SHARED_DOWN) else tensor

@@ -125,6 +125,10 @@ def _foreign_fields(folder: Path, generation: int) -> dict[str, Any]:
     theirs = _read_json(path)
     fields = {name: theirs[name] for name in SAME_FIELDS if name in theirs}
     rope = theirs.get("rope_parameters") or theirs
+    scaled = theirs.get("rope_scaling") or rope
+    kind = scaled.get("rope_type") or scaled.get("type") or "default"
+    if kind != "default":
+        raise ValueError(f"{path} has rotary positions of the kind {kind}, ours are plain ones")
     fields |= {
         "generation": generation,
         "rope_theta": rope.get("rope_theta", 1e4),

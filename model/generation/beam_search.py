@@ -109,8 +109,11 @@ class BeamDecoder:
                 answer.finish_reason = "cancelled"
         self._inputs = {}
 
-    def _prefill(self) -> Cache:
-        """The cache of the prompts without their last token, repeated for each beam."""
+    def _prefill(self) -> Cache | None:
+        """The cache of the prompts without their last token, repeated for each beam; None where
+        they have no other."""
+        if self._inputs["input_ids"].shape[1] == 1:
+            return None
         inputs = {
             name: tensor if name in OF_IMAGES else tensor[:, :-1]
             for name, tensor in self._inputs.items()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.generation.sampling import Sampling
 
+LEAST_TOP_P = 1e-6  # float32 tells it from 0, so that the likeliest token is always left
 FIRST_CANDIDATES = 256  # nearly always hold the nucleus; sorting all of V takes ten times as long
 
 
@@ -132,7 +133,8 @@ def candidates(probabilities: Tensor, sampling: Sampling) -> tuple[Tensor, Tenso
     elif not _hold_all(shares, sampling):
         shares, ids = probabilities.sort(-1, descending=True)
     in_front = shares.cumsum(-1) - shares
-    is_left = in_front < sampling.top_p * total if sampling.top_p < 1 else shares > 0
+    top_p = max(sampling.top_p, LEAST_TOP_P)
+    is_left = in_front < top_p * total if top_p < 1 else shares > 0
     is_left &= shares >= sampling.min_p * shares[:, :1]
     return shares * is_left, ids
 

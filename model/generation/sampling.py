@@ -12,6 +12,7 @@ MAX_SEED = 2**63 - 1
 MAX_TOP_K = 1_000_000
 MAX_BEAMS = 16
 MAX_LOGPROBS = 20
+LEAST_TEMPERATURE = 1e-5  # below it only the likeliest token is drawn, and float32 may divide by 0
 # Of draws, or of single answers: a beam search does not take them.
 NOT_OF_BEAMS = (
     "min_p", "presence_penalty", "frequency_penalty", "min_tokens", "ignore_eos", "stop_token_ids",
@@ -73,6 +74,8 @@ class Sampling:
 
         must(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
         must(0 <= self.temperature < math.inf, "temperature", "at least 0 (0 is greedy)")
+        if self.temperature < LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         must(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         must(0 <= self.top_k <= MAX_TOP_K, "top_k", f"0 (all tokens) to {MAX_TOP_K}")
         must(0.1 <= self.repetition_penalty <= 10, "repetition_penalty", "0.1 to 10 (1 is none)")

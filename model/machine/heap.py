@@ -8,6 +8,7 @@ from functools import cache
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 NEVER = -1
+USUAL_MMAP_MAX, USUAL_TRIM_THRESHOLD = 65536, 128 * 1024
 
 
 @cache
@@ -32,6 +33,14 @@ def keep_freed_memory() -> None:
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, NEVER)
         library.mallopt(M_TOP_PAD, 64 * 2**20)
+
+
+def give_back_at_once() -> None:
+    """Undo `keep_freed_memory`, in a process that was forked: it would keep its largest picture."""
+    if library := _glibc():
+        library.mallopt(M_MMAP_MAX, USUAL_MMAP_MAX)
+        library.mallopt(M_TRIM_THRESHOLD, USUAL_TRIM_THRESHOLD)
+        library.mallopt(M_TOP_PAD, 0)
 
 
 def release_free_memory() -> None:

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from model.machine.heap import give_back_at_once
 from trainer.ranks.signals import StopSignal, leave_signals_to_parent
 
 POLL_S = 1.0  # between two looks at the workers
@@ -317,6 +318,7 @@ def kill(workers: list[BaseProcess]) -> None:
 def start_worker(board: Board, worker: int) -> None:
     """Prepare a data worker: it ignores signals, and ends when the main process ends in any way."""
     leave_signals_to_parent()
+    give_back_at_once()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     board.write(worker, sample=0)
 

@@ -34,7 +34,7 @@ class MicroBatch(Protocol):
     num_tokens: int
     num_truncated: int
     sample_names: list[str]
-    row_sources: list[int] | None
+    target_sources: Tensor | None
 
     @property
     def bad_samples(self) -> Sequence[BadSample]: ...

@@ -152,7 +152,8 @@ def optimizer_step(run: Run, micro_batches: list[MicroBatch], counts: dict[str, 
         is_last = i == len(micro_batches) - 1
         with run.engine.micro_step(is_last=is_last):
             with autocast(run.device, run.args.dtype):
-                output = run.engine.model(**batch.inputs_on(run.device))
+                inputs = batch.inputs_on(run.device)
+                output = run.engine.model(**inputs)
             loss_sum = output.loss * batch.num_supervised
             aux_sum = balance.aux_sum(output, batch)
             loss = loss_sum / max(counts["supervised"], 1) + aux_sum / max(counts["sequences"], 1)
@@ -161,7 +162,7 @@ def optimizer_step(run: Run, micro_batches: list[MicroBatch], counts: dict[str, 
         is_finite.append(own.isfinite().all())
         sums[:2] += own
         if num_sources:
-            sums[2:] += source_sums(output.logits, batch, num_sources=num_sources)
+            sums[2:] += source_sums(output.logits, inputs, batch, num_sources=num_sources)
     sums = run.ranks.device_sum(sums)
     grad_norm, is_bad = run.engine.step(sums[:2], is_empty=not counts["supervised"])
     return StepResult(

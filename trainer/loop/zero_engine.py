@@ -9,7 +9,7 @@ or without DeepSpeed.
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,7 @@ class ZeroEngine:
         optimizer: AdamW over the whole parameters, with the resumed moments, if any. From here on
             it holds this rank's shard.
         config: from `read_config`.
+        adapt: gives a new model of the same class the adapters that this one has.
     """
 
     def __init__(
@@ -190,11 +191,12 @@ class ZeroEngine:
         optimizer: torch.optim.AdamW,
         ranks: Ranks,
         config: dict[str, Any],
+        adapt: Callable[[nn.Module], None] | None = None,
     ):
         deepspeed = load_deepspeed(ranks.device)
         self._gather = deepspeed.zero.GatheredParameters
         self._fragments = deepspeed.utils
-        self._ranks = ranks
+        self._ranks, self._adapt = ranks, adapt
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._groups = optimizer.state_dict()["param_groups"]
         self.module = model
@@ -273,6 +275,8 @@ class ZeroEngine:
         gpus = [device] if device.type == "cuda" else []  # by default it would fork all GPUs
         with torch.random.fork_rng(devices=gpus), device:
             copy: nn.Module = type(self.module)(self.module.config)
+            if self._adapt is not None:
+                self._adapt(copy)
         if self._tower is not None:
             copy._modules.pop(TOWER, None)
             object.__setattr__(copy, TOWER, self._tower)

@@ -33,8 +33,7 @@ def metadata_and_identity(
     identity["random system messages and think blocks"] = draws and (
         f"--system_share {draws.system_share} --empty_think_share {draws.empty_think_share}"
     )
-    if args.fix_image_count:
-        identity["--fix_image_count"] = True
+    identity["--fix_image_count"] = args.fix_image_count or None
     if parts.dataset.is_packed:
         identity["max_seq_len"] = args.max_seq_len
     return metadata, identity

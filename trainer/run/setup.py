@@ -301,7 +301,11 @@ def make_engine(state: RunState, zero_config: dict[str, Any] | None) -> Engine |
     lighten_tower(state.model, state.args.dtype)  # not before its fingerprint was taken
     if zero_config is not None:
         return zero.ZeroEngine(
-            state.model, optimizer=state.optimizer, ranks=state.ranks, config=zero_config
+            state.model,
+            optimizer=state.optimizer,
+            ranks=state.ranks,
+            config=zero_config,
+            adapt=None if state.lora is None else state.lora.attach,
         )
     return Engine(
         wrap_for_ranks(state.model, state.ranks),

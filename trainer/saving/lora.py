@@ -19,6 +19,7 @@ MATRICES = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
 )  # fmt: skip
 ALPHA_PER_RANK = 2  # the usual strength: adapters are scaled by alpha / rank
+PROJECTION = "vision_proj."
 BASE = ".base_layer.weight"  # peft's name of an adapted matrix
 FACTORS = (".lora_A.default.weight", ".lora_B.default.weight")
 
@@ -83,9 +84,7 @@ class Lora:
     def _config(self) -> Any:
         from peft import LoraConfig
 
-        return LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, target_modules=self._pattern, bias="none"
-        )
+        return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self._pattern)
 
     def merge(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict with the adapters added to their matrices, under the usual names."""
@@ -100,25 +99,31 @@ class Lora:
         return merged
 
     def save(self, state: dict[str, Tensor], folder: Path) -> None:
-        """Write the adapters of a state dict as `peft` reads them: `PeftModel.from_pretrained`."""
+        """Write the adapters of a state dict, and the projection, which trains with them, as `peft`
+        reads them: `PeftModel.from_pretrained`."""
         from safetensors.torch import save
 
         factors = {
             f"base_model.model.{name.replace('.default', '')}": tensor.cpu().contiguous()
             for name, tensor in state.items()
-            if name.endswith(FACTORS)
+            if name.endswith(FACTORS) or name.startswith(PROJECTION)
         }
+        has_projection = any(name.startswith(PROJECTION) for name in state)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in (
             ("adapter_model.safetensors", save(factors)),
-            ("adapter_config.json", self._config_text().encode()),
+            ("adapter_config.json", self._config_text(has_projection).encode()),
         ):
             atomic_write(folder / name, partial(_write, content))
 
-    def _config_text(self) -> str:
+    def _config_text(self, has_projection: bool) -> str:
         fields = self._config().to_dict()
+        own = {
+            "inference_mode": True,
+            "modules_to_save": [PROJECTION.rstrip(".")] if has_projection else None,
+        }
         kept = {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
-        return json.dumps(kept | {"inference_mode": True}, indent=1, default=str)
+        return json.dumps(kept | own, indent=1, default=str)
 
 
 def _write(content: bytes, file: Any) -> None:

@@ -146,7 +146,8 @@ class Endpoint:
                     async for _ in reply.written():
                         text_came()
                     client.check()  # a cut answer is nobody's
-                    await JSONResponse(reply.whole())(scope, receive, send)
+                    whole = await to_thread.run_sync(reply.whole)
+                    await JSONResponse(whole)(scope, receive, send)
         finally:
             metrics.tokens(reply.usage)
 

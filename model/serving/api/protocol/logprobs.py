@@ -19,15 +19,18 @@ class Spelling:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         self._bytes = {character: byte for byte, character in bytes_to_unicode().items()}
+        self._texts: dict[int, str] = {}  # decoding one takes 10 us, and a request may have 200,000
         self._special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
 
     def text(self, token_id: int) -> str:
         """A token alone; half a character is a replacement character."""
-        text = self._tokenizer.decode(
-            [token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        assert isinstance(text, str)
-        return text
+        if token_id not in self._texts:
+            text = self._tokenizer.decode(
+                [token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+            assert isinstance(text, str)
+            self._texts[token_id] = text
+        return self._texts[token_id]
 
     def encoded(self, token_id: int) -> list[int]:
         """Its bytes, which may be a part of a character."""
