@@ -61,3 +61,5 @@ def test_a_run_with_dropped_tags_is_another_run(assets, tmp_path, capfd):
     assert "left out" not in capfd.readouterr().err
     argv = [*train_flags(assets, tmp_path, data, images), "--from_resume", "1"]
     assert train_sft_vlm.main(argv) == 1
+    data.write_text(text)  # no record is bad, and still it is another run
+    assert train_sft_vlm.main([*argv, "--fix_image_count", "1"]) == 1

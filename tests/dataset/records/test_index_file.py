@@ -5,6 +5,7 @@ is written where nothing may be.
 import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from support.tiny_parts import conversation
 from dataset.records import index_file
 from dataset.records.index_file import index_places
 from dataset.records.json_array import PARSE_CHUNK_BYTES, index_array
-from dataset.records.jsonl import JsonlRecords
+from dataset.records.jsonl import WIDTH, JsonlRecords
 from dataset.records.reader import open_records
 
 
@@ -59,7 +60,15 @@ def test_a_damaged_index_is_made_anew(tmp_path):
     open_records(path, None)
     beside, _ = index_places(path)
     whole = beside.read_bytes()
-    for damaged in (whole[:-8], whole[:70], b"", b"x" * 200, whole[:20] + b"x" + whole[21:]):
+    one_row_less = whole[: -8 * WIDTH]  # its second record would be gone, silently
+    for damaged in (
+        one_row_less,
+        whole[:-8],
+        whole[:70],
+        b"",
+        b"x" * 200,
+        whole[:20] + b"x" + whole[21:],
+    ):
         beside.write_bytes(damaged)
         assert answers_of(open_records(path, None)) == ["one", "two"]
         assert beside.read_bytes() == whole
@@ -75,6 +84,15 @@ def test_a_folder_that_cannot_be_written_has_its_indexes_in_the_cache(tmp_path, 
     assert elsewhere.is_file()
     monkeypatch.setenv("XDG_CACHE_HOME", str(path))  # no place at all
     assert answers_of(open_records(path, None)) == ["one", "two"]
+
+
+def test_a_user_without_a_home_has_indexes_beside_the_files(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    path = tmp_path / "a.jsonl"
+    write(path, ["one", "two"])
+    assert answers_of(open_records(path, None)) == ["one", "two"]
+    assert [place.is_file() for place in index_places(path)] == [True]
 
 
 def test_a_small_file_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -51,6 +51,7 @@ def left_in(folder) -> list[str]:
         ([], "qwen3", "is of generation 2, --to qwen3 of 3; take --to llama"),
         ([], "pth", "--to pth needs the folder to read: --load_from FOLDER"),
         (["--projector_gelu", "1"], "llama", "--projector_gelu is of --to llava"),
+        (["--projector_gelu", "1", "--dtype", "bfloat16"], "llava", "which only float32 bears"),
         (["--weight", "nothing"], "llava", "no weight nothing_512.pth"),
     ],
 )
@@ -132,6 +133,8 @@ def theirs(llama, folder, **changes):
         ({"model_type": "gpt2"}, "model_type 'gpt2' cannot be read here; known are minimind-v"),
         ({"model_type": "llava"}, "so it was not exported from here"),
         ({"attention_bias": True}, "has attention_bias True, but ours is False"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "of the kind llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "of the kind linear"),
         ({"num_attention_heads": 7}, "config.json cannot be used"),
         ({"vocab_size": 399}, "has another size of 1 tensor(s): model.embed_tokens.weight"),
     ],

@@ -79,6 +79,16 @@ def test_draw_inverts_the_distribution_and_never_leaves_it():
         assert draw(scores.expand(2, -1), sampling, ends).tolist() == [order[0], order[-1]]
 
 
+def test_tiny_settings_draw_the_likeliest_token():
+    """As float32 they are 0: a division by it would draw a token that does not exist."""
+    scores = torch.tensor([[0.0, 1.0, 3.0, 2.0]])
+    for fields in ({"temperature": 1e-50}, {"temperature": 1e-50, "top_p": 0.85}):
+        assert Sampling(**fields).temperature == 0
+    for number in (0.0, 0.999):
+        sampling = Sampling(temperature=1.0, top_p=1e-50)
+        assert draw(scores, sampling, torch.tensor([number])).tolist() == [2]
+
+
 def test_row_takes_one_number_of_its_own_generator():
     """Alone, beside others, and after others have left: the same tokens."""
     sampling = Sampling(temperature=1.0, top_p=0.95)
