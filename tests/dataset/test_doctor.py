@@ -102,7 +102,7 @@ def test_every_fault_has_its_kind_and_line(tmp_path, diagnose):
         {"conversations": [{"role": "user", "content": 3}]},
         conversation("What?", "A <|im_end|> circle."),
         conversation("word " * 400, "A circle."),
-        conversation("What?", "A circle.", images=["0_0.png"]),
+        conversation("What?", "A circle.", pictures=["0_0.png"]),
     ])  # fmt: skip
     status, out, _ = diagnose(
         data, "--images_path", images, "--faults", tmp_path / "faults.jsonl", "--max_seq_len", 200
