@@ -259,7 +259,8 @@ def parse_args(stage: Stage, argv: list[str] | None, *, description: str) -> Tra
             options |= {"type": reader, "choices": item.metadata.get("choices")}
         parser.add_argument(*names, **options)
     args = TrainArgs(**vars(parser.parse_args(argv)))
-    args.data_path = parse_sources(args.data_path) if args.data_path else None
+    if isinstance(args.data_path, list):
+        args.data_path = parse_sources(args.data_path)
     args.from_weight = args.from_weight or usual["from_weight"]
     args.generation = args.generation or weight_generation(args)
     for name, value in stage.recipe(args.generation).items():

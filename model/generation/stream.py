@@ -169,7 +169,7 @@ class Stream:
 
     def __init__(self, streams: Streams):
         self.is_thinking = False
-        self._streams = streams
+        self._streams, self._decoder = streams, streams._decoder
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -186,7 +186,7 @@ class Stream:
 
     def close(self) -> None:
         """End the answer with the tokens it has; nothing happens to a finished one."""
-        self._streams.close()
+        self._decoder.cancel()
 
     @property
     def answer(self) -> Answer:
