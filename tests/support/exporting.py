@@ -120,7 +120,7 @@ def run_foreign(folder: Path, jobs: dict[Path, dict[str, Any]]) -> dict[Path, di
 def our_logits(loaded: LoadedModel, folder: Path, index: int) -> tuple[torch.Tensor, ...]:
     """Ids (T,), image mask (T,) and logits (T, V) of a sample, by our own classes."""
     sample = samples(folder)[index]
-    question = "<image>" * len(sample["images"]) + QUESTION
+    question = "<image>\n" * len(sample["images"]) + QUESTION
     messages = ask(question, num_images=len(sample["images"]))
     batch = loaded.processor.prompt_batch([(messages, sample["images"])])
     logits = loaded.model(batch["input_ids"], pixel_values=batch["pixel_values"]).logits[0]
