@@ -72,8 +72,9 @@ class TrainArgs:
     warmup_steps: int = flag("steps of a rising rate at the start / 预热步数", 0, low=0)
     device: str = flag("cpu, cuda, cuda:1, mps; default: the best / 默认自动选择")
     dtype: str = flag(
-        "arithmetic of the forward pass; default: bfloat16, on a CPU without instructions for it "
+        "arithmetic of the forward pass; left out on a CPU without instructions for bfloat16, "
         "float32 / 混合精度类型",
+        "bfloat16",
         choices=DTYPES,
     )
     tf32: bool = flag("float32 products on a GPU in TF32: fast, rough / float32 用 TF32", False)
@@ -243,8 +244,8 @@ def parse_args(stage: Stage, argv: list[str] | None, *, description: str) -> Tra
         shown = "" if default is None else f" (default: {default})"
         if third.get(item.name, default) != default:
             shown = f" (default: {default}, in generation 3 {third[item.name]})"
-        if item.name in usual:
-            default = None  # set below, when the generation is known
+        if item.name in usual or item.name == "dtype":
+            default = None  # set below, when the generation is known, or where the device is
         options = {"default": default, "help": item.metadata["help"] + shown, "dest": item.name}
         if item.name == "freeze_llm":
             options |= {"type": parse_freeze, "nargs": "?", "const": 1, "metavar": "0/1/2"}
