@@ -184,6 +184,8 @@ class ZeroEngine:
         adapt: gives a new model of the same class the adapters that this one has.
     """
 
+    _adapt: Callable[[nn.Module], None] | None = None
+
     def __init__(
         self,
         model: nn.Module,
