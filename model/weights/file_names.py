@@ -89,8 +89,7 @@ def _not_found(name: str, wanted: str, folders: list[Path], *, published: str) -
     way_out = ways_out.get(name, "make it first")
     return FileNotFoundError(
         f"no weight {wanted}.pth in {' or '.join(str(f) for f in folders)} (there: "
-        f"{_names_of(folders)}); {way_out}, or name another by --weight: its path, or its name "
-        "without the size"
+        f"{_names_of(folders)}); {way_out}, or name another: its path, or its name without the size"
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from model.machine.device import out_of_memory_line, training_dtype
 from trainer.loop import zero_engine as zero
@@ -167,10 +166,12 @@ def prepare(stage: Stage, args: TrainArgs, ranks: Ranks) -> tuple[Parts, RunStat
     Raises:
         ValueError, OSError: what is missing or does not fit.
     """
+    lora = read_lora(args)  # a wrong flag is told before anything is loaded
     parts = build(stage, args, device=ranks.device)
     if args.gradient_checkpointing:
         parts.model.activation_checkpointing_enable()
-    lora = make_lora(args, parts.model)
+    if lora is not None:
+        lora.attach(parts.model)
     trained = set_trainable(
         parts.model,
         freeze_llm=args.freeze_llm,
@@ -198,13 +199,11 @@ def prepare(stage: Stage, args: TrainArgs, ranks: Ranks) -> tuple[Parts, RunStat
     )
 
 
-def make_lora(args: TrainArgs, model: nn.Module) -> Lora | None:
-    """The adapters that the flags ask for, put into the model."""
+def read_lora(args: TrainArgs) -> Lora | None:
+    """The adapters that the flags ask for."""
     if not args.lora_rank:
         return None
-    lora = Lora(args.lora_rank, tuple(args.lora_targets.replace(" ", "").split(",")))
-    lora.attach(model)
-    return lora
+    return Lora(args.lora_rank, tuple(args.lora_targets.replace(" ", "").split(",")))
 
 
 def resume_and_train(

@@ -7,6 +7,7 @@ Source: https://platform.openai.com/docs/api-reference/chat/object and completio
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Iterator
 from functools import cached_property
@@ -29,7 +30,7 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
 
 
-class Reply:
+class Reply(ABC):
     """One request while it is answered, and the protocol's objects for it."""
 
     prefix: str  # of its id
@@ -78,18 +79,21 @@ class Reply:
         """What is sent before any text."""
         return iter(())
 
+    @abstractmethod
     def chunk(self, written: Written) -> bytes:
-        raise NotImplementedError
+        """What is sent of a piece of text."""
 
+    @abstractmethod
     def last_chunks(self) -> Iterator[bytes]:
         """What is sent behind all text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _choice(self, choice: int, answer: Answer) -> dict[str, Any]:
-        raise NotImplementedError
+        """An answer in the object of the whole."""
 
+    @abstractmethod
     def _logprobs(self, scores: list[TokenScore], offsets: list[int]) -> dict[str, Any]:
-        raise NotImplementedError
+        """Log probabilities, in the protocol's form."""
 
     def told_logprobs(self, choice: int, *, is_last: bool = False) -> dict[str, Any] | None:
         """Of the tokens that were not told yet and whose text is: None where none are asked for.
