@@ -13,15 +13,12 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import VLMConfig
 from model.options import NATIVE
 from model.vlm_processor import check_special_tokens, load_tokenizer, tokenizer_sha256
-from model.weights.build_model import CONFIG_FLAGS, load_model
-from model.weights.file_names import find_weight
+from model.weights.build_model import CONFIG_FLAGS, load_model, read_weight
 from model.weights.metadata import METADATA_FORMAT, Metadata, describe_model, read_metadata
 from model.weights.strict_loading import (
     PROJECTION_PREFIX,
     VISION_PREFIX,
     load_weights,
-    read_weights,
-    weight_config,
 )
 
 # Of a weight's description, what follows the model into an export. Its training arguments do not:
@@ -91,25 +88,18 @@ def text_config(config: VLMConfig) -> MiniMindConfig:
 
 def _load_language_model(args: argparse.Namespace) -> Source:
     """The language model of a weight: no tower is needed, and a projection is left out."""
-    path = find_weight(
-        args.weight,
-        save_dir=args.save_dir,
-        hidden_size=args.hidden_size,
-        use_moe=args.use_moe,
-        generation=args.generation,
-    )
-    state, metadata = read_weights(path), read_metadata(path)
-    fields = weight_config(state, path=path, flags={n: getattr(args, n) for n in CONFIG_FLAGS})
+    weight = read_weight(args, {name: getattr(args, name) for name in CONFIG_FLAGS})
+    path, fields = weight.path, weight.fields
     tokenizer = load_tokenizer(
         args.tokenizer_path,
-        expected_sha256=metadata.get("tokenizer_sha256"),
+        expected_sha256=weight.metadata.get("tokenizer_sha256"),
         generation=fields["generation"],
     )
     check_special_tokens(tokenizer, vocab_size=fields["vocab_size"], model_name=str(path))
     model = MiniMindForCausalLM(
         MiniMindConfig(**{name: value for name, value in fields.items() if name in TEXT_FIELDS})
     )
-    load_weights(model, _text_tensors(state), path=path, may_lack_projection=True)
+    load_weights(model, _text_tensors(weight.state), path=path, may_lack_projection=True)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     return Source(
         path, model.config, tensors, tokenizer, _metadata(model, tokenizer, path), vision=None

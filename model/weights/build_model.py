@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -130,7 +130,18 @@ def check_native(args: argparse.Namespace, path: Path) -> Path:
     return tower
 
 
-def _load_native(args: argparse.Namespace, flags: dict[str, Any]) -> LoadedModel:
+@dataclass(frozen=True)
+class Weight:
+    """A weight as its files say: tensors, description, and config fields with the flags' on top."""
+
+    path: Path
+    state: dict[str, Tensor]
+    metadata: dict[str, Any]
+    fields: dict[str, Any]
+
+
+def read_weight(args: argparse.Namespace, flags: dict[str, Any]) -> Weight:
+    """Read the weight that `--weight` and the flags of its size name."""
     path = find_weight(
         args.weight,
         save_dir=args.save_dir,
@@ -139,10 +150,15 @@ def _load_native(args: argparse.Namespace, flags: dict[str, Any]) -> LoadedModel
         generation=args.generation,
     )
     state, metadata = read_weights(path), read_metadata(path)
-    fields = weight_config(state, path=path, flags=flags)
+    return Weight(path, state, metadata, weight_config(state, path=path, flags=flags))
+
+
+def _load_native(args: argparse.Namespace, flags: dict[str, Any]) -> LoadedModel:
+    weight = read_weight(args, flags)
+    path, metadata, fields = weight.path, weight.metadata, weight.fields
     tokenizer, tower = find_inputs(args, metadata, generation=fields["generation"])
     model = MiniMindVLM(placeholder_config(fields, tokenizer, tower))
-    can_see = load_weights(model, state, path=path, may_lack_projection=True)
+    can_see = load_weights(model, weight.state, path=path, may_lack_projection=True)
     if not can_see:
         _seed_projection(model)
     image_processor = attach_tower(model, tower, metadata=metadata, path=path)
