@@ -18,6 +18,7 @@ from pathlib import Path
 import uvicorn
 from PIL import Image
 from support.scripts import start_cold
+from support.tiny_vlm import make_loaded, never_end
 from support.warm import Program
 
 from model.generation.engine import VLMEngine
@@ -189,3 +190,12 @@ def malformed(rng: random.Random) -> bytes:
         else:
             body["messages"][0]["content"] = [value]
     return json.dumps(body).encode()
+
+
+def endless_engine(assets) -> VLMEngine:
+    """The tiny model, under the name `MODEL`, whose answers are as long as they may be."""
+    loaded = make_loaded(assets)
+    never_end(loaded.model)
+    loaded.path = assets / f"{MODEL}.pth"
+    loaded.path.touch()
+    return VLMEngine(loaded)

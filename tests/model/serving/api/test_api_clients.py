@@ -8,9 +8,9 @@ import time
 
 import pytest
 import torch
-from support.api_site import MODEL, post, question, served_thread
+from support.api_site import endless_engine, post, question, served_thread
 from support.api_socket import HEAD, connect, eventually, is_closed, read_reply, whole
-from support.tiny_vlm import make_loaded, never_end, picture
+from support.tiny_vlm import picture
 
 from model import vlm_processor
 from model.generation.engine import VLMEngine
@@ -24,11 +24,7 @@ ONE = {"concurrency": 1, "queue": 0}
 
 @pytest.fixture(scope="module")
 def engine(assets) -> VLMEngine:
-    loaded = make_loaded(assets)
-    never_end(loaded.model)
-    loaded.path = assets / f"{MODEL}.pth"
-    loaded.path.touch()
-    return VLMEngine(loaded)
+    return endless_engine(assets)
 
 
 @pytest.fixture

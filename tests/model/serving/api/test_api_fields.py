@@ -7,9 +7,9 @@ import json
 
 import openai
 import pytest
-from support.api_site import MODEL, data_url, post, question, served_thread
+from support.api_site import MODEL, data_url, endless_engine, post, question, served_thread
 from support.api_socket import connect, read_reply
-from support.tiny_vlm import make_loaded, never_end, picture
+from support.tiny_vlm import picture
 
 from model.generation.engine import VLMEngine, ask
 from model.generation.sampling import Sampling
@@ -21,11 +21,7 @@ ENTRY = {"role": "user", "content": "What?"}
 
 @pytest.fixture(scope="module")
 def engine(assets) -> VLMEngine:
-    loaded = make_loaded(assets)
-    never_end(loaded.model)
-    loaded.path = assets / f"{MODEL}.pth"
-    loaded.path.touch()
-    return VLMEngine(loaded)
+    return endless_engine(assets)
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,8 @@ import json
 import re
 
 import pytest
-from support.api_site import MODEL, post, question, served_thread
+from support.api_site import MODEL, endless_engine, post, question, served_thread
 from support.api_socket import connect, eventually, whole
-from support.tiny_vlm import make_loaded, never_end
 
 from model.generation.engine import VLMEngine
 from model.serving.api import metrics
@@ -21,11 +20,7 @@ ORIGIN = "http://localhost:3000"
 
 @pytest.fixture(scope="module")
 def engine(assets) -> VLMEngine:
-    loaded = make_loaded(assets)
-    never_end(loaded.model)
-    loaded.path = assets / f"{MODEL}.pth"
-    loaded.path.touch()
-    return VLMEngine(loaded)
+    return endless_engine(assets)
 
 
 def fetch(address: str, path: str, *, method: str = "GET", **headers: str):

@@ -7,8 +7,8 @@ They are no part of the requirements; the tests run where they are installed:
 """
 
 import pytest
-from support.api_site import MODEL, data_url, parts, served_thread
-from support.tiny_vlm import make_loaded, never_end, picture
+from support.api_site import MODEL, data_url, endless_engine, parts, served_thread
+from support.tiny_vlm import picture
 
 from model.generation.engine import VLMEngine, ask
 from model.generation.sampling import Sampling
@@ -20,11 +20,7 @@ PLAIN = Sampling(24, temperature=0)  # the server's, which clients do not name
 
 @pytest.fixture(scope="module")
 def engine(assets) -> VLMEngine:
-    loaded = make_loaded(assets)
-    never_end(loaded.model)
-    loaded.path = assets / f"{MODEL}.pth"
-    loaded.path.touch()
-    return VLMEngine(loaded)
+    return endless_engine(assets)
 
 
 @pytest.fixture(scope="module")
