@@ -163,7 +163,12 @@ class TrainArgs:
         "slower steps, the same results / 梯度检查点：省显存，稍慢",
         False,
     )
-    use_compile: bool = flag("accepted; does nothing yet / 暂无作用", False)
+    use_compile: bool = flag(
+        "compile the decoder layers at the first step (a minute or more): faster steps, "
+        "results within rounding / 编译解码层",
+        False,
+        alias="--compile",
+    )
     tokenizer_path: Path = flag("folder of the tokenizer / 分词器目录")
     checkpoint_dir: Path = flag("folder of training states / 断点目录", ROOT / "checkpoints")
     seed: int = flag("of order and initial weights / 随机种子", 42, low=0)
@@ -210,6 +215,8 @@ class TrainArgs:
             raise ValueError("--val_images_path needs --val_data_path")
         if self.lora_rank and self.trainable:
             raise ValueError("--lora_rank says what trains, so it does not go with --trainable")
+        if self.use_compile and self.deepspeed:
+            raise ValueError("--compile does not go with --deepspeed; drop one of them")
         self.cache_folder()
 
     def cache_folder(self) -> Path | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from model.machine.compiling import check_compiler, compile_modules
 from model.machine.device import out_of_memory_line, training_dtype
 from trainer.loop import zero_engine as zero
 from trainer.loop.engine import Engine, wrap_for_ranks
@@ -167,9 +168,14 @@ def prepare(stage: Stage, args: TrainArgs, ranks: Ranks) -> tuple[Parts, RunStat
         ValueError, OSError: what is missing or does not fit.
     """
     lora = read_lora(args)  # a wrong flag is told before anything is loaded
+    if args.use_compile:
+        check_compiler(ranks.device)
     parts = build(stage, args, device=ranks.device)
     if args.gradient_checkpointing:
         parts.model.activation_checkpointing_enable()
+    if args.use_compile:
+        compile_modules(parts.model.model.layers)
+        Logger("the first step compiles the decoder layers: a minute or more")
     if lora is not None:
         lora.attach(parts.model)
     trained = set_trainable(
@@ -256,8 +262,6 @@ def train_and_save(run: Run, state: RunState) -> bool:
 
 def check_run(args: TrainArgs, ranks: Ranks, parts: Parts, paths: RunPaths) -> None:
     """Checks before the first step; every rank comes to the same result."""
-    if args.use_compile:
-        warn("--use_compile 1 is accepted but does nothing yet: steps run as without it")
     preflight.check_disk(
         parts.model,
         save_dir=args.save_dir,

@@ -347,7 +347,7 @@ def test_ranks_of_a_machine_share_its_cores(variables, num_workers, monkeypatch)
         monkeypatch.setattr(f"trainer.run.preflight.{name}", lambda *_, **__: None)
     launch(monkeypatch, RANK=0, WORLD_SIZE=3, **(variables or {"LOCAL_WORLD_SIZE": 1}))
     args = argparse.Namespace(
-        num_workers=64, save_dir=None, checkpoint_dir=None, on_bad_sample="", use_compile=False
+        num_workers=64, save_dir=None, checkpoint_dir=None, on_bad_sample=""
     )
     paths = SimpleNamespace(num_states=lambda: 0)
     parts = SimpleNamespace(model=SimpleNamespace(config=None), dataset=None, val_dataset=None)
