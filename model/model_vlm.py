@@ -57,6 +57,7 @@ class VLMConfig(MiniMindConfig):
         vision_layer: which of the tower's hidden states is read; None means its last output.
         projector: "linear", or "mlp": LayerNorm and two layers.
         token_merge: m; m x m neighbouring patches become one image token.
+        image_size: S, in pixels; None means what the tower's folder says.
     """
 
     model_type = "minimind-v"
@@ -70,6 +71,7 @@ class VLMConfig(MiniMindConfig):
     vision_layer: int | None = None
     projector: str = of_generation()
     token_merge: int = 1
+    image_size: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.image_ids is not None and self.image_token_len is None and len(self.image_ids) > 1:
@@ -144,7 +146,7 @@ class MiniMindVLM(MiniMindForCausalLM):
                 not allow what the config asks for.
         """
         folder = find_vision_dir(vision_model_path, generation=self.config.generation)
-        tower, processor = self.get_vision_model(folder)
+        tower, processor = self.get_vision_model(folder, image_size=self.config.image_size)
         side = measure(processor, where=str(folder)).side
         shape = tower_shape(tower.config, side=side, vision_layer=self.config.vision_layer)
         num_tokens = count_image_tokens(
@@ -167,10 +169,15 @@ class MiniMindVLM(MiniMindForCausalLM):
         self.vision_encoder, self.image_processor = tower, processor
 
     @staticmethod
-    def get_vision_model(path: str | Path) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    def get_vision_model(
+        path: str | Path, *, image_size: int | None = None
+    ) -> tuple[PreTrainedModel, BaseImageProcessor]:
         """Tower and image processor of a folder."""
         folder = find_vision_dir(path)
-        return load_vision_tower(folder), load_image_processor(folder, load_vision_config(folder))
+        config = load_vision_config(folder)
+        return load_vision_tower(folder), load_image_processor(
+            folder, config, image_size=image_size
+        )
 
     @staticmethod
     def image2tensor(image: Image.Image, processor: BaseImageProcessor) -> Tensor:

@@ -171,6 +171,11 @@ def _add_input_format_arguments(parser: argparse.ArgumentParser) -> None:
         "last output / 取视觉塔哪一层",
     )
     add(
+        "--image_size",
+        type=int,
+        help="side of the pictures in pixels; default: the weight's, else the tower's / 图片边长",
+    )
+    add(
         "--token_merge",
         type=int,
         help="patches a side that make one image token; default: the weight's / 合并相邻图块",

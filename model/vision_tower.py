@@ -7,8 +7,7 @@ registers), V width of the tower, P image tokens.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as hf_logging
 
 from model.generations import DEFAULT_GENERATION, GENERATIONS
+from model.vision.kinds import KINDS, TowerKind
 from model.vision.preprocessing import (
+    at_side,
     default_image_processor,
     first_line,
     measure,
@@ -33,68 +34,6 @@ DEFAULT_SIDE = 224  # of a tower whose files name none, such as a bare ResNet
 NEVER_READ = ("mask_token", "num_batches_tracked")  # tensors that inference does not use
 
 
-@dataclass(frozen=True)
-class TowerKind:
-    """One kind of tower, by the names of the library's classes.
-
-    processor: a key of `preprocessing.PIL_CLASSES`, for a folder without a preprocessing file.
-    num_prefix: R of a config, for a tower of tokens; None for one that gives a feature map.
-    takes_any_side: whether the preprocessing may choose S; else the config does.
-    is_imagenet: whether the published ones normalise by ImageNet's mean and deviation.
-    config_fields, options: set so that the pooler, which is not read, is not built.
-    """
-
-    name: str
-    processor: str
-    num_prefix: Callable[[Any], int] | None = None
-    takes_any_side: bool = True
-    is_imagenet: bool = True
-    config_fields: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def config_class(self) -> type[PreTrainedConfig]:
-        cls: type[PreTrainedConfig] = getattr(transformers, f"{self.name}Config")
-        return cls
-
-    @property
-    def model_class(self) -> type[PreTrainedModel]:
-        cls: type[PreTrainedModel] = getattr(transformers, f"{self.name}Model")
-        return cls
-
-
-KINDS = {
-    "clip_vision_model": TowerKind(
-        "CLIPVision", "CLIPImageProcessor", lambda _: 1, takes_any_side=False, is_imagenet=False
-    ),
-    "siglip_vision_model": TowerKind(
-        "SiglipVision",
-        "SiglipImageProcessor",
-        lambda _: 0,
-        takes_any_side=False,
-        is_imagenet=False,
-        config_fields={"vision_use_head": False},
-    ),
-    "vit": TowerKind(
-        "ViT",
-        "ViTImageProcessor",
-        lambda _: 1,
-        takes_any_side=False,
-        is_imagenet=False,
-        options={"add_pooling_layer": False},
-    ),
-    "dinov2": TowerKind("Dinov2", "BitImageProcessor", lambda _: 1),
-    "dinov2_with_registers": TowerKind(
-        "Dinov2WithRegisters", "BitImageProcessor", lambda config: 1 + config.num_register_tokens
-    ),
-    "dinov3_vit": TowerKind(
-        "DINOv3ViT", "DINOv3ViTImageProcessor", lambda config: 1 + config.num_register_tokens
-    ),
-    "resnet": TowerKind("ResNet", "ConvNextImageProcessor"),
-    "convnext": TowerKind("ConvNext", "ConvNextImageProcessor"),
-    "convnextv2": TowerKind("ConvNextV2", "ConvNextImageProcessor"),
-    "efficientnet": TowerKind("EfficientNet", "EfficientNetImageProcessor"),
-}
 FULL_MODELS = {"clip": "CLIPConfig", "siglip": "SiglipConfig"}  # with a text tower beside
 WHOLE_MODEL = "minimind-v"  # an export, whose tensors of the tower begin with `vision_encoder.`
 NAFLEX = ("siglip2", "siglip2_vision_model")
@@ -214,17 +153,24 @@ def _one(value: Any, name: str) -> int:
     return int(pair[0])
 
 
-def load_image_processor(folder: Path, config: PreTrainedConfig) -> BaseImageProcessor:
+def load_image_processor(
+    folder: Path, config: PreTrainedConfig, *, image_size: int | None = None
+) -> BaseImageProcessor:
     """The folder's preprocessing; without a file of it, the kind's usual one at the config's side.
 
+    Args:
+        image_size: the side to make pictures of, in place of the folder's.
     Raises:
-        ValueError: the file is damaged, or of another tower.
+        ValueError: the file is damaged, or of another tower, or the side does not suit the tower.
     """
     kind, side = kind_of(config), image_side(config)
     processor = read_image_processor(folder, default=kind.processor)
     if processor is None:
-        return default_image_processor(kind.processor, side, is_imagenet=kind.is_imagenet)
+        processor = default_image_processor(kind.processor, side, is_imagenet=kind.is_imagenet)
     found = measure(processor, where=str(folder)).side
+    if image_size is not None:
+        _check_image_size(image_size, config)
+        return at_side(processor, image_size, found=found)
     if found != side and not kind.takes_any_side:
         raise ValueError(
             f"{folder}: preprocessor_config.json makes pictures of {found}x{found} but the tower "
@@ -233,10 +179,24 @@ def load_image_processor(folder: Path, config: PreTrainedConfig) -> BaseImagePro
     return processor
 
 
-def read_tower_shape(folder: Path, *, vision_layer: int | None = None) -> TowerShape:
+def _check_image_size(image_size: int, config: PreTrainedConfig) -> None:
+    """Raise ValueError for a side that no whole number of patches fills."""
+    patch = _one(getattr(config, "patch_size", 1), "patch_size")
+    if image_size < patch or image_size % patch:
+        near = max(1, round(image_size / patch)) * patch
+        raise ValueError(
+            f"--image_size {image_size} is no multiple of this tower's patches of {patch} pixels; "
+            f"take {near}"
+        )
+
+
+def read_tower_shape(
+    folder: Path, *, vision_layer: int | None = None, image_size: int | None = None
+) -> TowerShape:
     """The shape of a folder's tower, by its config and preprocessing; no weights are read."""
     config = load_vision_config(folder)
-    side = measure(load_image_processor(folder, config), where=str(folder)).side
+    processor = load_image_processor(folder, config, image_size=image_size)
+    side = measure(processor, where=str(folder)).side
     return tower_shape(config, side=side, vision_layer=vision_layer)
 
 
@@ -339,10 +299,14 @@ def tower_features(
 
 
 def _states(tower: PreTrainedModel, pixel_values: Tensor, vision_layer: int | None) -> Tensor:
+    # At another side than the tower's own, its learnt positions are interpolated.
+    is_fixed = not kind_of(tower.config).takes_any_side
+    is_own_side = pixel_values.shape[-1] == image_side(tower.config)
+    options = {"interpolate_pos_encoding": True} if is_fixed and not is_own_side else {}
     if vision_layer is None:
-        last: Tensor = tower(pixel_values).last_hidden_state
+        last: Tensor = tower(pixel_values, **options).last_hidden_state
         return last
-    states = tower(pixel_values, output_hidden_states=True).hidden_states
+    states = tower(pixel_values, output_hidden_states=True, **options).hidden_states
     _check_layer(vision_layer, len(states), tower.config.model_type)
     chosen: Tensor = states[vision_layer]
     return chosen

@@ -151,6 +151,9 @@ class TrainArgs:
         "hidden state of the tower that is read, such as -2; default: its last output / "
         "取视觉塔哪一层"
     )
+    image_size: int = flag(
+        "side of the pictures in pixels; default: the weight's, else the tower's / 图片边长", low=1
+    )
     cache_vision_features: str = flag(CACHE_HELP["cache_vision_features"], "0")
     cache_dtype: str = flag(CACHE_HELP["cache_dtype"], CACHE_DTYPES[0], choices=CACHE_DTYPES)
     cache_gb: float = flag(CACHE_HELP["cache_gb"], low=0.0)

@@ -4,7 +4,7 @@ A copy of this file, and of those that it imports, stands in the folder: see `re
 """
 
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vision_tower import KINDS
+from model.vision.kinds import KINDS
 
 
 class MiniMindVForConditionalGeneration(MiniMindVLM):

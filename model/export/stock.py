@@ -202,6 +202,7 @@ def _check_computable(own: VLMConfig, vision: Vision, format_name: str, *, path:
         "projector": (own.projector, (form.projector,)),
         "vision tower": (vision.config.model_type, form.towers),
         "token_merge": (own.token_merge, (1,)),
+        "image_size": (own.image_size, (image_side(vision.config), None)),
     }
     for what, (value, possible) in found.items():
         if value not in possible:

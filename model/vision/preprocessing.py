@@ -141,6 +141,21 @@ def default_image_processor(name: str, side: int, *, is_imagenet: bool) -> BaseI
     return processor
 
 
+def at_side(processor: BaseImageProcessor, side: int, *, found: int) -> BaseImageProcessor:
+    """The same steps for squares of `side` pixels; a crop keeps its share of the picture.
+
+    Args:
+        found: the side that the processor makes.
+    """
+    steps = processor.to_dict()
+    for name in ("size", "crop_size"):
+        if steps.get(name):
+            lengths = dict(steps[name])
+            steps[name] = {key: round(lengths[key] * side / found) for key in lengths}
+    scaled: BaseImageProcessor = type(processor).from_dict(steps)
+    return scaled
+
+
 def _described_steps(folder: Path) -> dict[str, Any] | None:
     for name in FILES:
         path = folder / name

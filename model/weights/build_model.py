@@ -43,7 +43,7 @@ from model.weights.strict_loading import (
 # Flags that are config fields.
 CONFIG_FLAGS = (
     "generation", "hidden_size", "num_hidden_layers", "use_moe", "keep_cls", "vision_layer",
-    "token_merge", "image_special_token", "inference_rope_scaling",
+    "image_size", "token_merge", "image_special_token", "inference_rope_scaling",
 )  # fmt: skip
 # What a folder's config may say: nothing else of it reaches transformers, which would fetch and run
 # a kernel that `attn_implementation` names. How RoPE is stretched is a flag's.
@@ -120,7 +120,7 @@ def check_native(args: argparse.Namespace, path: Path) -> Path:
     fields = weight_config(state, path=path, flags={})
     tokenizer, tower = find_inputs(args, metadata, generation=fields["generation"])
     config = placeholder_config(fields, tokenizer, tower)
-    shape = read_tower_shape(tower, vision_layer=config.vision_layer)
+    shape = read_tower_shape(tower, vision_layer=config.vision_layer, image_size=config.image_size)
     num_tokens = count_image_tokens(shape, keep_cls=config.keep_cls, token_merge=config.token_merge)
     if (shape.width, num_tokens) != (config.vision_hidden_size, config.num_image_tokens):
         raise ValueError(f"{path} is for another vision tower than the one in {tower}")
@@ -194,6 +194,7 @@ def placeholder_config(
     shape = read_tower_shape(
         find_vision_dir(vision_model_path, generation=generation),
         vision_layer=fields.get("vision_layer"),
+        image_size=fields.get("image_size"),
     )
     fields = {"vision_hidden_size": shape.width} | fields
     num_tokens = count_image_tokens(

@@ -34,7 +34,7 @@ DESCRIBED_FIELDS = (
 # before there was a third generation: so descriptions of that time, and states, still compare.
 LATER_FIELDS = (
     "generation", "head_dim", "moe_intermediate_size", "image_token_len", "projector",
-    "token_merge", "vision_layer",
+    "token_merge", "vision_layer", "image_size",
 )  # fmt: skip
 
 

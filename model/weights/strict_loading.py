@@ -23,7 +23,7 @@ PROJECTION_LAYERS = {  # projector -> the layer that takes the patches
     "mlp": "vision_proj.mlp.1.weight",
 }
 # Of a described projection, what no tensor's shape tells, and what it is where not described.
-UNSAID = {"token_merge": 1, "vision_layer": None}
+UNSAID = {"token_merge": 1, "vision_layer": None, "image_size": None}
 
 # The first release (2024) called its tensors tok_embeddings, attention.wq, feed_forward.w1, ...
 FIRST_RELEASE_KEY = re.compile(r"tok_embeddings|attention\.w[qkvo]|feed_forward\.w\d")

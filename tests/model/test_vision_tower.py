@@ -126,6 +126,33 @@ def test_vision_layer_indexes_the_hidden_states(towers, kind):
             read_tower_shape(folder, vision_layer=layer)
 
 
+@KINDS
+@torch.no_grad()
+def test_image_size_interpolates_the_positions(towers, kind):
+    folder, own, pixels = towers[kind]
+    side = 2 * pixels.shape[-1]
+    tower, processor = MiniMindVLM.get_vision_model(folder, image_size=side)
+    shape = read_tower_shape(folder, image_size=side)
+    assert measure(processor).side == shape.side == side
+    assert shape.grid == 2 * TOWERS[kind][3]
+    pixels = torch.nn.functional.interpolate(pixels, size=side, mode="bicubic")
+    options = {"interpolate_pos_encoding": True} if kind in ("clip", "siglip", "vit") else {}
+    expected = as_tokens(own(pixels, **options).last_hidden_state)[:, shape.num_prefix :]
+    found = features(tower, pixels)
+    assert found.shape == (2, shape.grid**2, shape.width)
+    assert_close(found, expected)
+    last = features(tower, pixels, vision_layer=-1)
+    assert last.shape[1] == read_tower_shape(folder, image_size=side, vision_layer=-1).grid ** 2
+
+
+def test_image_size_must_be_whole_patches(towers):
+    folder = towers["clip"][0]
+    with pytest.raises(ValueError, match=r"--image_size 36 is no multiple .* of 8 pixels; take 32"):
+        read_tower_shape(folder, image_size=36)
+    with pytest.raises(ValueError, match=r"--image_size 3 is no multiple .* take 8"):
+        read_tower_shape(folder, image_size=3)
+
+
 def test_last_state_of_clip_is_before_its_norm_and_of_siglip_after_it(towers):
     for kind, is_after in (("clip", False), ("siglip", True)):
         folder, own, pixels = towers[kind]

@@ -37,7 +37,7 @@ PATIENCE_SHARE = 0.75
 # Flags that are config fields.
 CONFIG_FLAGS = (
     "generation", "hidden_size", "num_hidden_layers", "num_attention_heads", "dropout", "use_moe",
-    "keep_cls", "vision_layer", "projector", "token_merge", "image_special_token",
+    "keep_cls", "vision_layer", "image_size", "projector", "token_merge", "image_special_token",
 )  # fmt: skip
 
 

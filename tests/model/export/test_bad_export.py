@@ -1,17 +1,21 @@
 """If this fails, an export that cannot be made is no clear line, or leaves something behind."""
 
+import argparse
 import json
 import os
 import resource
 import signal
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.exporting import export, make_kit
 from support.tiny_parts import make_tokenizer
 
 from model.export import files
 from model.export.__main__ import main
+from model.options import add_model_arguments
+from model.weights.build_model import load_model
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,19 @@ def test_projection_that_no_stock_class_has_is_refused(assets, tmp_path, capsys)
     merged = make_kit(tmp_path, assets, token_merge=2, **placeholder)
     line = refused(capsys, *merged.flags, "--to", "llava", "--out", tmp_path / "out")
     assert "has token_merge 2, but a stock Llava has 1; export it by --to transformers" in line
+
+
+def test_pictures_of_another_size_than_the_towers(assets, tmp_path, capsys):
+    """Stock classes take the tower's own size; with our code the folder says its size."""
+    placeholder = {"image_special_token": "@" * 64, "image_ids": [34] * 64}
+    large = make_kit(tmp_path, assets, image_size=64, **placeholder)
+    line = refused(capsys, *large.flags, "--to", "llava", "--out", tmp_path / "out")
+    assert "has image_size 64, but a stock Llava has 32; export it by --to transformers" in line
+    export(large, "transformers", tmp_path / "own")
+    args = argparse.ArgumentParser()
+    add_model_arguments(args)
+    loaded = load_model(args.parse_args(["--load_from", str(tmp_path / "own")]))
+    assert loaded.processor.pixel_values([Image.new("RGB", (40, 30))]).shape == (1, 3, 64, 64)
 
 
 def test_what_stands_there_is_not_overwritten(kit, tmp_path, capsys):
