@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.draws import Drawn, Draws
 from dataset.loss_mask import supervised_mask
+from dataset.records.address import Address, StreamOptions
 from dataset.records.conversation import BadRecordError, Message, Record, shorten
 from dataset.records.mixing import MixedRecords, Mixture, Part
 from dataset.records.reader import open_records
@@ -146,20 +147,21 @@ class VLMDataset(Dataset[Sample | BadSample]):
     """Records of any layout as training samples.
 
     Args:
-        data_path: a file, a folder, a pattern or a mixture; see `open_records`.
+        data_path: a file, a folder, a pattern, an address or a mixture; see `open_records`.
         images_path: folder or zip of the images; None where the records hold them or have none.
         processor: tokenizes conversations and preprocesses pictures.
         max_length: tokens per sample; a longer one is cut.
         on_bad_sample: "error" raises `BadRecordError`; "return" gives a `BadSample` instead.
         draws: what training changes at random (`for_epoch`); None: nothing.
         fix_image_count: drop `<image>` tags for which a record has no picture.
+        stream: how shards on other machines are read; the numbers of their samples are ids.
     """
 
     is_packed = False  # a sample is a record, whatever `max_length` is
 
     def __init__(
         self,
-        data_path: str | Path | Mixture,
+        data_path: str | Path | Address | Mixture,
         images_path: str | Path | None,
         processor: Processor,
         *,
@@ -167,12 +169,14 @@ class VLMDataset(Dataset[Sample | BadSample]):
         on_bad_sample: str = "error",
         draws: Draws | None = None,
         fix_image_count: bool = False,
+        stream: StreamOptions | None = None,
     ):
-        self.data_path = data_path if isinstance(data_path, Mixture) else Path(data_path)
+        self.data_path = Path(data_path) if isinstance(data_path, str) else data_path
         self.records = open_records(
             self.data_path,
             Path(images_path) if images_path else None,
             fix_image_count=fix_image_count,
+            stream=stream,
         )
         self.num_blank = self.records.num_blank
         self.processor = processor
@@ -197,6 +201,11 @@ class VLMDataset(Dataset[Sample | BadSample]):
     def parts(self) -> list[Part] | None:
         """The sources of a mixture; None where the data is one source."""
         return self.records.parts if isinstance(self.records, MixedRecords) else None
+
+    @property
+    def stream(self) -> Any:
+        """The order of samples on other machines, by `ids(epoch, start)`; None for local ones."""
+        return self.records if self.records.is_stream else None
 
     @property
     def fingerprint(self) -> str:

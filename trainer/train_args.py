@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from dataset.records.address import Address, StreamOptions
 from dataset.records.mixing import Mixture, parse_sources
 from dataset.text_dataset import LOSS_ON
 from model.generations import DEFAULT_GENERATION, GENERATIONS
@@ -115,9 +116,20 @@ class TrainArgs:
         "all",
         choices=LOSS_ON,
     )
-    data_path: Path | Mixture = flag(
-        "records: a file, folder or 'pattern' of JSONL, JSON, Parquet, Arrow or tar; several are "
-        "mixed, PATH:0.5 takes half of its records an epoch / 训练数据，可混合"
+    data_path: Path | Address | Mixture = flag(
+        "records: a file, folder or 'pattern' of JSONL, JSON, Parquet, Arrow or tar, or shards at "
+        "hf://, s3:// or https://; several are mixed, PATH:0.5 takes half of its records an epoch "
+        "/ 训练数据，可混合，可为远程分片"
+    )
+    stream_cache_gb: float = flag(
+        "largest size of the folder of fetched shards in GiB / 远程分片本地缓存上限", 16.0, low=0.0
+    )
+    stream_cache_dir: Path = flag("that folder; default: in ~/.cache / 远程分片缓存目录")
+    stream_window: int = flag(
+        "how many fetched shards, or parts of large ones, are shuffled together / "
+        "一起打乱的远程分片数",
+        8,
+        low=1,
     )
     images_path: Path = flag("folder or zip of images / 图像目录或 zip")
     from_weight: str = flag("weight to start from, or none / 起始权重")
@@ -220,7 +232,23 @@ class TrainArgs:
             raise ValueError("--lora_rank says what trains, so it does not go with --trainable")
         if self.use_compile and self.deepspeed:
             raise ValueError("--compile does not go with --deepspeed; drop one of them")
-        self.cache_folder()
+        if self.cache_folder() and self.reads_stream():
+            raise ValueError(
+                "--cache_vision_features takes a pass over all pictures, so it does not go with "
+                "--data_path on another machine"
+            )
+
+    def reads_stream(self) -> bool:
+        """Whether training data comes from another machine."""
+        sources = self.data_path.sources if isinstance(self.data_path, Mixture) else ()
+        paths = [source.path for source in sources] or [self.data_path]
+        return any(isinstance(path, Address) for path in paths)
+
+    def stream_options(self) -> StreamOptions:
+        """How training data on another machine is read."""
+        return StreamOptions(
+            self.seed, self.stream_cache_dir, self.stream_cache_gb, self.stream_window
+        )
 
     def cache_folder(self) -> Path | None:
         """The folder of kept features, or None; ValueError if the flag names neither."""
@@ -237,7 +265,7 @@ class TrainArgs:
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path | Mixture) else value
+    return str(value) if isinstance(value, Path | Address | Mixture) else value
 
 
 def parse_args(stage: Stage, argv: list[str] | None, *, description: str) -> TrainArgs:

@@ -41,6 +41,7 @@ class Records(ABC):
     image_fields: tuple[str, ...] = ("image", "images")
     stray_field = "image"  # where a picture belongs, in messages
     is_columnar = False  # columns may hold JSON text, and a black picture for none
+    is_stream = False  # their numbers are ids, and their order is the stream's own
     num_blank = 0
     slowness: str | None = None
 

@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from dataset.records.address import Address, is_address
 from dataset.records.base import Records
 from dataset.records.conversation import Record
 
@@ -25,7 +26,7 @@ WEIGHT = re.compile(r"(.+):(\d+\.?\d*|\.\d+)")
 class Source:
     """Records to train on, and how much of them an epoch takes."""
 
-    path: Path
+    path: Path | Address
     weight: float | None = None  # None: it was not given, which is 1
 
     def __str__(self) -> str:
@@ -56,8 +57,8 @@ class Part:
     num_taken: int
 
 
-def parse_sources(texts: Sequence[str]) -> Path | Mixture:
-    """What `--data_path` names: one path, or a mixture of `PATH` and `PATH:WEIGHT`.
+def parse_sources(texts: Sequence[str]) -> Path | Address | Mixture:
+    """What `--data_path` names: one path or address, or a mixture of `PATH` and `PATH:WEIGHT`.
 
     Raises:
         ValueError: a weight of 0, or a path that is given twice.
@@ -74,11 +75,15 @@ def parse_sources(texts: Sequence[str]) -> Path | Mixture:
 def _parse_source(text: str) -> Source:
     match = WEIGHT.fullmatch(text)
     if match is None or Path(text).expanduser().exists():
-        return Source(Path(text).expanduser())
+        return Source(_parse_path(text))
     weight = float(match[2])
     if not weight:
         raise ValueError(f"--data_path {text}: a weight must be above 0; or leave the source out")
-    return Source(Path(match[1]).expanduser(), weight)
+    return Source(_parse_path(match[1]), weight)
+
+
+def _parse_path(text: str) -> Path | Address:
+    return Address(text) if is_address(text) else Path(text).expanduser()
 
 
 class MixedRecords(Records):

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dataset.records.address import Address, StreamOptions, check_no_address
 from dataset.records.base import Records
 from dataset.records.data_file import HEAD_BYTES, check_file, check_text
 from dataset.records.json_array import JsonArrayRecords
@@ -51,20 +52,32 @@ def default_data_paths(kind: str) -> tuple[Path, Path]:
 
 
 def open_records(
-    data_path: Path | Mixture, images_path: Path | None, *, fix_image_count: bool = False
+    data_path: Path | Address | Mixture,
+    images_path: Path | None,
+    *,
+    fix_image_count: bool = False,
+    stream: StreamOptions | None = None,
 ) -> Records:
-    """Open a data file, a folder of them, a pattern such as `data/*.parquet`, or a mixture.
+    """Open a data file, a folder of them, a pattern such as `data/*.parquet`, the address of shards
+    on another machine, or a mixture.
 
     Args:
         images_path: folder or zip in which names of pictures are looked up.
         fix_image_count: drop `<image>` tags for which a record has no picture.
+        stream: how shards on other machines are read.
     Raises:
         FileNotFoundError: the file or its images are missing.
         ValueError: not a regular file, unreadable, or without a record.
     """
     options: dict[str, Any] = {"images_path": images_path, "fix_image_count": fix_image_count}
     if isinstance(data_path, Mixture):
-        return MixedRecords(data_path, partial(open_records, **options))
+        return MixedRecords(data_path, partial(open_records, **options, stream=stream))
+    if isinstance(data_path, Address):
+        from dataset.records.streams.records import StreamRecords  # fsspec is slow to import
+
+        read = partial(_open_file, **options)
+        return StreamRecords(data_path, images_path, stream or StreamOptions(), read)
+    check_no_address(data_path)
     if data_path.is_dir() and any((data_path / name).is_file() for name in DATASETS_FILES):
         return _open_file(data_path, **options)
     paths = find_files(data_path)

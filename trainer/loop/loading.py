@@ -8,6 +8,7 @@
    `patience_s`, it kills them all, so that the wait fails as in 3.
 5. A signal ends the wait with `StopWaiting`.
 6. However the pass ends, its workers are killed (`Loader.__iter__`).
+7. While the samples themselves come from another machine (`Supply`), no worker counts as hanging.
 """
 
 import contextlib
@@ -43,6 +44,17 @@ class NamedSamples(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
     def where(self, index: int) -> str: ...
+
+
+class Supply(Protocol):
+    """Brings samples from other machines to this one."""
+
+    @property
+    def is_waiting(self) -> bool: ...
+
+    def prepare(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class DataFault(ValueError):
@@ -118,6 +130,7 @@ class Loader:
         stop: a signal that ends the wait for a batch.
         patience_s: seconds without progress of any worker, while a batch is waited for, after
             which they count as hanging.
+        supply: what the samples wait for, if they come from another machine.
     """
 
     def __init__(
@@ -131,8 +144,10 @@ class Loader:
         seed: int,
         stop: StopSignal,
         patience_s: float,
+        supply: Supply | None = None,
     ):
         self._dataset, self._stop, self._patience_s = dataset, stop, patience_s
+        self._supply = supply
         self._board = Board(max(num_workers, 1))
         self._num_workers = num_workers
         self._batches = DataLoader(
@@ -160,6 +175,8 @@ class Loader:
         source: Iterator[Any] | None = None
         is_done = False
         try:
+            if self._supply is not None:
+                self._stop.wait_for(self._supply.prepare)
             try:
                 with sigchld_as_before():
                     source = iter(self._batches)
@@ -167,12 +184,20 @@ class Loader:
                 raise DataFault(f"data workers cannot be started ({first_line(error)})") from error
             finally:
                 workers += set(multiprocessing.active_children()) - before
-            guard = Guard(self._board, workers, self._dataset, patience_s=self._patience_s)
+            guard = Guard(
+                self._board,
+                workers,
+                self._dataset,
+                patience_s=self._patience_s,
+                supply=self._supply,
+            )
             with guard:
                 for _ in range(len(self)):
                     yield self._next(source, guard)
             is_done = True
         finally:
+            if self._supply is not None:
+                self._supply.close()
             if not is_done:
                 kill(workers)
             del source  # its destructor asks the workers to end, and waits for them
@@ -182,6 +207,8 @@ class Loader:
         try:
             with guard.waiting():
                 batch = self._stop.wait_for(partial(next, source))
+        except DataFault:
+            raise
         except Exception as error:
             reason = guard.what_happened() or f"no batch could be made ({first_line(error)})"
             raise DataFault(reason) from error
@@ -213,9 +240,10 @@ class Guard:
         dataset: NamedSamples,
         *,
         patience_s: float,
+        supply: Supply | None = None,
     ):
         self._board, self._workers, self._dataset = board, workers, dataset
-        self._patience_s = patience_s
+        self._patience_s, self._supply = patience_s, supply
         self._waits_since_s: float | None = None
         self._verdict: str | None = None
         self._ended = threading.Event()
@@ -245,7 +273,8 @@ class Guard:
             now_s, rows = time.monotonic(), self._board.read()
             was_away = now_s - looked_s > 5 * POLL_S  # stopped, or the machine slept
             have_all_begun = sum(row[PROCESS] > 0 for row in rows) == len(self._workers)
-            if rows != seen or was_away or not have_all_begun:
+            is_supplied = self._supply is None or not self._supply.is_waiting
+            if rows != seen or was_away or not have_all_begun or not is_supplied:
                 seen, moved_s = rows, now_s
             looked_s, waits_since_s = now_s, self._waits_since_s
             if waits_since_s is None:

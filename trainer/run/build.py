@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from dataset.collate import GroupingCollator, VLMCollator
 from dataset.draws import Draws
 from dataset.lm_dataset import VLMDataset
+from dataset.records.address import Address
 from dataset.records.mixing import Mixture
 from dataset.records.reader import default_data_paths
 from dataset.text_dataset import TextDataset
@@ -25,8 +26,9 @@ from model.weights.build_model import attach_tower, find_inputs, placeholder_con
 from model.weights.file_names import find_weight
 from model.weights.metadata import read_metadata
 from model.weights.strict_loading import load_weights, read_weights, weight_config
-from trainer.loop.loading import Loader
+from trainer.loop.loading import Loader, Supply
 from trainer.loop.sample_order import dataset_order, rank_batches
+from trainer.loop.stream_order import StreamBatches
 from trainer.ranks.group import Logger, Ranks, warn
 from trainer.ranks.signals import StopSignal
 from trainer.run import preflight
@@ -159,12 +161,16 @@ def make_datasets(
         "on_bad_sample": "return",
         "fix_image_count": args.fix_image_count,
     }
-    dataset = VLMDataset(data_path, images_path, processor, **options, draws=draws)
+    dataset = VLMDataset(
+        data_path, images_path, processor, **options, draws=draws, stream=args.stream_options()
+    )
     if dataset.records.slowness:
         warn(dataset.records.slowness)
+    if dataset.stream is not None:
+        Logger(dataset.stream.summary)
     for part in dataset.parts or ():
         Logger(f"source {part.name}: {part.num_taken} of {part.num_records} records an epoch")
-    if not dataset.has_images(preflight.looked_at(len(dataset), seed=args.seed)):
+    if not dataset.has_images(preflight.sample_of(dataset, seed=args.seed)):
         warn(f"{dataset.data_path.name}: no usable record has a picture; only text is learnt from")
     if args.val_data_path is None:
         return dataset, None
@@ -179,6 +185,10 @@ def make_text_datasets(
         raise ValueError("name the text to train on by --data_path: a .txt, .md or .jsonl file")
     if isinstance(args.data_path, Mixture):
         raise ValueError("--data_path: this stage reads one file of text; put several together")
+    if isinstance(args.data_path, Address):
+        raise ValueError(
+            f"--data_path {args.data_path}: this stage reads a file; download it first"
+        )
     options = {"max_length": args.max_seq_len, "loss_on": args.loss_on}
     dataset = TextDataset(args.data_path, tokenizer, **options)
     if args.val_data_path is None:
@@ -215,18 +225,26 @@ class Loaders:
 
     def train(self, dataset: VLMDataset | TextDataset, epoch: int, start: int) -> Loader:
         """This rank's batches of an epoch from global sample `start` on."""
+        split = {"start": start, "batch_size": self.args.batch_size, "ranks": self.ranks}
+        stream = getattr(dataset, "stream", None)
+        if stream is not None:
+            batches = StreamBatches(stream, epoch=epoch, **split)
+            return self._load(dataset.for_epoch(epoch), batches, supply=batches)
         order = dataset_order(dataset, seed=self.args.seed, epoch=epoch)
-        return self._load(dataset.for_epoch(epoch), order, start=start)
+        return self._load(dataset.for_epoch(epoch), rank_batches(order, **split))
 
     def validation(self, dataset: Dataset) -> Loader:
         """This rank's share of the validation data, in file order."""
-        return self._load(dataset, np.arange(len(dataset)), start=0)
+        order, size = np.arange(len(dataset)), self.args.batch_size
+        return self._load(dataset, rank_batches(order, start=0, batch_size=size, ranks=self.ranks))
 
-    def _load(self, dataset: Dataset, order: np.ndarray, *, start: int) -> Loader:
+    def _load(
+        self, dataset: Dataset, batches: Sampler[list[int]], *, supply: Supply | None = None
+    ) -> Loader:
         args = self.args
         return Loader(
             dataset,
-            rank_batches(order, start=start, batch_size=args.batch_size, ranks=self.ranks),
+            batches,
             collate=GroupingCollator(
                 VLMCollator(
                     pad_token_id=self.pad,
@@ -240,4 +258,5 @@ class Loaders:
             seed=args.seed,
             stop=self.stop,
             patience_s=PATIENCE_SHARE * args.rank_timeout,
+            supply=supply,
         )

@@ -155,6 +155,14 @@ def check_ranks_agree(ranks: Ranks, facts: dict[str, str]) -> None:
         )
 
 
+def sample_of(dataset, *, seed: int) -> Sequence[int]:
+    """The records of a data set that are looked at before the first step; of a stream those that
+    are needed first."""
+    if getattr(dataset, "stream", None) is not None:
+        return dataset.stream.first_ids(NUM_LOOKED_AT)
+    return looked_at(dataset.num_records, seed=seed)
+
+
 def looked_at(num_records: int, *, seed: int) -> Sequence[int]:
     """The records that are looked at before the first step: all, or a seeded sample in order."""
     if num_records <= ALL_UP_TO:
@@ -168,19 +176,28 @@ def check_records(dataset, *, on_bad_sample: str, seed: int) -> None:
 
     What a sample leaves out is checked as it comes: a run stops as soon as more than 1% of an
     epoch's samples were bad. Where the sample is so bad that this may happen, all records are
-    looked at first, until the answer is known.
+    looked at first, until the answer is known; of a stream, which cannot be, the sample tells.
 
     Raises:
         ValueError: one is bad and the policy is "error", or more than 1% are.
     """
     if dataset.num_blank:
         warn(f"{dataset.data_path.name}: {dataset.num_blank} blank line(s) hold no record")
-    if dataset.num_records <= ALL_UP_TO or not hasattr(dataset, "bad_records"):
+    is_stream = getattr(dataset, "stream", None) is not None
+    is_short = dataset.num_records <= ALL_UP_TO and not is_stream
+    if is_short or not hasattr(dataset, "bad_records"):
         judge(dataset, dataset.find_bad_records(), on_bad_sample=on_bad_sample)
         return
-    sample = looked_at(dataset.num_records, seed=seed)
+    sample = sample_of(dataset, seed=seed)
     bad = dataset.find_bad_records(sample)
-    if bad and on_bad_sample != "error" and len(bad) > MAX_BAD_SHARE / 2 * len(sample):
+    if is_stream and on_bad_sample != "error" and len(bad) > MAX_BAD_SHARE * len(sample):
+        raise ValueError(too_many_bad(len(bad), len(sample), bad[-1].reason))
+    if (
+        bad
+        and not is_stream
+        and on_bad_sample != "error"
+        and len(bad) > MAX_BAD_SHARE / 2 * len(sample)
+    ):
         most = int(MAX_BAD_SHARE * dataset.num_records) + 1
         bad = list(islice(dataset.bad_records(range(dataset.num_records)), most))
     judge(dataset, bad, on_bad_sample=on_bad_sample)

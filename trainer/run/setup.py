@@ -50,7 +50,7 @@ LORA_TRAINED = r"\.lora_[AB]\.|^vision_proj\."  # what trains beside adapters
 # Flags that may differ between ranks, or that only the main process reads.
 FLAGS_OF_A_RANK = {
     "device", "num_workers", "cache_vision_features", "local_rank", "rank_timeout", "from_weight",
-    "data_path",
+    "data_path", "stream_cache_gb",
     "use_wandb", "tracker", "tracker_mode", "wandb_project", "wandb_run_name",
 }  # fmt: skip
 

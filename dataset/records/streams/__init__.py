@@ -1,0 +1,1 @@
+"""Records of shards that are not on this machine."""

@@ -1,0 +1,185 @@
+"""Owns `StreamRecords`: records of shards on other machines, fetched as they are needed.
+
+Why no streaming library: a run must go on at exactly the next sample after `kill -9`, also with
+another number of ranks and workers, and see the same order as without the kill. datasets and
+torchdata keep a state in each worker, which fits only as many of them; webdataset keeps none;
+mosaicml-streaming can, for shards of its own format alone. Here the order is a function of (seed,
+pass), as for local files, so that a position is one number: the samples taken so far.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dataset.records.address import Address, StreamOptions
+from dataset.records.base import Records
+from dataset.records.conversation import Record
+from dataset.records.images import open_images
+from dataset.records.streams.ahead import Ahead
+from dataset.records.streams.cache import ShardCache
+from dataset.records.streams.plan import ROW_BITS, Ids, Plan, Window
+from dataset.records.streams.remote import Remote, Shard, StreamError, at_once
+from dataset.records.streams.units import UnitStore, check_kinds, is_parquet
+
+COUNTED = 512  # shards whose footers are read before the first step; of more, a sample
+IN_FLIGHT = 3  # windows that are here at once: being finished, being taken, being fetched
+
+
+class StreamRecords(Records):
+    """Records by id: `shard << 32 | row`. `len` is what an epoch takes, counted or estimated.
+
+    Raises:
+        StreamError: shards cannot be found, read or kept.
+    """
+
+    is_stream = True
+
+    def __init__(
+        self,
+        address: Address,
+        images_path: Path | None,
+        options: StreamOptions,
+        open_file: Callable[[Path], Records],
+    ):
+        super().__init__(Path(address.path), open_images(images_path))
+        self.address, self._options = address, options
+        remote = Remote(address)
+        self.shards = remote.shards()
+        check_kinds(self.shards)
+        cache = ShardCache(options.folder, max_bytes=int(options.cache_gb * 2**30))
+        self._store = UnitStore(remote, cache, open_file)
+        self._readers: OrderedDict[Path, Records] = OrderedDict()
+        self._units: dict[int, list[Any]] = {}
+        self.num_samples, self.is_counted = self._count()
+        if not self.num_samples:
+            raise StreamError(f"{address}: no records in it")
+
+    @property
+    def summary(self) -> str:
+        """What is read, for the header of a run."""
+        about = "" if self.is_counted else "about "
+        return (
+            f"stream {self.address}: {len(self.shards)} shard(s), {about}{self.num_samples} "
+            f"samples an epoch, kept in {self._store.cache.folder}"
+        )
+
+    @property
+    def plan(self) -> Plan:
+        """The order of the records."""
+        return Plan(len(self.shards), self.units_of, self._options.seed, self._options.window)
+
+    def units_of(self, shard: int) -> list[Any]:
+        """The units of a shard, by its number."""
+        if shard not in self._units:
+            self._units[shard] = self._store.units(self.shards[shard])
+        return self._units[shard]
+
+    def _count(self) -> tuple[int, bool]:
+        """How many samples an epoch takes, and whether that is all records, counted.
+
+        What is asked for depends on seed and shards alone, not on what the cache knows: the number
+        must stay the same when a run goes on.
+        """
+        is_cheap = all(map(is_parquet, self.shards))
+        limit = COUNTED if is_cheap else self._options.window
+        numbers = self.plan.shard_order(0)
+        is_counted = len(numbers) <= limit
+        if not is_counted:
+            numbers = numbers[: COUNTED // 4 if is_cheap else 1]
+        found = at_once(self.units_of, numbers)
+        num_rows = sum(unit.num_rows for units in found for unit in units)
+        if is_counted:
+            return num_rows, True
+        num_bytes = sum(self.shards[number].size for number in numbers)
+        return round(num_rows / num_bytes * sum(shard.size for shard in self.shards)), False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_readers": OrderedDict()}
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def ids(self, epoch: int, start: int) -> "Ahead":
+        """The ids of an epoch's records from sample `start` on, window by window; a window comes
+        once its shards are here, and the next one's are fetched meanwhile."""
+        first = epoch * self.num_samples + start
+        return Ahead(self._windows(first, self.num_samples - start), self._fetch)
+
+    def _windows(self, position: int, num_left: int) -> Iterator[tuple[Window, int]]:
+        """The windows from a position on, with how many of their records are taken."""
+        for window in self.plan.windows_from(position):
+            if num_left <= 0:
+                return
+            yield window, num_left
+            num_left -= window.num_rows - window.num_skipped
+
+    def _fetch(self, window: Window) -> None:
+        """Bring the shards of a window here."""
+        needed = IN_FLIGHT * sum(unit.num_bytes for _, unit in window.places)
+        allowed = self._store.cache.max_bytes
+        if needed > allowed:
+            raise StreamError(
+                f"{self.address}: {IN_FLIGHT} windows of {len(window.places)} shards (or parts of "
+                f"them) take {needed / 2**30:.2f} GiB, and --stream_cache_gb allows "
+                f"{allowed / 2**30:.2f}: give more, or a smaller --stream_window"
+            )
+        at_once(lambda place: self._store.fetch(self.shards[place[0]], place[1]), window.places)
+
+    def first_ids(self, most: int) -> list[int]:
+        """Ids of records that are needed first: those of the first unit, at most so many."""
+        window = next(self.plan.windows(0))
+        self._fetch(window)
+        ids: Ids = window.ids()[:most]
+        return sorted(ids.tolist())
+
+    def _place(self, index: int) -> tuple[Records, int]:
+        number, row = index >> ROW_BITS, index & ((1 << ROW_BITS) - 1)
+        if not 0 <= number < len(self.shards):
+            raise IndexError(index)
+        shard = self.shards[number]
+        unit = next(
+            unit
+            for unit in self.units_of(number)
+            if unit.first_row <= row < unit.first_row + unit.num_rows
+        )
+        path = self._store.path(shard, unit) or self._store.fetch(shard, unit)
+        return self._reader(shard, path), row
+
+    def _reader(self, shard: Shard, path: Path) -> Records:
+        if path not in self._readers:
+            try:
+                self._readers[path] = self._store.open_file(path)
+            except (ValueError, OSError) as error:
+                raise StreamError(f"{shard.url}: {error}") from error
+            if len(self._readers) > IN_FLIGHT * self._options.window:
+                self._readers.popitem(last=False)
+        self._readers.move_to_end(path)
+        return self._readers[path]
+
+    def where(self, index: int) -> str:
+        """ "shard:record", without a look into the shard."""
+        number, row = index >> ROW_BITS, index & ((1 << ROW_BITS) - 1)
+        return f"{self.shards[number].name}:record {row}"
+
+    def __getitem__(self, index: int) -> Record:
+        reader, row = self._place(index)
+        return reader[row]
+
+    def _raw(self, index: int, *, where: str) -> Mapping[str, Any]:
+        reader, row = self._place(index)
+        return reader._raw(row, where=where)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the shards by name, size and tag, and their order by the window."""
+        digest = hashlib.sha256(f"{self._options.window}".encode())
+        for shard in self.shards:
+            digest.update(f"{shard.name} {shard.size} {shard.tag}\n".encode())
+        return digest.hexdigest()
+
+    @property
+    def former_fingerprint(self) -> str:
+        return self.fingerprint

@@ -1,0 +1,226 @@
+"""Owns what is asked of other machines: which shards there are, and bytes of them.
+
+Every request is tried again, with longer and longer pauses; what does not come at all is a
+`StreamError` of one line that begins with the address. The file systems are those of fsspec.
+"""
+
+import os
+import posixpath
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import fsspec
+
+from dataset.records.address import Address
+
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # between two tries
+PAUSES_IF_GONE = 3  # of them, for a shard that the server does not have
+CONNECT_S, SILENCE_S = 20.0, 60.0  # after which a connection counts as dead
+AT_ONCE = 32  # requests about shards
+PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+TAGS = ("ETag", "etag", "blob_id", "sha256", "md5", "Last-Modified", "LastModified", "mtime",
+        "created")  # fmt: skip
+
+
+class StreamError(ValueError):
+    """What is on another machine cannot be had; begins with its address."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file on another machine. tag: changes with its content; "" where the server has none."""
+
+    url: str
+    size: int
+    tag: str
+
+    @property
+    def name(self) -> str:
+        """The last part of the address, for messages."""
+        return Address(self.url).name
+
+
+class Remote:
+    """The file system that holds the shards of an address; each process opens it for itself."""
+
+    def __init__(self, address: Address):
+        self.address = address
+        self._opened: tuple[int, Any] | None = None  # process id and file system
+
+    def __reduce__(self) -> Any:
+        return Remote, (self.address,)
+
+    @property
+    def files(self) -> Any:
+        """The file system; raises `StreamError` where a package is missing."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = os.getpid(), self._open()
+        return self._opened[1]
+
+    def _open(self) -> Any:
+        scheme, options = self.address.scheme, {}
+        try:
+            if scheme in ("http", "https"):
+                import aiohttp
+
+                limits = aiohttp.ClientTimeout(
+                    total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S
+                )
+                options = {"client_kwargs": {"timeout": limits, "trust_env": True}}
+            return fsspec.filesystem(scheme, **options)
+        except ImportError as error:
+            package = PACKAGES.get(scheme)
+            way_out = f"`pip install {package}`" if package else str(error).partition("\n")[0]
+            raise StreamError(f"{self.address}: reading {scheme}:// needs {way_out}") from error
+        except ValueError as error:
+            raise StreamError(
+                f"{self.address}: {scheme}:// is not known; hf://, s3://, http:// and https:// are"
+            ) from error
+
+    def _path(self, url: str) -> str:
+        return str(self.files._strip_protocol(url))
+
+    def shards(self) -> list[Shard]:
+        """The shards of the address, in the order of braces, then of names.
+
+        Raises:
+            StreamError: there is none, or one cannot be asked about.
+        """
+        found: list[Shard] = []
+        single = []
+        signs = "*[" if self.address.scheme.startswith("http") else "*?["
+        for url in self.address.urls():
+            if set(url) & set(signs):
+                found += self._matching(url)
+            else:
+                single.append(url)
+        found += at_once(self._about, single)
+        if not found:
+            raise StreamError(f"{self.address}: nothing there matches it")
+        return found
+
+    def _matching(self, url: str) -> list[Shard]:
+        entries = patiently(lambda: self.files.glob(self._path(url), detail=True), url=url)
+        scheme = self.address.scheme
+        if scheme.startswith("http"):  # a listing in HTML names no sizes
+            return at_once(self._about, sorted(entries))
+        return [
+            self._shard(f"{scheme}://{name.lstrip('/') if scheme != 'file' else name}", entry)
+            for name, entry in sorted(entries.items())
+            if entry.get("type") != "directory"
+        ]
+
+    def _about(self, url: str) -> Shard:
+        return self._shard(url, patiently(lambda: self.files.info(self._path(url)), url=url))
+
+    def _shard(self, url: str, info: dict[str, Any]) -> Shard:
+        if info.get("type") == "directory":
+            pattern = posixpath.join(url, "*.parquet")
+            raise StreamError(f"{url} is a folder; name its shards by a pattern, as {pattern}")
+        if not info.get("size"):
+            raise StreamError(f"{url}: it is empty, or its server does not say how large it is")
+        tag = next((str(info[name]) for name in TAGS if info.get(name)), "")
+        return Shard(url, int(info["size"]), tag)
+
+    def check_unchanged(self, shard: Shard) -> None:
+        """Raise StreamError where the shard is no longer what it was when the run began."""
+        path = self._path(shard.url)
+        options = {"refresh": True} if self.address.scheme == "hf" else {}
+
+        def ask() -> Any:
+            self.files.invalidate_cache(self.files._parent(path))
+            return self.files.info(path, **options)
+
+        if self._shard(shard.url, patiently(ask, url=shard.url)) != shard:
+            raise StreamError(
+                f"{shard.url} was changed while it is in use; begin a new run, best with an "
+                "address that does not change (hf://datasets/USER/NAME@REVISION/...)"
+            )
+
+    def read(self, shard: Shard, start: int, end: int) -> bytes:
+        """The bytes of a shard from start to end; all of them where its server knows no ranges.
+
+        Raises:
+            StreamError: they do not come.
+        """
+        options = {"cache_type": "none"} if self.address.scheme == "hf" else {}
+
+        def ask() -> bytes:
+            path = self._path(shard.url)
+            data = bytes(self.files.cat_file(path, start=start, end=end, **options))
+            if len(data) not in (end - start, shard.size):
+                raise EOFError(f"cut off: {len(data)} of {end - start} bytes came")
+            return data
+
+        return patiently(ask, url=shard.url)
+
+
+def at_once(ask: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """The answers about all items, in their order, by several requests at a time; raises what the
+    first of them raised. A program that ends does not wait for its threads."""
+    if len(items) < 2:
+        return [ask(item) for item in items]
+    answers: dict[int, Result] = {}
+    failures: dict[int, Exception] = {}
+    left = deque(enumerate(items))
+
+    def work() -> None:
+        while left and not failures:
+            try:
+                number, item = left.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                answers[number] = ask(item)
+            except Exception as error:  # it is raised below
+                failures[number] = error
+
+    num_threads = min(AT_ONCE, len(items))
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[min(failures)]
+    return [answers[number] for number in range(len(items))]
+
+
+def patiently(ask: Callable[[], Result], *, url: str) -> Result:
+    """What a request answers, tried again after a failure.
+
+    Raises:
+        StreamError: it failed each time, or is not allowed.
+    """
+    for tries in range(1, len(PAUSES_S) + 2):
+        try:
+            return ask()
+        except (StreamError, PermissionError) as error:
+            if isinstance(error, StreamError):
+                raise
+            raise StreamError(f"{url}: not allowed ({first_line(error)}); log in first") from error
+        except Exception as error:  # aiohttp, httpx and botocore each have errors of their own
+            is_gone = isinstance(error, FileNotFoundError)
+            why = "it is not there (404)" if is_gone else first_line(error)
+            if tries > (PAUSES_IF_GONE if is_gone else len(PAUSES_S)):
+                raise StreamError(f"{url}: {why}, in each of {tries} tries") from error
+            pause_s = PAUSES_S[tries - 1]
+            print(
+                f"warning: {url}: {why}; try {tries + 1} follows in {pause_s:g} s",
+                file=sys.stderr,
+                flush=True,
+            )
+            time.sleep(pause_s)
+    raise AssertionError("unreachable")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return str(error).partition("\n")[0] or type(error).__name__
