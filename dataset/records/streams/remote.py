@@ -132,10 +132,12 @@ class Remote:
     def check_unchanged(self, shard: Shard) -> None:
         """Raise StreamError where the shard is no longer what it was when the run began."""
         path = self._path(shard.url)
-        options = {"refresh": True} if self.address.scheme == "hf" else {}
+        is_hub = self.address.scheme == "hf"  # its answer says too little unless it is expanded
+        options = {"refresh": True, "expand_info": True} if is_hub else {}
 
         def ask() -> Any:
-            self.files.invalidate_cache(self.files._parent(path))
+            if not is_hub:
+                self.files.invalidate_cache(self.files._parent(path))
             return self.files.info(path, **options)
 
         if self._shard(shard.url, patiently(ask, url=shard.url)) != shard:
@@ -202,14 +204,14 @@ def patiently(ask: Callable[[], Result], *, url: str) -> Result:
     for tries in range(1, len(PAUSES_S) + 2):
         try:
             return ask()
-        except (StreamError, PermissionError) as error:
-            if isinstance(error, StreamError):
-                raise
-            raise StreamError(f"{url}: not allowed ({first_line(error)}); log in first") from error
+        except StreamError:
+            raise
         except Exception as error:  # aiohttp, httpx and botocore each have errors of their own
-            is_gone = isinstance(error, FileNotFoundError)
-            why = "it is not there (404)" if is_gone else first_line(error)
-            if tries > (PAUSES_IF_GONE if is_gone else len(PAUSES_S)):
+            status = status_of(error)
+            if status in (401, 403):
+                raise StreamError(f"{url}: not allowed ({status}); log in first") from error
+            why = "it is not there (404)" if status == 404 else first_line(error)
+            if tries > (PAUSES_IF_GONE if status == 404 else len(PAUSES_S)):
                 raise StreamError(f"{url}: {why}, in each of {tries} tries") from error
             pause_s = PAUSES_S[tries - 1]
             print(
@@ -219,6 +221,15 @@ def patiently(ask: Callable[[], Result], *, url: str) -> Result:
             )
             time.sleep(pause_s)
     raise AssertionError("unreachable")
+
+
+def status_of(error: Exception) -> int | None:
+    """The HTTP status that an error stands for, or None."""
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return 404 if isinstance(error, FileNotFoundError) else 403
+    status = getattr(error, "status", None)  # aiohttp
+    status = getattr(getattr(error, "response", None), "status_code", status)  # httpx
+    return status if isinstance(status, int) else None
 
 
 def first_line(error: BaseException) -> str:

@@ -219,8 +219,8 @@ def local_name(shard: Shard) -> str:
 
 def key_of(shard: Shard, unit: Unit | None = None) -> str:
     """Names what is kept of a shard, or of a unit."""
-    at = "" if unit is None else f"{unit.spans}"
-    text = f"{VERSION} {UNIT_BYTES} {shard.url} {shard.size} {shard.tag} {at}"
+    what = f"{VERSION} {UNIT_BYTES}" if unit is None else f"{unit.spans}"
+    text = f"{shard.url} {shard.size} {shard.tag} {what}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
