@@ -240,9 +240,9 @@ class TrainArgs:
 
     def reads_stream(self) -> bool:
         """Whether training data comes from another machine."""
-        sources = self.data_path.sources if isinstance(self.data_path, Mixture) else ()
-        paths = [source.path for source in sources] or [self.data_path]
-        return any(isinstance(path, Address) for path in paths)
+        if isinstance(self.data_path, Mixture):
+            return self.data_path.num_streams > 0
+        return isinstance(self.data_path, Address)
 
     def stream_options(self) -> StreamOptions:
         """How training data on another machine is read."""

@@ -70,12 +70,14 @@ class StreamOptions:
 
     seed: of the run. cache: the folder of fetched shards. cache_gb: its largest size in GiB.
     window: how many units (shards, or parts of large Parquet files) are shuffled together.
+    num_streams: that share the folder, in a mixture.
     """
 
     seed: int = 0
     cache: Path | None = None
     cache_gb: float = 16.0
     window: int = 8
+    num_streams: int = 1
 
     @property
     def folder(self) -> Path:

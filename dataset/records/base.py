@@ -58,6 +58,11 @@ class Records(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
+    @property
+    def num_ids(self) -> int:
+        """Every number of a record is below this."""
+        return len(self)
+
     @abstractmethod
     def where(self, index: int) -> str:
         """What a record is called in messages: file and place in it."""

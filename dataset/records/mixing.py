@@ -43,6 +43,11 @@ class Mixture:
         return " ".join(map(str, self.sources))
 
     @property
+    def num_streams(self) -> int:
+        """How many sources are on another machine."""
+        return sum(isinstance(source.path, Address) for source in self.sources)
+
+    @property
     def name(self) -> str:
         """For messages, where a single file has its name."""
         return " + ".join(source.path.name for source in self.sources)
@@ -90,29 +95,63 @@ class MixedRecords(Records):
     """The records of all sources, one source behind the other.
 
     Args:
-        open_source: opens the records of a path.
+        open_source: opens the records of a path or address.
+        seed: of the order, where a source is a stream.
     Raises:
         ValueError, OSError: a source cannot be read.
     """
 
-    def __init__(self, mixture: Mixture, open_source: Callable[[Path], Records]):
+    def __init__(
+        self, mixture: Mixture, open_source: Callable[[Path | Address], Records], *, seed: int = 0
+    ):
+        self.seed = seed
         self._sources = [open_source(source.path) for source in mixture.sources]
-        self._starts = [0, *accumulate(map(len, self._sources))]
-        super().__init__(mixture.sources[0].path, None)
+        self._starts = [0, *accumulate(records.num_ids for records in self._sources)]
+        self.is_stream = any(records.is_stream for records in self._sources)
+        super().__init__(as_path(mixture.sources[0].path), None)
         self.num_blank = sum(records.num_blank for records in self._sources)
         self.slowness = next((r.slowness for r in self._sources if r.slowness), None)
-        names = source_names([source.path for source in mixture.sources])
+        names = source_names([as_path(source.path) for source in mixture.sources])
         self.parts = [
             Part(name, len(records), max(1, round((source.weight or 1) * len(records))))
             for name, source, records in zip(names, mixture.sources, self._sources, strict=True)
         ]
 
     def __len__(self) -> int:
+        if self.is_stream:  # whose order is its own
+            return sum(part.num_taken for part in self.parts)
         return self._starts[-1]
+
+    @property
+    def num_ids(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def summary(self) -> str:
+        """What is read of streams, for the header of a run."""
+        streams = [records for records in self._sources if records.is_stream]
+        return "\n".join(records.summary for records in streams)  # type: ignore[attr-defined]
+
+    def ids(self, epoch: int, start: int) -> Any:
+        """Where a source is a stream: the ids of an epoch's records from sample `start` on."""
+        from dataset.records.streams.mixed import MixedIds  # with fsspec, which is slow to import
+
+        taken = [part.num_taken for part in self.parts]
+        return MixedIds(self._sources, self._starts, taken, self.seed, epoch=epoch, start=start)
+
+    def first_ids(self, most: int) -> list[int]:
+        """Where a source is a stream: ids of records that are looked at before the first step."""
+        most = max(1, most // len(self._sources))
+        found = []
+        for start, records in zip(self._starts, self._sources, strict=False):
+            step = -(-len(records) // most)
+            own = getattr(records, "first_ids", lambda _, r=records, s=step: range(0, len(r), s))
+            found += [start + number for number in own(most)]
+        return found
 
     def source_of(self, index: int) -> int:
         """Number of the source that a record is of."""
-        if not 0 <= index < len(self):
+        if not 0 <= index < self.num_ids:
             raise IndexError(index)
         return bisect_right(self._starts, index) - 1
 
@@ -152,6 +191,11 @@ class MixedRecords(Records):
     @property
     def former_fingerprint(self) -> str:
         return self.fingerprint
+
+
+def as_path(path: Path | Address) -> Path:
+    """A path for names in messages."""
+    return Path(path.path) if isinstance(path, Address) else path
 
 
 def source_names(paths: Sequence[Path]) -> list[str]:

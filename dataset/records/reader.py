@@ -5,6 +5,7 @@ import glob
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def open_records(
     """
     options: dict[str, Any] = {"images_path": images_path, "fix_image_count": fix_image_count}
     if isinstance(data_path, Mixture):
-        return MixedRecords(data_path, partial(open_records, **options, stream=stream))
+        stream = replace(stream or StreamOptions(), num_streams=max(1, data_path.num_streams))
+        read_source = partial(open_records, **options, stream=stream)
+        return MixedRecords(data_path, read_source, seed=stream.seed)
     if isinstance(data_path, Address):
         from dataset.records.streams.records import StreamRecords  # fsspec is slow to import
 

@@ -1,5 +1,5 @@
-"""Offers a local HTTP server of shards that answers as a plain web server and as Hugging Face do, and
-misbehaves on demand."""
+"""Offers a local HTTP server of shards that answers as a plain web server and as Hugging Face do,
+and misbehaves on demand."""
 
 import hashlib
 import json
@@ -14,9 +14,9 @@ REPO = "datasets/user/name"
 class ShardServer:
     """`files[name]` is what it holds, at `url/name` and at `hf://datasets/user/name/name`.
 
-    gone: names that answer 404, and how often (a large number: always). cuts: bytes after which
-    answers break off, one after the other. slow_s: seconds before each answer. requests: the method,
-    name and range of each request for a file.
+    gone: names that answer 404, and how often. busy: the same with 503. cuts: bytes after which
+    answers break off, one after the other. slow_s: seconds before each answer. requests: the
+    method, name and range of each request for a file.
     """
 
     def __init__(self, files: dict[str, bytes]):
@@ -46,9 +46,6 @@ class ShardServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-
-    def bytes_asked(self, name: str) -> int:
-        return sum(kind == "GET" and asked == name for kind, asked, _ in self.requests)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -7,6 +7,7 @@ a killed process has left is known by its free lock. The entries used longest ag
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,7 +21,11 @@ except ImportError:  # Windows: two processes may then fetch the same
     fcntl = None  # type: ignore[assignment]
 
 NUM_LOCKS = 256
+BLOCK_BYTES = 1 << 12  # of which a file system gives whole ones
 PART, TRASH, LOCKS, FACTS = "part-", "trash-", "locks", "facts"
+OWN_ENTRY = re.compile(r"[0-9a-f]{32}")
+OWN_PART = re.compile(rf"{PART}([0-9a-f]{{32}})-(\d+)-")
+OWN_TRASH = re.compile(rf"{TRASH}[0-9a-f]{{32}}-")
 
 
 class ShardCache:
@@ -71,8 +76,8 @@ class ShardCache:
         part = self._reserve(key, num_bytes)
         try:
             fetch(part / name)
-            with contextlib.suppress(OSError):  # without locks another process may have been first
-                os.rename(part, self.folder / key)
+            with self._locked("room"), contextlib.suppress(OSError):
+                os.rename(part, self.folder / key)  # fails where another was first, without locks
             if self.find(key, name) is None:
                 raise StreamError(f"{self.folder / key} cannot be written")
         except OSError as error:
@@ -85,9 +90,10 @@ class ShardCache:
 
     def _reserve(self, key: str, num_bytes: int) -> Path:
         """A new folder to fetch into, and the room for it."""
+        num_bytes = -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
         with self._locked("room"):
             self._drop_leftovers(held=lock_of(key))
-            entries = sorted(self._entries())
+            entries = sorted(self._entries(), key=lambda entry: entry[0])
             total = sum(size for _, size, _ in entries) + num_bytes
             for _, size, path in entries:
                 if total <= self.max_bytes:
@@ -100,24 +106,24 @@ class ShardCache:
     def _entries(self) -> Iterator[tuple[float, int, Path | None]]:
         """When each entry was used last, its size and its folder; None for one being fetched."""
         for entry in os.scandir(self.folder):
-            if entry.name in (LOCKS, FACTS) or not entry.is_dir():
-                continue
-            if entry.name.startswith(PART):
-                yield entry.stat().st_mtime, int(entry.name.split("-")[2]), None
-            elif not entry.name.startswith(TRASH):
-                yield entry.stat().st_mtime, size_on_disk(Path(entry.path)), Path(entry.path)
+            part = OWN_PART.match(entry.name)
+            with contextlib.suppress(FileNotFoundError):  # given up meanwhile
+                if part:
+                    yield entry.stat().st_mtime, int(part[2]), None
+                elif OWN_ENTRY.fullmatch(entry.name):  # nothing else in the folder is touched
+                    path = Path(entry.path)
+                    yield entry.stat().st_mtime, size_on_disk(path), path
 
     def _drop_leftovers(self, *, held: str) -> None:
         """Delete what processes that were killed have left half done."""
-        for path in self.folder.glob(f"{TRASH}*"):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in self.folder.glob(f"{PART}*"):
-            lock = lock_of(path.name.split("-")[1])
-            if lock == held:  # by this very process, in whatever thread
-                continue
-            with self._locked(lock, waits=False) as is_free:
-                if is_free:
-                    shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.iterdir():
+            part = OWN_PART.match(path.name)
+            if OWN_TRASH.match(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+            elif part and lock_of(part[1]) != held:  # its own is held by this very thread
+                with self._locked(lock_of(part[1]), waits=False) as is_free:
+                    if is_free:
+                        shutil.rmtree(path, ignore_errors=True)
 
     def _drop(self, path: Path) -> None:
         trash = path.with_name(f"{TRASH}{path.name}-{os.getpid()}")

@@ -96,17 +96,24 @@ class StreamRecords(Records):
         num_bytes = sum(self.shards[number].size for number in numbers)
         return round(num_rows / num_bytes * sum(shard.size for shard in self.shards)), False
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_readers": OrderedDict()}
-
     def __len__(self) -> int:
         return self.num_samples
 
-    def ids(self, epoch: int, start: int) -> "Ahead":
+    @property
+    def num_ids(self) -> int:
+        return len(self.shards) << ROW_BITS
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_readers": OrderedDict()}
+
+    def ids(self, epoch: int, start: int) -> Ahead:
         """The ids of an epoch's records from sample `start` on, window by window; a window comes
         once its shards are here, and the next one's are fetched meanwhile."""
-        first = epoch * self.num_samples + start
-        return Ahead(self._windows(first, self.num_samples - start), self._fetch)
+        return self.ids_from(epoch * self.num_samples + start, self.num_samples - start)
+
+    def ids_from(self, position: int, num_taken: int) -> Ahead:
+        """The ids of records from a position of the endless stream on."""
+        return Ahead(self._windows(position, num_taken), self._fetch)
 
     def _windows(self, position: int, num_left: int) -> Iterator[tuple[Window, int]]:
         """The windows from a position on, with how many of their records are taken."""
@@ -119,7 +126,7 @@ class StreamRecords(Records):
     def _fetch(self, window: Window) -> None:
         """Bring the shards of a window here."""
         needed = IN_FLIGHT * sum(unit.num_bytes for _, unit in window.places)
-        allowed = self._store.cache.max_bytes
+        allowed = self._store.cache.max_bytes // self._options.num_streams
         if needed > allowed:
             raise StreamError(
                 f"{self.address}: {IN_FLIGHT} windows of {len(window.places)} shards (or parts of "

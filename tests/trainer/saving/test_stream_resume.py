@@ -1,5 +1,5 @@
-"""If this fails, a run from shards on another machine takes other samples once it was killed, or with
-another number of ranks or workers."""
+"""If this fails, a run from shards on another machine takes other samples once it was killed, or
+with another number of ranks or workers."""
 
 import json
 import random
@@ -39,7 +39,9 @@ def on_hub(url: str, folder, name: str) -> None:
 @pytest.fixture
 def server(tmp_path):
     layouts = every_layout(tmp_path / "data", num_records=NUM_RECORDS)
-    with ShardServer({p.name: p.read_bytes() for p in layouts["shards"][0].rglob("*.parquet")}) as s:
+    with ShardServer(
+        {p.name: p.read_bytes() for p in layouts["shards"][0].rglob("*.parquet")}
+    ) as s:
         yield s
 
 
@@ -74,7 +76,8 @@ def names_in_order(server, tmp_path, *, window: int = 2) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_stream_goes_on_at_the_next_sample_with_other_ranks_and_workers(server, assets, tmp_path):
-    """Killed on one rank with workers, gone on on two without; a shard is cut and gone meanwhile."""
+    """Killed on one rank with workers, continued on two without; a shard is cut and gone for a
+    while."""
     expected = names_in_order(server, tmp_path)
     out = tmp_path / "out"
     name = "train-00001-of-00003.parquet"
@@ -125,5 +128,7 @@ def test_shard_that_is_gone_is_one_line_and_the_run_can_go_on(server, assets, tm
     server.gone.clear()
     argv = flags_of(assets, out, **more, from_resume=1)
     run_ranks(argv, tmp_path, world_size=1, hook=(on_hub, server.url, tmp_path, "again"))
-    taken = [n for name in ("gone", "again") for _, step in recorded_steps(tmp_path, name) for n in step]
+    taken = [
+        n for name in ("gone", "again") for _, step in recorded_steps(tmp_path, name) for n in step
+    ]
     assert Counter(taken) == Counter(flat)
