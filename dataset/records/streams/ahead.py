@@ -5,16 +5,20 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 
 from dataset.records.streams.plan import Ids, Window
+from dataset.records.streams.remote import Wanted
 
 
 class Ahead:
     """The ids of windows, each once its shards are here.
 
     Args:
-        windows: and how many records are left to take. fetch: brings a window's shards here.
+        windows: and how many records are left to take. fetch: brings a window's shards here, as
+            long as they are wanted.
     """
 
-    def __init__(self, windows: Iterator[tuple[Window, int]], fetch: Callable[[Window], None]):
+    def __init__(
+        self, windows: Iterator[tuple[Window, int]], fetch: Callable[[Window, Wanted], None]
+    ):
         self._windows, self._fetch = windows, fetch
         self.is_waiting = False  # for another machine
 
@@ -57,7 +61,7 @@ class Ahead:
             for window, num_left in self._windows:
                 if ended.is_set():
                     return
-                self._fetch(window)
+                self._fetch(window, lambda: not ended.is_set())
                 ready.put(window.ids()[:num_left])
                 permits.acquire()
             ready.put(None)

@@ -20,8 +20,8 @@ from dataset.records.conversation import Record
 from dataset.records.images import open_images
 from dataset.records.streams.ahead import Ahead
 from dataset.records.streams.cache import ShardCache
-from dataset.records.streams.plan import ROW_BITS, Ids, Plan, Window
-from dataset.records.streams.remote import Remote, Shard, StreamError, at_once
+from dataset.records.streams.plan import ROW_BITS, Ids, Place, Plan, Window
+from dataset.records.streams.remote import Remote, Shard, StreamError, Wanted, always, at_once
 from dataset.records.streams.units import UnitStore, check_kinds, is_parquet
 
 COUNTED = 512  # shards whose footers are read before the first step; of more, a sample
@@ -123,7 +123,7 @@ class StreamRecords(Records):
             yield window, num_left
             num_left -= window.num_rows - window.num_skipped
 
-    def _fetch(self, window: Window) -> None:
+    def _fetch(self, window: Window, is_wanted: Wanted = always) -> None:
         """Bring the shards of a window here."""
         needed = IN_FLIGHT * sum(unit.num_bytes for _, unit in window.places)
         allowed = self._store.cache.max_bytes // self._options.num_streams
@@ -133,7 +133,11 @@ class StreamRecords(Records):
                 f"them) take {needed / 2**30:.2f} GiB, and --stream_cache_gb allows "
                 f"{allowed / 2**30:.2f}: give more, or a smaller --stream_window"
             )
-        at_once(lambda place: self._store.fetch(self.shards[place[0]], place[1]), window.places)
+
+        def fetch(place: Place) -> Path:
+            return self._store.fetch(self.shards[place[0]], place[1], is_wanted=is_wanted)
+
+        at_once(fetch, window.places)
 
     def first_ids(self, most: int) -> list[int]:
         """Ids of records that are needed first: those of the first unit, at most so many."""

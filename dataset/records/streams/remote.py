@@ -20,6 +20,7 @@ from dataset.records.address import Address
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
+Wanted = Callable[[], bool]
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # between two tries
 PAUSES_IF_GONE = 3  # of them, for a shard that the server does not have
 CONNECT_S, SILENCE_S = 20.0, 60.0  # after which a connection counts as dead
@@ -27,6 +28,11 @@ AT_ONCE = 32  # requests about shards
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 TAGS = ("ETag", "etag", "blob_id", "sha256", "md5", "Last-Modified", "LastModified", "mtime",
         "created")  # fmt: skip
+
+
+def always() -> bool:
+    """What is asked for is wanted whatever happens."""
+    return True
 
 
 class StreamError(ValueError):
@@ -146,9 +152,11 @@ class Remote:
                 "address that does not change (hf://datasets/USER/NAME@REVISION/...)"
             )
 
-    def read(self, shard: Shard, start: int, end: int) -> bytes:
+    def read(self, shard: Shard, start: int, end: int, *, is_wanted: Wanted = always) -> bytes:
         """The bytes of a shard from start to end; all of them where its server knows no ranges.
 
+        Args:
+            is_wanted: whether a failed request is worth another try.
         Raises:
             StreamError: they do not come.
         """
@@ -161,7 +169,7 @@ class Remote:
                 raise EOFError(f"cut off: {len(data)} of {end - start} bytes came")
             return data
 
-        return patiently(ask, url=shard.url)
+        return patiently(ask, url=shard.url, is_wanted=is_wanted)
 
 
 def at_once(ask: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
@@ -195,7 +203,7 @@ def at_once(ask: Callable[[Item], Result], items: Sequence[Item]) -> list[Result
     return [answers[number] for number in range(len(items))]
 
 
-def patiently(ask: Callable[[], Result], *, url: str) -> Result:
+def patiently(ask: Callable[[], Result], *, url: str, is_wanted: Wanted = always) -> Result:
     """What a request answers, tried again after a failure.
 
     Raises:
@@ -211,7 +219,7 @@ def patiently(ask: Callable[[], Result], *, url: str) -> Result:
             if status in (401, 403):
                 raise StreamError(f"{url}: not allowed ({status}); log in first") from error
             why = "it is not there (404)" if status == 404 else first_line(error)
-            if tries > (PAUSES_IF_GONE if status == 404 else len(PAUSES_S)):
+            if not is_wanted() or tries > (PAUSES_IF_GONE if status == 404 else len(PAUSES_S)):
                 raise StreamError(f"{url}: {why}, in each of {tries} tries") from error
             pause_s = PAUSES_S[tries - 1]
             print(

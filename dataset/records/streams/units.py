@@ -25,7 +25,7 @@ import pyarrow.parquet
 
 from dataset.records.base import Records
 from dataset.records.streams.cache import FACTS, ShardCache
-from dataset.records.streams.remote import Remote, Shard, StreamError
+from dataset.records.streams.remote import Remote, Shard, StreamError, Wanted, always
 
 UNIT_BYTES = 1 << 26
 VERSION = 1  # of how shards are cut into units
@@ -112,11 +112,11 @@ class UnitStore:
         self.cache.use(key)
         return self.cache.find(key, local_name(shard))
 
-    def fetch(self, shard: Shard, unit: Unit) -> Path:
+    def fetch(self, shard: Shard, unit: Unit, *, is_wanted: Wanted = always) -> Path:
         """The file of a unit; fetched unless it is here.
 
         Raises:
-            StreamError: it cannot be had, was changed, or does not fit.
+            StreamError: it cannot be had, was changed, does not fit, or is no longer wanted.
         """
         is_packed = shard.name.lower().endswith(".gz")
         num_bytes = unit.num_bytes * (UNPACKED if is_packed else 1)
@@ -130,21 +130,23 @@ class UnitStore:
         def write(path: Path) -> None:
             if is_packed:
                 packed = path.with_name("packed")
-                self._download(shard, unit, packed)
+                self._download(shard, unit, packed, is_wanted)
                 self._unpack(shard, packed, path)
                 packed.unlink()
             else:
-                self._download(shard, unit, path)
+                self._download(shard, unit, path, is_wanted)
 
         key, name = key_of(shard, unit), local_name(shard)
         return self.cache.keep(key, name, num_bytes=num_bytes, fetch=write)
 
-    def _download(self, shard: Shard, unit: Unit, path: Path) -> None:
+    def _download(self, shard: Shard, unit: Unit, path: Path, is_wanted: Wanted) -> None:
         with open(path, "wb") as file:
             for start, end in unit.spans:
                 for first in range(start, end, CHUNK_BYTES):
                     last = min(first + CHUNK_BYTES, end)
-                    data = self.remote.read(shard, first, last)
+                    if not is_wanted():
+                        raise StreamError(f"{shard.url}: no longer wanted")
+                    data = self.remote.read(shard, first, last, is_wanted=is_wanted)
                     if len(data) != last - first:  # its server knows no ranges: it sent all
                         file.seek(0)
                         file.write(data)
