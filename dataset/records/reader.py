@@ -76,9 +76,10 @@ def open_records(
         read_source = partial(open_records, **options, stream=stream)
         return MixedRecords(data_path, read_source, seed=stream.seed)
     if isinstance(data_path, Address):
+        from dataset.records.parquet_pages import Held
         from dataset.records.streams.records import StreamRecords  # fsspec is slow to import
 
-        read = partial(_open_file, **options)
+        read = partial(_open_shard, held=Held(), **options)
         return StreamRecords(data_path, images_path, stream or StreamOptions(), read)
     check_no_address(data_path)
     if data_path.is_dir() and any((data_path / name).is_file() for name in DATASETS_FILES):
@@ -163,6 +164,12 @@ def _open_file(path: Path, images_path: Path | None, **options: Any) -> Records:
     check_text(path)
     reader = JsonArrayRecords if is_json_array(path) else JsonlRecords
     return reader(path, images_path, **options)
+
+
+def _open_shard(path: Path, *, held: Any, **options: Any) -> Records:
+    """As `_open_file`; Parquet files share what they keep."""
+    is_parquet = path.suffix.lower() in PARQUET_SUFFIXES
+    return _open_file(path, **options, **({"held": held} if is_parquet else {}))
 
 
 def is_json_array(path: Path) -> bool:

@@ -34,6 +34,7 @@ def metadata_and_identity(
         f"--system_share {draws.system_share} --empty_think_share {draws.empty_think_share}"
     )
     identity["--fix_image_count"] = args.fix_image_count or None
+    identity["--stream_window"] = args.stream_window if args.reads_stream() else None
     if parts.dataset.is_packed:
         identity["max_seq_len"] = args.max_seq_len
     return metadata, identity

@@ -165,6 +165,8 @@ class StreamRecords(Records):
                 self._readers[path] = self._store.open_file(path)
             except (ValueError, OSError) as error:
                 raise StreamError(f"{shard.url}: {error}") from error
+            for other in [other for other in self._readers if not other.exists()]:
+                del self._readers[other]  # else its file would go on taking room
             if len(self._readers) > IN_FLIGHT * self._options.window:
                 self._readers.popitem(last=False)
         self._readers.move_to_end(path)
@@ -185,8 +187,8 @@ class StreamRecords(Records):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the shards by name, size and tag, and their order by the window."""
-        digest = hashlib.sha256(f"{self._options.window}".encode())
+        """Identifies the shards by name, size and tag."""
+        digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(f"{shard.name} {shard.size} {shard.tag}\n".encode())
         return digest.hexdigest()

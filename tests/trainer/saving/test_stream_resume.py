@@ -5,9 +5,9 @@ import json
 import random
 from collections import Counter
 
-import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from support.layouts import every_layout
 from support.rank_group import RankGroup, record_steps, recorded_steps, run_ranks
 from support.scripts import train_flags
@@ -23,9 +23,9 @@ HUB = f"hf://{REPO}/*.parquet"
 
 def use_hub(url: str) -> None:
     """Ask this server in place of Hugging Face's, without long pauses, for small units."""
-    huggingface_hub.constants.ENDPOINT = url
+    constants.ENDPOINT = url
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE = template
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = template
     remote.PAUSES_S = (0.05,) * 4
     units.UNIT_BYTES = 1000
 
@@ -48,7 +48,6 @@ def server(tmp_path):
 @pytest.fixture(autouse=True)
 def settings_of_this_process():
     """Tests change what is asked; put it back."""
-    constants = huggingface_hub.constants
     before = (
         constants.ENDPOINT,
         constants.HUGGINGFACE_CO_URL_TEMPLATE,
@@ -110,6 +109,7 @@ def test_stream_goes_on_at_the_next_sample_with_other_ranks_and_workers(server, 
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_shard_that_is_gone_is_one_line_and_the_run_can_go_on(server, assets, tmp_path):
     flat = names_in_order(server, tmp_path, window=1)[0]
     late = flat[-1].partition(":")[0]
@@ -126,7 +126,8 @@ def test_shard_that_is_gone_is_one_line_and_the_run_can_go_on(server, assets, tm
     assert len(error) == 1 and f"hf://{REPO}/{late}: it is not there (404)" in error[0], output
     assert "go on with --from_resume 1" in error[0] and "Traceback" not in output
     server.gone.clear()
-    argv = flags_of(assets, out, **more, from_resume=1)
+    server.slow_s = 2.0  # longer than workers may be silent
+    argv = flags_of(assets, out, **more, from_resume=1, rank_timeout=2)
     run_ranks(argv, tmp_path, world_size=1, hook=(on_hub, server.url, tmp_path, "again"))
     taken = [
         n for name in ("gone", "again") for _, step in recorded_steps(tmp_path, name) for n in step
