@@ -1,13 +1,16 @@
 """Owns `StreamRecords`: records of shards on other machines, fetched as they are needed.
 
 Why no streaming library: a run must go on at exactly the next sample after `kill -9`, also with
-another number of ranks and workers, and see the same order as without the kill. datasets and
-torchdata keep a state in each worker, which fits only as many of them; webdataset keeps none;
-mosaicml-streaming can, for shards of its own format alone. Here the order is a function of (seed,
-pass), as for local files, so that a position is one number: the samples taken so far.
+another number of ranks and workers. As read in their documentation and issues (not measured):
+torchdata's state is of as many workers, and not gathered over ranks; that of datasets leaves out the
+shuffle buffer (huggingface/datasets#7901); webdataset leaves both to its user (webdataset#234);
+mosaicml-streaming can, but not of Parquet or tars, and its last release wants transformers below 5.
+Here the order is a function of (seed, pass), as for local files, so that a position is one number:
+the samples taken so far.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -22,7 +25,7 @@ from dataset.records.streams.ahead import Ahead
 from dataset.records.streams.cache import ShardCache
 from dataset.records.streams.plan import ROW_BITS, Ids, Place, Plan, Window
 from dataset.records.streams.remote import Remote, Shard, StreamError, Wanted, always, at_once
-from dataset.records.streams.units import UnitStore, check_kinds, is_parquet
+from dataset.records.streams.units import Unit, UnitStore, check_kinds, is_parquet
 
 COUNTED = 512  # shards whose footers are read before the first step; of more, a sample
 IN_FLIGHT = 3  # windows that are here at once: being finished, being taken, being fetched
@@ -51,8 +54,8 @@ class StreamRecords(Records):
         check_kinds(self.shards)
         cache = ShardCache(options.folder, max_bytes=int(options.cache_gb * 2**30))
         self._store = UnitStore(remote, cache, open_file)
-        self._readers: OrderedDict[Path, Records] = OrderedDict()
-        self._units: dict[int, list[Any]] = {}
+        self._readers: OrderedDict[tuple[int, int], tuple[Path, Records]] = OrderedDict()
+        self._units: dict[int, list[Unit]] = {}
         self.num_samples, self.is_counted = self._count()
         if not self.num_samples:
             raise StreamError(f"{address}: no records in it")
@@ -71,7 +74,7 @@ class StreamRecords(Records):
         """The order of the records."""
         return Plan(len(self.shards), self.units_of, self._options.seed, self._options.window)
 
-    def units_of(self, shard: int) -> list[Any]:
+    def units_of(self, shard: int) -> list[Unit]:
         """The units of a shard, by its number."""
         if shard not in self._units:
             self._units[shard] = self._store.units(self.shards[shard])
@@ -130,8 +133,8 @@ class StreamRecords(Records):
         if needed > allowed:
             raise StreamError(
                 f"{self.address}: {IN_FLIGHT} windows of {len(window.places)} shards (or parts of "
-                f"them) take {needed / 2**30:.2f} GiB, and --stream_cache_gb allows "
-                f"{allowed / 2**30:.2f}: give more, or a smaller --stream_window"
+                f"them) take {needed / 2**30:.3g} GiB, and --stream_cache_gb allows "
+                f"{allowed / 2**30:.3g}: give more, or a smaller --stream_window"
             )
 
         def fetch(place: Place) -> Path:
@@ -150,27 +153,27 @@ class StreamRecords(Records):
         number, row = index >> ROW_BITS, index & ((1 << ROW_BITS) - 1)
         if not 0 <= number < len(self.shards):
             raise IndexError(index)
-        shard = self.shards[number]
-        unit = next(
-            unit
-            for unit in self.units_of(number)
-            if unit.first_row <= row < unit.first_row + unit.num_rows
-        )
-        path = self._store.path(shard, unit) or self._store.fetch(shard, unit)
-        return self._reader(shard, path), row
+        units = self.units_of(number)
+        unit = units[bisect_right(units, row, key=lambda unit: unit.first_row) - 1]
+        place = number, unit.first_row
+        if place not in self._readers:
+            self._readers[place] = self._open(self.shards[number], unit)
+        self._readers.move_to_end(place)
+        return self._readers[place][1], row
 
-    def _reader(self, shard: Shard, path: Path) -> Records:
-        if path not in self._readers:
-            try:
-                self._readers[path] = self._store.open_file(path)
-            except (ValueError, OSError) as error:
+    def _open(self, shard: Shard, unit: Unit) -> tuple[Path, Records]:
+        """The file of a unit, which is fetched unless it is here, and its reader."""
+        for place in [place for place, (path, _) in self._readers.items() if not path.exists()]:
+            del self._readers[place]  # else its file would go on taking room
+        if len(self._readers) >= IN_FLIGHT * self._options.window:
+            self._readers.popitem(last=False)
+        path = self._store.path(shard, unit) or self._store.fetch(shard, unit)
+        try:
+            return path, self._store.open_file(path)
+        except (ValueError, OSError) as error:
+            if path.exists():
                 raise StreamError(f"{shard.url}: {error}") from error
-            for other in [other for other in self._readers if not other.exists()]:
-                del self._readers[other]  # else its file would go on taking room
-            if len(self._readers) > IN_FLIGHT * self._options.window:
-                self._readers.popitem(last=False)
-        self._readers.move_to_end(path)
-        return self._readers[path]
+        return self._open(shard, unit)  # it had just made room for another
 
     def where(self, index: int) -> str:
         """ "shard:record", without a look into the shard."""

@@ -222,11 +222,8 @@ def patiently(ask: Callable[[], Result], *, url: str, is_wanted: Wanted = always
             if not is_wanted() or tries > (PAUSES_IF_GONE if status == 404 else len(PAUSES_S)):
                 raise StreamError(f"{url}: {why}, in each of {tries} tries") from error
             pause_s = PAUSES_S[tries - 1]
-            print(
-                f"warning: {url}: {why}; try {tries + 1} follows in {pause_s:g} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            sys.stderr.write(f"warning: {url}: {why}; try {tries + 1} follows in {pause_s:g} s\n")
+            sys.stderr.flush()
             time.sleep(pause_s)
     raise AssertionError("unreachable")
 

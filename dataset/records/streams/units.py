@@ -122,8 +122,8 @@ class UnitStore:
         num_bytes = unit.num_bytes * (UNPACKED if is_packed else 1)
         if num_bytes > self.cache.max_bytes:
             raise StreamError(
-                f"{shard.url}: {num_bytes / 2**30:.2f} GiB are fetched at once and "
-                f"--stream_cache_gb allows {self.cache.max_bytes / 2**30:.2f}; give more, or cut "
+                f"{shard.url}: {num_bytes / 2**30:.3g} GiB are fetched at once and "
+                f"--stream_cache_gb allows {self.cache.max_bytes / 2**30:.3g}; give more, or cut "
                 "it into smaller shards"
             )
 

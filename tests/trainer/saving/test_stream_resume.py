@@ -74,15 +74,18 @@ def names_in_order(server, tmp_path, *, window: int = 2) -> list[list[str]]:
 
 
 @pytest.mark.slow
-def test_stream_goes_on_at_the_next_sample_with_other_ranks_and_workers(server, assets, tmp_path):
-    """Killed on one rank with workers, continued on two without; a shard is cut and gone for a
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.full)])
+def test_stream_goes_on_at_the_next_sample_with_other_ranks_and_workers(
+    num_workers, server, assets, tmp_path
+):
+    """Killed on one rank, continued on two without; a shard is cut and gone for a
     while."""
     expected = names_in_order(server, tmp_path)
     out = tmp_path / "out"
     name = "train-00001-of-00003.parquet"
     server.cuts[name], server.gone[name] = [50], 1
     common = {"save_interval": 2, "log_interval": 1}
-    argv = flags_of(assets, out, **common, num_workers=2, batch_size=4)
+    argv = flags_of(assets, out, **common, num_workers=num_workers, batch_size=4)
     hook = (on_hub, server.url, tmp_path, "first")
     at_step = random.SystemRandom().randrange(3, 20)
     with RankGroup(argv, tmp_path, world_size=1, hook=hook, name="first") as group:
@@ -90,7 +93,9 @@ def test_stream_goes_on_at_the_next_sample_with_other_ranks_and_workers(server, 
         group.wait_for(lambda: len(recorded_steps(tmp_path, "first")) > at_step, "a step")
         group.kill()
     assert metrics.exists()
-    argv = flags_of(assets, out, **common, from_resume=1, batch_size=2)
+    argv = flags_of(
+        assets, out, **common, from_resume=1, batch_size=2, num_workers=num_workers // 2
+    )
     hook = (on_hub, server.url, tmp_path, "second")
     output = run_ranks(argv, tmp_path, world_size=2, hook=hook, name="second")
     second = recorded_steps(tmp_path, "second")
