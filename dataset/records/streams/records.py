@@ -2,8 +2,8 @@
 
 Why no streaming library: a run must go on at exactly the next sample after `kill -9`, also with
 another number of ranks and workers. As read in their documentation and issues (not measured):
-torchdata's state is of as many workers, and not gathered over ranks; that of datasets leaves out the
-shuffle buffer (huggingface/datasets#7901); webdataset leaves both to its user (webdataset#234);
+torchdata's state is of as many workers, and not gathered over ranks; that of datasets leaves out
+the shuffle buffer (huggingface/datasets#7901); webdataset leaves both to its user (webdataset#234);
 mosaicml-streaming can, but not of Parquet or tars, and its last release wants transformers below 5.
 Here the order is a function of (seed, pass), as for local files, so that a position is one number:
 the samples taken so far.
