@@ -137,7 +137,5 @@ class Table:
                     continue
                 row = parse_json(line, where=f"{self.path.name}:{number}")
                 if not isinstance(row, dict):
-                    raise ValueError(
-                        f"{self.path}:{number}: expected a JSON object on each line"
-                    )
+                    raise ValueError(f"{self.path}:{number}: expected a JSON object on each line")
                 yield row
