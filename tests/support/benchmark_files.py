@@ -109,7 +109,7 @@ def pope_text(colour: str) -> str:
     return f"Is there a {colour} wall in the image?"
 
 
-def write_pope(path, painted) -> None:
+def write_pope(path, painted, *, times: int = 1) -> None:
     rows = [
         {
             "id": str(number),
@@ -120,7 +120,7 @@ def write_pope(path, painted) -> None:
             "image": picture(painted, i),
             "category": ("adversarial", "popular", "random")[i % 3],
         }
-        for number, (i, colour, answer) in enumerate(pope_rows())
+        for number, (i, colour, answer) in enumerate(pope_rows() * times)
     ]
     write_parquet(path, rows)
 
