@@ -1,7 +1,7 @@
 """Owns this model in lmms-eval, as a chat model of the name `minimind_v`.
 
-    pip install lmms_eval && pip install --no-deps -e .
-    python -m lmms_eval --model minimind_v --model_args weight=sft_vlm --tasks mmstar,pope
+    pip install lmms_eval "filelock<4" && pip install --no-deps -e .
+    lmms-eval --model minimind_v --model_args weight=sft_vlm --tasks mmstar,pope
 
 `--model_args` takes the model's flags of `eval_vlm.py`, separated by commas. The entry point
 `lmms_eval.models` of this project names `manifest`; only lmms-eval imports this module.
