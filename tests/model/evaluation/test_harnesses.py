@@ -190,8 +190,8 @@ def test_text_that_spells_a_tag_stays_text(engine, painted):
 
 
 def test_wrong_use_is_one_clear_line(model, engine, options):
-    with pytest.raises(ValueError, match="no model argument wieght; there are .*weight"):
-        load_engine(wieght="x")
+    with pytest.raises(ValueError, match="no model argument weights; there are .*weight"):
+        load_engine(weights="x")
     with pytest.raises(ValueError, match="batch_size must be a number of at least 1; got auto"):
         type(model)(batch_size="auto", **options)
     video = [{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}]
