@@ -3,11 +3,14 @@ one visitor disturbs another. Screenshots are kept; the test prints where.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ import torch
 from PIL import Image
 from support.tiny_parts import write_png
 from support.tiny_vlm import never_end
+from support.web_client import HttpVisitor
 from support.web_site import BREAK
 from support.web_visitor import (
     PATIENCE_S,
@@ -30,7 +34,8 @@ from model.generation.sampling import Sampling
 from model.options import add_model_arguments
 
 pytestmark = pytest.mark.slow
-NUM_VISITORS = 20
+NUM_VISITORS, NUM_SCREENS = 20, 2
+CONCURRENCY = 2  # answers at once, the default of the flag
 LENGTH = 60  # tokens of an answer, unless a visitor says otherwise
 INJECTION = (
     '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script><b>bold</b> & done'
@@ -243,15 +248,32 @@ def test_what_must_not_be_sent_is_refused_and_the_page_goes_on(browser, site, fo
 
 
 def test_twenty_visitors_wait_their_turn(browser, site):
-    num_before = len(site.events("answer"))
+    """Some at a screen, most as plain HTTP: their screens would cost more than the answers."""
+    num_before = len(site.record.read_text().splitlines()) if site.record.is_file() else 0
     with ExitStack() as stack:
-        visitors = [stack.enter_context(visiting(browser, site)) for _ in range(NUM_VISITORS)]
-        for i, visitor in enumerate(visitors):
-            visitor.send(f"I am number {i}.")
-        for i, visitor in enumerate(visitors):
-            visitor.wait_for_end()
-            assert visitor.asked() == [f"I am number {i}."] and len(visitor.said()) == 1
-    assert len(site.events("answer")) == num_before + NUM_VISITORS
+        screens = [stack.enter_context(visiting(browser, site)) for _ in range(NUM_SCREENS)]
+        like = HttpVisitor(site)
+        others = [HttpVisitor(site, like=like, length=LENGTH) for _ in range(NUM_VISITORS)]
+        questions = [f"I am number {i}." for i in range(NUM_VISITORS)]
+        pool = stack.enter_context(ThreadPoolExecutor(NUM_VISITORS))
+        asking = [
+            pool.submit(visitor.follow, visitor.question(question))
+            for visitor, question in list(zip(others, questions, strict=True))[NUM_SCREENS:]
+        ]
+        for visitor, question in zip(screens, questions[:NUM_SCREENS], strict=True):
+            visitor.send(question)
+        for answer, question in zip(asking, questions[NUM_SCREENS:], strict=True):
+            done = answer.result()
+            (_, shown, _, status), seen = done["output"]["data"][:4], json.dumps(done)
+            assert done["success"] and f"{LENGTH} tokens" in status, done
+            assert [m["role"] for m in shown] == ["user", "assistant"]
+            assert [q for q in questions if q in seen] == [question]
+        for visitor, question in zip(screens, questions[:NUM_SCREENS], strict=True):
+            assert visitor.wait_for_end().startswith(f"{LENGTH} tokens")
+            assert visitor.asked() == [question] and len(visitor.said()) == 1
+    events = [json.loads(e)["event"] for e in site.record.read_text().splitlines()[num_before:]]
+    at_once = list(accumulate(1 if event == "question" else -1 for event in events))
+    assert events.count("answer") == NUM_VISITORS and max(at_once) == CONCURRENCY
 
 
 def test_who_finds_the_queue_full_is_told(browser, tmp_path):
