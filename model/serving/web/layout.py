@@ -50,6 +50,7 @@ class Layout:
                 container=False,
                 elem_id="language",
             )
+            self._named(self.language, label="language")
             gr.Button("☰", elem_id="tools_button", size="sm", min_width=40)
         with gr.Row(elem_id="body"):
             with gr.Column(elem_id="talk"):
@@ -127,7 +128,7 @@ class Layout:
             max_plain_text_length=MAX_QUESTION_CHARACTERS,
             elem_id="box",
         )
-        self._named(self.box, placeholder="question")
+        self._named(self.box, placeholder="question", label="box")
 
     def _add_bar(self) -> None:
         """Between conversation and box: the status, and what is done with the whole of it."""

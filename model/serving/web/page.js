@@ -45,6 +45,8 @@ const minimind = (() => {
       set(part, "role", "group");
     for (const header of document.querySelectorAll(".toast-header")) set(header, "role", "none");
     for (const told of document.querySelectorAll(".toast-message-text")) translate(told);
+    for (const told of document.querySelectorAll(".sr-only"))  // words that Gradio lacks
+      for (const part of told.childNodes) if (part.data?.startsWith("common.")) part.data = "";
     set(document.documentElement, "lang", code === "zh" ? "zh-CN" : "en");
     const title = MINIMIND_WORDS.languages[code].title;
     if (document.title !== title) document.title = title;
@@ -125,6 +127,21 @@ const minimind = (() => {
     if (button) set(button, "aria-expanded", String(now));
   };
 
+  // Gradio copies what it was given: a message whose signs are escaped for HTML.
+  addEventListener(
+    "click",
+    (event) => {
+      const button = event.target.closest?.("#chat [data-minimind=copy]");
+      const row = button?.closest(".message-buttons")?.previousElementSibling;
+      const words = row?.querySelector(".message-content")?.innerText;
+      if (!words || !navigator.clipboard) return;
+      event.stopPropagation();
+      navigator.clipboard.writeText(words);
+      button.classList.add("copied");
+      setTimeout(() => button.classList.remove("copied"), 1500);
+    },
+    true,
+  );
   addEventListener("click", (event) => {
     if (event.target.closest?.("#tools_button")) toggle();
   });
@@ -132,6 +149,7 @@ const minimind = (() => {
   new MutationObserver(nameSoon).observe(document.documentElement, {
     childList: true,
     subtree: true,
+    characterData: true,
     attributeFilter: ["aria-label", "title", "src"],
   });
   nameSoon();

@@ -83,7 +83,8 @@ class Page(Answers):
             **PRIVATE,
         }
         answer = {"show_progress": "minimal", "show_progress_on": at.chat, **queued}
-        at.box.submit(self._ask, [at.box, *asked], rest, **answer)
+        # More than once: who asks before the answer has ended is told so.
+        at.box.submit(self._ask, [at.box, *asked], rest, trigger_mode="multiple", **answer)
         gr.on([card.click for card in at.cards], self._ask_suggestion, asked, rest, **answer)
         at.chat.retry(self._regenerate, asked, rest, **answer)
         gr.on(

@@ -55,7 +55,7 @@ class Taught:
                 {str(k): str(v) for k, v in question.items()}
                 for question in taught.get("questions", ())
             )
-        except AttributeError:
+        except (AttributeError, TypeError):
             raise ValueError(
                 '"taught" in the metadata beside the weight is not {"languages": [...], "about": '
                 '{...}, "questions": [{...}]}; mend or remove it'

@@ -45,6 +45,8 @@ TEXTS = {
         "Ask about a picture: drop or paste it anywhere",
         "就图片提问：图片可拖入或粘贴到页面任意处",
     ),
+    "box": ("Question and pictures", "问题与图片"),
+    "language": ("Language", "语言"),
     "clear": ("New conversation", "新对话"),
     "share": ("Save as HTML", "存为 HTML"),
     "details": ("Details", "详情"),
