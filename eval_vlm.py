@@ -4,6 +4,7 @@
     python eval_vlm.py --weight pretrain_vlm --image_dir my_photos --html gallery.html
     python eval_vlm.py --data_path my/val.jsonl --images_path my/images --json scores.json
     python eval_vlm.py --choices MMBench_DEV_EN.tsv
+    python eval_vlm.py --benchmark mmstar --data_path mmstar.parquet
     torchrun --nproc_per_node 2 eval_vlm.py --data_path my/val.jsonl --images_path my/images
     python eval_vlm.py --chat
 
@@ -27,13 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch.distributed as dist
 
+from dataset.evaluation.benchmarks import BENCHMARKS, BenchmarkData
 from dataset.evaluation.eval_data import EvalData
 from dataset.evaluation.multiple_choice import MODES, ChoiceFile
 from dataset.features.making import CacheOptions
 from dataset.features.prepare import prepare_features
 from dataset.lm_dataset import VLMDataset
+from model.evaluation.benchmark import BenchmarkScores
 from model.evaluation.choices import Choices
 from model.evaluation.describe import Description, FolderDescriptions, find_samples, gallery
+from model.evaluation.flags import add_describe_arguments, check_args
 from model.evaluation.record_scores import RecordScores
 from model.evaluation.result_files import check_result_files, write_html, write_json
 from model.evaluation.task import Output, Task, run_task
@@ -42,7 +46,6 @@ from model.generation.sampling import add_sampling_arguments, sampling_from
 from model.generation.thinking import without_thinking
 from model.generations import GENERATIONS
 from model.machine.device import memory_guard
-from model.machine.paths import ROOT
 from model.machine.terminal import Terminated, one_line, printing, sigterm_as_ctrl_c, silence_stdout
 from model.options import (
     NATIVE,
@@ -59,7 +62,6 @@ from model.vlm_processor import tokenizer_sha256
 from trainer.ranks.group import Logger, Ranks, init_distributed_mode, warn
 
 MAX_NEW_TOKENS, SCORE_MAX_NEW_TOKENS = 512, 64
-LOWEST = {"batch_size": 1, "max_seq_len": 1, "num_records": 1, "num_generate": 0, "num_wrong": 1}
 WINDOW_BATCHES = 4  # batches of records that are read and sorted by length together
 READER_LEFT = 141  # exit status, as a shell has it for SIGPIPE (which Windows lacks)
 SLOWEST_RANK = timedelta(hours=12)  # timeout of the ranks that wait for the slowest one
@@ -82,28 +84,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def add_describe_arguments(parser: argparse.ArgumentParser) -> None:
-    """The folder to describe, the question and the gallery."""
-    parser.add_argument(
-        "--image_dir",
-        type=parse_path,
-        default=ROOT / "dataset" / "eval_images",
-        help="folder of images to describe / 要描述的图像目录",
-    )
-    prompt_help = (
-        "question; without <image>, the image comes first; default: the generation's / 提问"
-    )
-    parser.add_argument("--prompt", help=prompt_help)
-    parser.add_argument(
-        "--show_speed",
-        type=parse_bool,
-        nargs="?",
-        const=True,
-        help="tokens/s to stderr, of --chat too; default: 1 in generation 3 / 显示生成速度",
-    )
-    parser.add_argument("--html", type=parse_path, help="write a gallery here / 生成 HTML 图集")
-
-
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     """The other tasks, and what is common to all."""
     add = parser.add_argument
@@ -116,6 +96,8 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_generate", type=int, default=100, help=generate_help)
     wrong_help = "wrong captions beside the right one / 每图的错误描述数"
     add("--num_wrong", type=int, default=9, help=wrong_help)
+    benchmark_help = "what --data_path is: a published file of this benchmark / 公开评测集"
+    add("--benchmark", choices=BENCHMARKS, help=benchmark_help)
     choices_help = "answer this .tsv or .parquet of multiple choice / 选择题文件"
     add("--choices", type=parse_path, help=choices_help)
     mode_help = "score the options' letters or their texts / 按选项字母或文本"
@@ -131,37 +113,6 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compare", help="weight or transformers folder to score too / 与另一权重比较")
     add("--batch_size", type=int, default=16, help="at a time / 批大小")
     add("--json", type=parse_path, help="write the results here too / 结果写入 JSON")
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other or are out of range, before anything is loaded."""
-    scored = [f"--{n}" for n in ("data_path", "choices") if getattr(args, n)]
-    tasks = scored + ["--chat"] * args.chat
-    if len(tasks) > 1:
-        raise ValueError(f"{' and '.join(tasks)} are two tasks: give one")
-    needs = {"images_path": "data_path", "num_records": "data_path", "circular": "choices"}
-    for name, other in needs.items():
-        if getattr(args, name) and not getattr(args, other):
-            raise ValueError(f"--{name} needs --{other}")
-    if args.compare and not scored:
-        raise ValueError("--compare needs something to score: --data_path or --choices")
-    if args.html and tasks:
-        raise ValueError(f"--html is a gallery of --image_dir; leave out {tasks[0]} or it")
-    if args.chat and args.json:
-        raise ValueError("--json holds results, and --chat has none; leave out one of both")
-    if args.chat and "RANK" in os.environ:
-        raise ValueError("--chat is for one process: run it without torchrun")
-    if args.circular and args.choice_by == "text":
-        raise ValueError(
-            "--circular turns the list of options, which --choice_by text does not use"
-        )
-    for name, low in LOWEST.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise ValueError(f"--{name} must be {low} or more, got {value}")
-    if cache_folder(args.cache_vision_features, args.save_dir) and not args.data_path:
-        raise ValueError("--cache_vision_features needs --data_path")
-    sampling_from(args)
 
 
 def check_outputs(args: argparse.Namespace, ranks: Ranks) -> None:
@@ -272,6 +223,24 @@ def open_data(args: argparse.Namespace, ranks: Ranks, engine: VLMEngine) -> Eval
 
 def make_task(args: argparse.Namespace, ranks: Ranks) -> Task[Any]:
     """The scoring task of the flags: gives the data of `dataset/` to the tasks of `model/`."""
+    if args.benchmark:
+        benchmark = BENCHMARKS[args.benchmark]
+        return BenchmarkScores(
+            benchmark,
+            partial(
+                BenchmarkData,
+                benchmark,
+                args.data_path,
+                args.images_path,
+                num_records=args.num_records,
+            ),
+            partial(sampling_from, args),
+            source=args.data_path,
+            max_length=args.max_seq_len,
+            batch_size=args.batch_size,
+            group=ranks,
+            warn=warn,
+        )
     if args.data_path:
         return RecordScores(
             partial(open_data, args, ranks),

@@ -79,7 +79,7 @@ def test_readme_command_is_valid(readme, command):
         if words[0] == "-m":
             name = words[1].replace(".", "/")  # a package runs its __main__.py
             words = [name if (ROOT / name).is_dir() else name + ".py", *words[2:]]
-    elif words[0] in ("git", "cd", "pip", "source", "swanlab", "export"):
+    elif words[0] in ("git", "cd", "pip", "source", "swanlab", "export", "lmms-eval"):
         return
     else:
         raise AssertionError(f"unknown kind of command: {command}")

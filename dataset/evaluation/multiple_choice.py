@@ -3,29 +3,27 @@
 MMBench: columns index, question, hint, A, B, C, D (empty where there are fewer), answer, category,
 l2-category, image (base64, or the index of the row that holds it). MMStar: index, question with its
 options inside ("... Options: A: red, B: blue"), image (bytes), answer, category, l2_category.
+A `Layout` makes such rows of another file's.
 """
 
 import base64
 import binascii
-import csv
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, zip_longest
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import Tensor
 
 from dataset.evaluation.language import detect_language
+from dataset.evaluation.table import Row, Table
 from dataset.lm_dataset import Sample, make_sample
 from dataset.records.conversation import IMAGE_TAG, BadRecordError, Record
+from dataset.records.images import ImageFolder, ImageZip
 
 LETTERS = "ABCDEFGHI"
-REQUIRED = ("question", "answer", "image")
 MAX_REFERENCE = 64  # characters: a shorter image cell is the index of another row
-MAX_CELL = 1 << 30  # a picture in base64 is one cell
-ROWS_AT_ONCE = 16
 OPTIONS = re.compile(r"(?:options|choices|选项)\s*[:：]", re.IGNORECASE)
 MARK = re.compile(r"(?:^|(?<=[\s,，;；(（]))([A-I])\s*[:：.)）、]\s*")
 MODES = ("letter", "text")  # what is scored: the option's letter, or its text without the list
@@ -33,6 +31,30 @@ INSTRUCTIONS = {
     "en": "Answer with the option's letter from the given choices directly.",
     "zh": "请直接回答选项字母。",
 }
+WORD = "word"  # a third mode: as "text", and one word is asked for
+WORD_INSTRUCTION = "Answer the question using a single word or phrase."
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout of published files.
+
+    columns: that such a file has. source: where one is published. adapt: makes a row of it one of
+    MMBench's layout, in which `question_id` may say which rows ask one question. names_images:
+    `image` is the name of a file.
+    """
+
+    columns: tuple[str, ...]
+    source: str
+    adapt: Callable[[Row], Row] = dict
+    names_images: bool = False
+
+
+COMMON = Layout(
+    ("question", "answer", "image"),
+    "the layout of MMBench (question, A, B, ..., answer, image) or MMStar (question with its "
+    "options, answer, image)",
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +70,7 @@ class Choice:
     category: str
     l2_category: str
     image: bytes
+    question_id: str = ""  # the same for rows that ask one question with its options turned
 
     def turned(self, shift: int) -> "Choice":
         """The same question with its options rotated by `shift`, for circular scoring."""
@@ -61,6 +84,8 @@ class Choice:
         if mode == "letter":
             lines += [f"{LETTERS[i]}. {text}" for i, text in enumerate(self.options)]
             lines.append(INSTRUCTIONS["zh" if detect_language(self.question) == "zh" else "en"])
+        if mode == WORD:
+            lines.append(WORD_INSTRUCTION)
         return "\n".join(lines)
 
     def candidates(
@@ -89,127 +114,41 @@ class ChoiceFile:
 
     Iterating gives a `Choice` for each row, or the `BadRecordError` that says why there is none.
 
+    Args:
+        flag: that names the path, as errors say it.
+        layouts: the first whose columns the file has counts.
+        images: where the pictures lie that a layout names.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: neither .tsv nor .parquet, unreadable, or without the columns.
+        ValueError: neither .tsv nor .parquet nor .jsonl, unreadable, or without the columns.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        if not path.is_file():
-            raise FileNotFoundError(f"no multiple-choice file {path}; name it by --choices")
-        readers: dict[str, Callable[[], Iterator[dict[str | None, Any]]]] = {
-            ".tsv": self._tsv_rows,
-            ".parquet": self._parquet_rows,
-        }
-        if path.suffix not in readers:
-            raise ValueError(f"--choices {path}: expected a .tsv or .parquet file")
-        self._rows = readers[path.suffix]
-        self._check_columns(self._columns())
+    def __init__(
+        self,
+        path: Path,
+        *,
+        flag: str = "--choices",
+        layouts: Sequence[Layout] = (COMMON,),
+        images: ImageFolder | ImageZip | None = None,
+    ):
+        self.path, self._images = path, images
+        self._table = Table(path, flag=flag)
+        self._layout = find_layout(self._table, layouts)
+        if self._layout.names_images and images is None:
+            raise ValueError(f"{path} names its pictures; say where they lie by --images_path")
         # This reads the whole file once, so that damage is found before hours of scoring.
         self._shared_images = self._read_shared_images()
 
-    def _columns(self) -> list[str]:
-        if self.path.suffix == ".tsv":
-            return next(self._tsv_cells(), [])
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.read_schema(self.path).names
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{self.path}: not a readable Parquet file ({error})") from None
-
-    def _check_columns(self, columns: list[str]) -> None:
-        missing = [name for name in REQUIRED if name not in columns]
-        if missing:
-            raise ValueError(
-                f"{self.path}: no column {', '.join(missing)}, only {', '.join(columns)[:200]}; "
-                "expected the layout of MMBench (question, A, B, ..., answer, image) or MMStar "
-                "(question with its options, answer, image)"
-            )
-
-    def _tsv_rows(self) -> Iterator[dict[str | None, Any]]:
-        rows = self._tsv_cells()
-        columns = next(rows)
-        for cells in filter(None, rows):
-            row = dict(zip_longest(columns, cells[: len(columns)]))
-            yield row | {None: cells[len(columns) :]}  # as `csv.DictReader` has it
-
-    def _tsv_cells(self) -> Iterator[list[str]]:
-        """The cells of each row, the header first; quoted as `pandas.DataFrame.to_csv` does, so
-        that a cell may contain tabs and line breaks.
-
-        Raises:
-            ValueError: names the line that is no TSV, or has an unclosed quote that swallows rows.
-        """
-        csv.field_size_limit(MAX_CELL)
-        with self._open_tsv() as file:
-            reader = csv.reader(self._whole_lines(file), delimiter="\t", strict=True)
-            num_columns, line = None, 1
-            try:
-                for cells in reader:
-                    num_columns = num_columns or len(cells)
-                    self._check_quotes(cells, num_columns, line=line)
-                    yield cells
-                    line = reader.line_num + 1
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{self.path}: not a readable TSV file in UTF-8 ({error})"
-                ) from None
-            except csv.Error as error:
-                raise ValueError(self._wrong_quote(line, error)) from None
-
-    def _open_tsv(self) -> IO[str]:
-        return open(self.path, encoding="utf-8-sig", newline="")
-
-    def _whole_lines(self, file: Iterable[str]) -> Iterator[str]:
-        for number, line in enumerate(file, 1):
-            if "\0" in line:
-                raise ValueError(
-                    f"{self.path}:{number}: holds a NUL character, so it is damaged or UTF-16; "
-                    "save it in UTF-8"
-                )
-            yield line
-
-    def _check_quotes(self, cells: list[str], num_columns: int, *, line: int) -> None:
-        """Raise if an unclosed quote has swallowed rows.
-
-        Then a cell spans several lines and has as many tabs as a row, or, where the quote ends in
-        another column, the row has another number of cells.
-        """
-        for cell in cells:
-            num_tabs = cell.count("\t")
-            has_rows = "\n" in cell and num_tabs >= num_columns - 1
-            if has_rows or (num_tabs and len(cells) != num_columns):
-                raise ValueError(self._wrong_quote(line, "it swallows what follows"))
-
-    def _wrong_quote(self, line: int, reason: str | csv.Error) -> str:
-        with self._open_tsv() as file:
-            text = next(islice(file, line - 1, None))
-        return (
-            f"{self.path}:{line}: a cell of this row begins with a quote but does not end with one "
-            f"({reason}): {text[:80]!r}; double the quotes inside a cell, and put one at both of "
-            "its ends, as pandas writes them"
-        )
-
-    def _parquet_rows(self) -> Iterator[dict[str | None, Any]]:
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            with pyarrow.parquet.ParquetFile(self.path) as file:
-                for batch in file.iter_batches(ROWS_AT_ONCE):
-                    yield from batch.to_pylist()
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{self.path}: a damaged Parquet file ({error})") from error
+    def _rows(self) -> Iterator[Row]:
+        for row in self._table:
+            yield self._layout.adapt(row) | {None: row.get(None, ())}
 
     def _read_shared_images(self) -> dict[str, str]:
         """The pictures that other rows refer to, by the index of the row that holds them."""
         wanted = {
             image
             for row in self._rows()
-            if isinstance(image := row["image"], str) and 0 < len(image) <= MAX_REFERENCE
+            if isinstance(image := row.get("image"), str) and 0 < len(image) <= MAX_REFERENCE
         }
         if not wanted:
             return {}
@@ -222,12 +161,12 @@ class ChoiceFile:
             except BadRecordError as error:
                 yield error
 
-    def _choice(self, number: int, row: dict[str | None, Any]) -> Choice:
+    def _choice(self, number: int, row: Row) -> Choice:
         where = f"{self.path.name}:row {number}"
         if any(row.get(None, ())):
             raise BadRecordError(f"{where}: has more cells than the file has columns")
-        question = _text(row.get("question"))
-        options = [_text(row.get(letter)) for letter in LETTERS]
+        question = text_of(row.get("question"))
+        options = [text_of(row.get(letter)) for letter in LETTERS]
         options = options[: options.index("")] if "" in options else options
         if not options:
             question, options = split_options(question)
@@ -236,23 +175,24 @@ class ChoiceFile:
                 f"{where}: no options: neither columns A, B, ... nor 'Options: A: ..., B: ...' in "
                 "the question"
             )
-        answer = _text(row.get("answer")).strip("().").upper()
+        answer = text_of(row.get("answer")).strip("().").upper()
         if len(answer) != 1 or answer not in LETTERS[: len(options)]:
             raise BadRecordError(
                 f"{where}: answer {answer[:20]!r} is none of {', '.join(LETTERS[: len(options)])}"
                 " (a test split comes without answers)"
             )
-        l2 = (_text(row.get(name)) for name in ("l2_category", "l2-category", "L2-category"))
+        l2 = (text_of(row.get(name)) for name in ("l2_category", "l2-category", "L2-category"))
         return Choice(
             index=number,
             where=where,
             question=question,
-            hint=_text(row.get("hint")),
+            hint=text_of(row.get("hint")),
             options=tuple(options),
             answer=LETTERS.index(answer),
-            category=_text(row.get("category")) or "all",
+            category=text_of(row.get("category")) or "all",
             l2_category=next((name for name in l2 if name), ""),
-            image=self._image(row["image"], where=where),
+            image=self._image(row.get("image"), where=where),
+            question_id=text_of(row.get("question_id")) or where,
         )
 
     def _image(self, cell: Any, *, where: str) -> bytes:
@@ -265,6 +205,8 @@ class ChoiceFile:
             return cell
         if not isinstance(cell, str) or not cell:
             raise BadRecordError(f"{where}: no image")
+        if self._layout.names_images:
+            return self._read_image(cell, where=where)
         if len(cell) <= MAX_REFERENCE and cell in self._shared_images:
             cell = self._shared_images[cell]
         try:
@@ -272,8 +214,33 @@ class ChoiceFile:
         except (binascii.Error, ValueError) as error:
             raise BadRecordError(f"{where}: its image is not base64 ({error})") from None
 
+    def _read_image(self, name: str, *, where: str) -> bytes:
+        assert self._images is not None
+        if not self._images.exists(name):
+            raise BadRecordError(f"{where}: its image {name!r} {self._images.why_not(name)}")
+        try:
+            return self._images.read(name)
+        except (ValueError, OSError) as error:
+            raise BadRecordError(f"{where}: {error}") from error
 
-def _text(cell: Any) -> str:
+
+def find_layout(table: Table, layouts: Sequence[Layout]) -> Layout:
+    """The first layout whose columns a table has; raises ValueError where there is none."""
+    for layout in layouts:
+        if set(layout.columns) <= set(table.columns):
+            return layout
+    missing = [name for name in layouts[0].columns if name not in table.columns]
+    expected = ", or ".join(
+        layout.source if layout is COMMON else f"{', '.join(layout.columns)} ({layout.source})"
+        for layout in layouts
+    )
+    raise ValueError(
+        f"{table.path}: no column {', '.join(missing)}, only {', '.join(table.columns)[:200]}; "
+        f"expected {expected}"
+    )
+
+
+def text_of(cell: Any) -> str:
     """A cell as text; an empty one, which some writers call nan, is ""."""
     text = "" if cell is None or cell != cell else str(cell).strip()
     return "" if text.lower() == "nan" else text

@@ -3,12 +3,14 @@
     python -m model.export --weight sft_vlm --to llava --out out/llava
     python -m model.export --weight sft_vlm --to transformers --out out/own
     python -m model.export --weight llm --to llama --out out/llama
+    python -m model.export --weight llm --to gguf --gguf_type q8_0 --out out/gguf
     python -m model.export --load_from out/llava --to pth --out out/back/sft_vlm_512.pth
 
 llava (linear projection, generation 2) and internvl (MLP projection, generation 3) are stock
 classes of transformers, llama and qwen3 the language model alone (with experts: Qwen2-MoE and
-Qwen3-MoE). transformers is any model by our own classes, whose code lies in the folder. pth reads
-any of them with --load_from.
+Qwen3-MoE). gguf is the language model for llama.cpp and Ollama. transformers is any
+model by our own classes, whose code lies in the folder. pth reads any folder of transformers with
+--load_from.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import signal
 import sys
 from pathlib import Path
 
+from model.export.gguf_file import TYPES, write_gguf
 from model.export.names import PREFIXES
 from model.export.new_folder import check_new_folder, new_folder
 from model.export.remote import write_remote
@@ -27,7 +30,7 @@ from model.machine.device import memory_guard
 from model.machine.terminal import Terminated, one_line, sigterm_as_ctrl_c
 from model.options import NATIVE, OnceParser, add_model_arguments, parse_bool, parse_path
 
-REMOTE, PTH = "transformers", "pth"
+REMOTE, GGUF, PTH = "transformers", "gguf", "pth"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,9 +43,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser)
     parser.set_defaults(device="cpu", dtype="float32")
     add = parser.add_argument
-    add("--to", required=True, choices=(*PREFIXES, REMOTE, PTH), help="format / 格式")
+    add("--to", required=True, choices=(*PREFIXES, GGUF, REMOTE, PTH), help="format / 格式")
     out_help = "new folder; for pth the weight's file / 新目录；pth 则为权重文件"
     add("--out", required=True, type=parse_path, help=out_help)
+    type_help = "of gguf's matrices; default: f16 / GGUF 矩阵的格式"
+    add("--gguf_type", choices=TYPES, help=type_help)
     add(
         "--projector_gelu",
         type=parse_bool,
@@ -69,6 +74,8 @@ def export(args: argparse.Namespace) -> str:
             "--projector_gelu adds 16 to what the projector computes, which only float32 bears; "
             "leave --dtype out"
         )
+    if args.gguf_type and args.to != GGUF:
+        raise ValueError("--gguf_type is of --to gguf")
     if args.to == PTH:
         if args.load_from == NATIVE:
             raise ValueError("--to pth needs the folder to read: --load_from FOLDER")
@@ -80,6 +87,8 @@ def export(args: argparse.Namespace) -> str:
     with new_folder(out) as folder:
         if args.to == REMOTE:
             name = write_remote(source, folder, dtype=args.dtype)
+        elif args.to == GGUF:
+            name = write_gguf(source, folder, kind=args.gguf_type or TYPES[0])
         else:
             name = write_stock(
                 source,

@@ -31,7 +31,7 @@ from model.vision_tower import (
 from model.vlm_processor import load_tokenizer
 from model.weights.build_model import placeholder_config
 from model.weights.metadata import tower_sha256
-from trainer.run.build import lighten_tower
+from trainer.loop.engine import lighten_tower
 
 torch.set_num_threads(1)
 TOLERANCE = 1e-5  # float32, features of the order of 1: convolutions depend on the alignment

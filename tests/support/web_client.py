@@ -128,7 +128,7 @@ class HttpVisitor:
         """What the page sends when a question is asked."""
         files = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths]
         box = {"text": text, "files": files}
-        data = [box, None, None, "English", *SETTINGS.values(), self.length, 1, False]
+        data = [box, None, None, "English", None, *SETTINGS.values(), self.length, 1, False]
         return self.touch("_ask", *data)
 
     def touch(self, name: str, *data) -> dict:

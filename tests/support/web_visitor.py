@@ -24,6 +24,7 @@ from support.warm import Program
 
 PASSWORD = "open sesame"
 PATIENCE_S = int(os.environ.get("BROWSER_PATIENCE_S", 120))  # until the page does what it should
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 ENTER_TRIES = 5
 SETTLED_MS = 200  # an opened part of the page stands
 HUNG_UP = 0  # instead of a status: the server did not even read to the end
@@ -123,11 +124,10 @@ def serving(folder: Path, *flags, cold: bool = False, **environment):
 class Visitor:
     """Someone at the page, in a browser profile of their own."""
 
-    def __init__(self, browser, site: Site, *, locale: str = "en-US"):
+    def __init__(self, browser, site: Site, *, locale: str = "en-US", **screen):
         self.site = site
-        self.context = browser.new_context(
-            locale=locale, viewport={"width": 1280, "height": 900}, accept_downloads=True
-        )
+        screen = {"viewport": {"width": 1280, "height": 900}} | screen
+        self.context = browser.new_context(locale=locale, accept_downloads=True, **screen)
         self.context.set_default_timeout(1000 * PATIENCE_S)
         self.hosts: set[str] = set()
         self.context.on("request", self._note_host)
@@ -139,9 +139,11 @@ class Visitor:
         self.page.goto(site.url)
         self.box = self.page.locator("#box textarea")
         self.box.wait_for()
-        # The page is whole when the texts of the visitor's language have come.
-        stop = "停止" if locale.startswith("zh") else "Stop"
-        self.page.locator("#stop", has_text=stop).wait_for()
+        self.wait_until_whole()
+
+    def wait_until_whole(self) -> None:
+        """The page is whole when what it says of the weight has come."""
+        self.page.wait_for_function("document.querySelector('#about p')")
 
     def _note_host(self, request) -> None:
         address = urllib.parse.urlsplit(request.url)
@@ -159,10 +161,10 @@ class Visitor:
         self.attach(path)
         self.page.locator("#box .thumbnail-item").nth(before).wait_for()
 
-    def hand_over(self, path: Path, event: str) -> None:
-        """Paste a picture into the box, or drop it there."""
+    def hand_over(self, path: Path, event: str, *, at: str = "#box textarea") -> None:
+        """Paste a picture into the box, or drop it there, or elsewhere on the page."""
         before = self.page.locator("#box .thumbnail-item").count()
-        self.box.evaluate(
+        self.page.locator(at).evaluate(
             """(box, [event, name, text]) => {
                 const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
                 const data = new DataTransfer();
@@ -189,19 +191,33 @@ class Visitor:
     def wait_for_end(self) -> str:
         """The status line, once the answer that has begun is there."""
         self.page.wait_for_function(
-            "/ s · | 秒 · /.test(document.querySelector('#status').innerText)"
+            "/ s · | 秒 · /.test(document.querySelector('#status').textContent)"
         )
-        return self.page.locator("#status").inner_text()
+        return self.details()
+
+    def details(self) -> str:
+        """The figures of the last answer, which are folded."""
+        summary, figures = self.page.locator("#status details").evaluate(
+            "d => [d.firstChild.textContent, d.lastChild.textContent]"
+        )
+        assert summary in ("Details", "详情")
+        return figures
 
     def watch_the_answer_grow(self) -> list[str]:
         """The different texts that the answer had on its way to the end."""
         seen = []
-        while " s · " not in self.page.locator("#status").inner_text():
+        while " s · " not in self.page.locator("#status").text_content():
             said = self.said()
             if said and said[-1] and said[-1] not in seen:
                 seen.append(said[-1])
             self.page.wait_for_timeout(20)
         return seen
+
+    def stop(self) -> None:
+        self.page.locator("#box .stop-button").click()
+
+    def regenerate(self) -> None:
+        self.page.locator("#chat [data-minimind=retry]").click()
 
     def said(self) -> list[str]:
         """What the chat shows of the model's words."""

@@ -19,6 +19,10 @@ MODEL: dict[str, Word] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,  # as many as of keys: each image token's value has the full width
     "projector": "mlp",
+    # Before the tower's last layer there are 8 x 8 patches, 320 wide; four make an image token.
+    "image_size": 256,
+    "vision_layer": -1,
+    "token_merge": 2,
 }
 RECIPE: dict[str, Word] = {
     "dropout": 0.05,
@@ -26,7 +30,8 @@ RECIPE: dict[str, Word] = {
     "optimizer": "muon",
     "learning_rate": 1e-3,
     "warmup_steps": 200,
-    "epochs": 4,
+    "epochs": 3,
+    "pack": 1,
 }
 
 

@@ -14,6 +14,7 @@ from model.machine.paths import OUT_DIR, ROOT
 from model.vision_tower import VISION_DIR
 from trainer.chain.running import Word, flags, run_script
 from trainer.chain.settings import LLM, SIZES, TEXT_STAGES, TOWER, VLM, Chain, TextStage
+from trainer.chain.taught import TAUGHT
 
 TEXTS_PER_HELDOUT = 50  # training texts for each held-out one
 
@@ -154,6 +155,8 @@ def publish(chain: Chain) -> None:
     for stem, source in ((LLM, chain.folder), (VLM, chain.out)):
         shutil.copy(source / f"{stem}.pth", OUT_DIR)
         about = json.loads((source / f"{stem}.json").read_text(encoding="utf-8"))
+        if stem == VLM:
+            about["taught"] = TAUGHT
         about.pop("former", None)  # the previous save: needed only while a save may be cut off
         text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
         text = text.replace(f"{ROOT}{os.sep}", "")  # paths of this machine concern nobody

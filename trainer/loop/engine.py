@@ -101,6 +101,24 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
     return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
 
 
+def lighten_tower(model: nn.Module, dtype: str) -> None:
+    """Cast the weights of `light_modules` once, to the type that autocast would cast them to at
+    every step. The rest stays in float32, so the results keep their bits.
+    """
+    for module in light_modules(model):
+        module.to(getattr(torch, dtype))
+
+
+def light_modules(model: nn.Module) -> list[nn.Module]:
+    """The frozen tower's linear and convolution layers."""
+    tower: Any = getattr(model, "vision_encoder", None)
+    kept = None
+    if hasattr(tower, "rope_embeddings"):  # DINOv3's positions take the type of this weight
+        kept = tower.get_input_embeddings()
+    modules = tower.modules() if tower is not None else ()
+    return [m for m in modules if isinstance(m, nn.Linear | nn.Conv2d) and m is not kept]
+
+
 def wrap_for_ranks(model: nn.Module, ranks: Ranks) -> nn.Module:
     """DDP over several ranks; the frozen tower is not broadcast."""
     if ranks.world_size == 1:

@@ -156,13 +156,14 @@ def optimizer_step(run: Run, micro_batches: list[MicroBatch], counts: dict[str, 
                 output = run.engine.model(**inputs)
             loss_sum = output.loss * batch.num_supervised
             aux_sum = balance.aux_sum(output, batch)
+            if num_sources:
+                sums[2:] += source_sums(output.logits, inputs, batch, num_sources=num_sources)
+            del output  # its logits would take memory during the backward pass
             loss = loss_sum / max(counts["supervised"], 1) + aux_sum / max(counts["sequences"], 1)
             run.engine.backward(loss * world_size)
         own = torch.stack((loss_sum, aux_sum)).detach()
         is_finite.append(own.isfinite().all())
         sums[:2] += own
-        if num_sources:
-            sums[2:] += source_sums(output.logits, inputs, batch, num_sources=num_sources)
     sums = run.ranks.device_sum(sums)
     grad_norm, is_bad = run.engine.step(sums[:2], is_empty=not counts["supervised"])
     return StepResult(

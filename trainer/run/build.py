@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -194,20 +193,6 @@ def make_text_datasets(
     if args.val_data_path is None:
         return dataset, None
     return dataset, TextDataset(args.val_data_path, tokenizer, **options)
-
-
-def lighten_tower(model: nn.Module, dtype: str) -> None:
-    """Cast the weights of the frozen tower's linear and convolution layers once, to the type that
-    autocast would cast them to at every step. The rest stays in float32, so the results keep
-    their bits.
-    """
-    tower = getattr(model, "vision_encoder", None)
-    kept = None
-    if hasattr(tower, "rope_embeddings"):  # DINOv3's positions take the type of this weight
-        kept = tower.get_input_embeddings()
-    for module in tower.modules() if tower is not None else ():
-        if isinstance(module, nn.Linear | nn.Conv2d) and module is not kept:
-            module.to(getattr(torch, dtype))
 
 
 @dataclass(frozen=True)

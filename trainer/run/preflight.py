@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from model.model_minimind import MiniMindForCausalLM
+from model.vision.preprocessing import measure
 from trainer.loop.left_out import MAX_BAD_SHARE, too_many_bad
 from trainer.ranks.group import Logger, Ranks, warn
+from trainer.run.memory import StepShape, estimate_step
 from trainer.tracking.metrics import GIB
 from trainer.train_args import TrainArgs
 
@@ -32,7 +36,7 @@ ALL_UP_TO = 10_000  # records that are all looked at before the first step; of m
 NUM_LOOKED_AT = 2_000
 LOOK = 0x100C  # keeps the draw of the sample apart from others of the seed
 KEPT_STATES = 2  # the newest and the one before
-ACTIVATION_BYTES = 34  # per token, layer and hidden unit, with a SwiGLU block; a rough guide
+ACTIVATION_BYTES = 120  # per token, layer and hidden unit, in float32 with a SwiGLU block
 
 
 @torch.no_grad()
@@ -112,25 +116,42 @@ def saving_needs(
     return needs
 
 
-def estimate_memory_gib(model: nn.Module, *, batch_size: int, num_tokens: int) -> float:
-    """Rough memory of training: parameters, gradients, AdamW and activations."""
+def report_memory(model: MiniMindForCausalLM, ranks: Ranks, args: TrainArgs) -> None:
+    """Print the estimated memory of a step by what takes it, for samples of an image and a short
+    answer; where it is surely little, that alone, for the estimate takes seconds."""
+    num_image_tokens = getattr(model.config, "num_image_tokens", 0)
+    num_tokens = min(args.max_seq_len, (num_image_tokens or 512) + 64)
+    where = f"on {ranks.device.type} for {args.batch_size} samples of about {num_tokens} tokens"
+    if upper_bound_gib(model, batch_size=args.batch_size, num_tokens=num_tokens) < 1:
+        Logger(f"estimated memory: less than 1 GiB {where}")
+        return
+    processor = getattr(model, "image_processor", None)
+    is_seen = processor is not None and args.cache_folder() is None
+    shape = StepShape(
+        -(-args.batch_size // args.length_groups),
+        num_tokens,
+        max(1, num_tokens - num_image_tokens),
+        measure(processor).side if is_seen else None,
+    )
+    memory = estimate_step(
+        model,
+        shape,
+        device=ranks.device,
+        dtype=args.dtype,
+        optimizer=args.optimizer,
+        keeps_gradients=args.accumulation_steps * args.length_groups * ranks.world_size > 1,
+    )
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in asdict(memory).items() if size)
+    Logger(f"estimated memory: {memory.total / GIB:.1f} GiB {where} ({parts})")
+
+
+def upper_bound_gib(model: nn.Module, *, batch_size: int, num_tokens: int) -> float:
+    """More than a step takes: parameters, gradients, AdamW and activations."""
     config = model.config
-    size = sum(
-        p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()
-    )  # weight + gradient + two moments, in float32
+    size = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
     hidden = config.hidden_size * config.num_hidden_layers
     size += batch_size * num_tokens * (hidden * ACTIVATION_BYTES + config.vocab_size * 12)
     return size / GIB
-
-
-def report_memory(model: nn.Module, ranks: Ranks, args: TrainArgs) -> None:
-    """Print the estimated memory, for samples of an image and a short answer."""
-    num_tokens = min(args.max_seq_len, getattr(model.config, "num_image_tokens", 512) + 64)
-    memory = estimate_memory_gib(model, batch_size=args.batch_size, num_tokens=num_tokens)
-    Logger(
-        f"estimated memory: {memory:.1f} GiB on {ranks.device.type} for samples of about "
-        f"{num_tokens} tokens"
-    )
 
 
 def check_ranks_agree(ranks: Ranks, facts: dict[str, str]) -> None:

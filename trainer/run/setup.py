@@ -15,7 +15,7 @@ import torch.distributed as dist
 from model.machine.compiling import check_compiler, compile_modules
 from model.machine.device import out_of_memory_line, training_dtype
 from trainer.loop import zero_engine as zero
-from trainer.loop.engine import Engine, wrap_for_ranks
+from trainer.loop.engine import Engine, lighten_tower, wrap_for_ranks
 from trainer.loop.loading import DataFault
 from trainer.loop.loop_state import Progress, Run
 from trainer.loop.optimizers import make_optimizer, set_trainable
@@ -33,7 +33,7 @@ from trainer.ranks.group import (
 from trainer.ranks.signals import CLOSED_OUTPUT, StopSignal
 from trainer.ranks.watch import RankWatch, leave_at_once
 from trainer.run import preflight
-from trainer.run.build import Loaders, Parts, build, lighten_tower
+from trainer.run.build import Loaders, Parts, build
 from trainer.run.features import keep_features
 from trainer.run.identity import metadata_and_identity
 from trainer.run.output import surviving_output

@@ -99,6 +99,13 @@ def chat_messages(turns: list[ChatTurn], *, thinking: str = "") -> list[dict[str
     return messages
 
 
+def details(note: str, *, title: str) -> str:
+    """The line of figures below an answer, folded, as HTML."""
+    if not note:
+        return ""
+    return f"<details><summary>{html.escape(title)}</summary>{html.escape(note)}</details>"
+
+
 PAGE = """<!doctype html>
 <html lang="{language}"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
@@ -129,7 +136,8 @@ def data_url(path: str) -> str:
 def figure(path: str, *, otherwise: str) -> str:
     """A picture as HTML; `otherwise` where its file has been deleted."""
     try:
-        return f'<img src="{data_url(path)}" alt="">'
+        alt = html.escape(Path(path).stem)
+        return f'<img src="{data_url(path)}" alt="{alt}">'
     except (ValueError, OSError):
         return html.escape(otherwise)
 

@@ -1,5 +1,6 @@
 """Owns the parts of the web page and their layout."""
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import gradio as gr
 
 from model.generation.sampling import Sampling
 from model.serving.web.conversation import MAX_QUESTION_CHARACTERS
+from model.serving.web.suggestions import MAX_SUGGESTIONS, Suggestion
 from model.serving.web.text import LANGUAGES, text
 
 LIMITS = {  # of each slider: from, to (a flag's default outside widens it), step
@@ -38,9 +40,9 @@ class Layout:
         examples: list[Path],
     ):
         self._texts: dict[gr.blocks.Block, dict[str, str]] = {}  # part -> property -> text
-        self.turns, self.current = gr.State([]), gr.State(weight)
+        self.turns, self.current, self.ticket = gr.State([]), gr.State(weight), gr.State("")
         with gr.Row(elem_id="head"):
-            self.head = self._named(gr.HTML(), value="head")
+            self._named(gr.HTML(elem_id="title"), value="head")
             self.language = gr.Radio(
                 list(LANGUAGES),
                 value="English",
@@ -48,14 +50,20 @@ class Layout:
                 container=False,
                 elem_id="language",
             )
-        with gr.Row():
-            with gr.Column(scale=7):
+            self._named(self.language, label="language")
+            gr.Button("☰", elem_id="tools_button", size="sm", min_width=40)
+        with gr.Row(elem_id="body"):
+            with gr.Column(elem_id="talk"):
                 self._add_chat()
-                self._add_buttons()
-            with gr.Column(scale=3, min_width=300):
+                self._add_bar()
+                self._add_box()
+            with gr.Column(elem_id="tools"):
                 self._add_sources(weight, choices, examples)
                 self._add_look(num_layers)
                 self._add_sampling(defaults, can_think=can_think)
+        # On their way to the browser and back: a saved page; ticket and language that it keeps.
+        self.shared = gr.Textbox(visible="hidden")
+        self.browser = gr.Textbox(visible="hidden")
 
     def _named(self, part: Any, **texts: str) -> Any:
         """Make properties of a part follow the language: property -> key of its text."""
@@ -75,19 +83,42 @@ class Layout:
             for part, texts in self._texts.items()
         }
 
+    def begin(self, about: str, suggestions: list[Suggestion]) -> dict[Any, Any]:
+        """Updates of what the empty page shows of a weight."""
+        updates = {self.about: f"<p>{html.escape(about)}</p>"}
+        for i, card in enumerate(self.cards):
+            shown: dict[str, Any] = {"visible": i < len(suggestions)}
+            if i < len(suggestions):
+                shown |= {"value": suggestions[i].question, "icon": str(suggestions[i].picture)}
+            updates[card] = gr.update(**shown)
+        return updates
+
     def _add_chat(self) -> None:
-        self.chat = gr.Chatbot(
-            height=520,
-            elem_id="chat",
-            buttons=["copy", "copy_all"],
-            render_markdown=False,
-            allow_tags=False,
-            latex_delimiters=[],
-            feedback_options=None,
-            allow_file_downloads=False,
-            group_consecutive_messages=False,
-        )
-        self._named(self.chat, label="conversation", placeholder="empty")
+        """The conversation and, in its place while it is empty, what can be asked."""
+        with gr.Column(elem_id="stage"):
+            self.chat = gr.Chatbot(
+                height="100%",
+                elem_id="chat",
+                show_label=False,
+                placeholder=" ",
+                buttons=["copy"],
+                render_markdown=False,
+                allow_tags=False,
+                latex_delimiters=[],
+                feedback_options=None,
+                allow_file_downloads=False,
+                group_consecutive_messages=False,
+            )
+            with gr.Column(elem_id="begin"):
+                self._named(gr.HTML(), value="begin")
+                self.about = gr.HTML(elem_id="about")
+                with gr.Row(elem_id="cards"):
+                    self.cards = [
+                        gr.Button(visible=False, elem_id=f"card_{i}", elem_classes="card")
+                        for i in range(MAX_SUGGESTIONS)
+                    ]
+
+    def _add_box(self) -> None:
         self.box = gr.MultimodalTextbox(
             sources=["upload"],
             file_types=["image"],
@@ -97,21 +128,16 @@ class Layout:
             max_plain_text_length=MAX_QUESTION_CHARACTERS,
             elem_id="box",
         )
-        self._named(self.box, placeholder="question")
-        self.status = gr.Markdown(elem_id="status")
+        self._named(self.box, placeholder="question", label="box")
 
-    def _add_buttons(self) -> None:
-        small: dict[str, Any] = {"size": "sm", "min_width": 120}
-        with gr.Row():
-            self.stop = gr.Button(variant="stop", interactive=False, **small, elem_id="stop")
-            self.again = gr.Button(interactive=False, **small, elem_id="again")
-            self.clear = gr.Button(**small, elem_id="clear")
-            self.share = gr.Button(interactive=False, **small, elem_id="share")
-            self.shared = gr.Textbox(visible="hidden")  # the saved page on its way to the browser
-        self._named(self.stop, value="stop")
-        self._named(self.again, value="regenerate")
-        self._named(self.clear, value="clear")
-        self._named(self.share, value="share")
+    def _add_bar(self) -> None:
+        """Between conversation and box: the status, and what is done with the whole of it."""
+        with gr.Row(elem_id="bar"):
+            self.status = gr.HTML(elem_id="status")
+            self.clear = self._named(gr.Button(size="sm", elem_id="clear"), value="clear")
+            self.share = self._named(
+                gr.Button(size="sm", interactive=False, elem_id="share"), value="share"
+            )
 
     def _add_sources(
         self, weight: str, choices: list[tuple[str, str]], examples: list[Path]
@@ -122,17 +148,17 @@ class Layout:
             gr.Dropdown(choices, value=weight, elem_id="weight", interactive=False),
             label="weight",
         )
-        self._named(gr.Markdown(), value="examples")
-        self.gallery = gr.Gallery(
-            [str(path) for path in examples],
-            columns=4,
-            rows=2,
-            height="auto",
-            show_label=False,
-            allow_preview=False,
-            buttons=[],
-            elem_id="examples",
-        )
+        with self._named(gr.Accordion(open=False, elem_id="pictures"), label="examples"):
+            self.gallery = gr.Gallery(
+                [str(path) for path in examples],
+                columns=4,
+                rows=2,
+                height="auto",
+                show_label=False,
+                allow_preview=False,
+                buttons=[],
+                elem_id="examples",
+            )
         with self._named(gr.Accordion(open=False, elem_id="camera"), label="camera"):
             self.camera = gr.Image(
                 sources=["webcam"], type="filepath", image_mode=None, show_label=False

@@ -14,14 +14,24 @@ from model.serving.connections import close_when_idle
 from model.serving.hosts import KnownHosts, allowed_hosts
 from model.serving.web.conversation import MAX_UPLOAD_BYTES
 from model.serving.web.protection import care
+from model.serving.web.protection.keeping import Kept
 from model.serving.web.protection.quota import Quota
-from model.serving.web.text import ANY_NAME, CSS
+from model.serving.web.text import ANY_NAME, browser_words
 from model.serving.web.weights import Weights
 
+HERE = Path(__file__).parent  # of the page's style and script
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MAX_EXAMPLES = 8
 EXAMPLES, UPLOADS = "examples", "uploads"  # within the folder that visitors' files lie in
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
+CONTRAST = {  # where the theme's own colours are hard to read
+    "block_title_text_color": "*primary_700",
+    "block_label_text_color": "*primary_700",
+    "checkbox_label_background_fill_selected": "*primary_600",
+    "button_secondary_background_fill_hover_dark": "*primary_600",
+    "input_placeholder_color": "*neutral_500",
+    "input_placeholder_color_dark": "*neutral_400",
+}
 NOT_WANTED: dict[str, Any] = {  # each would contact other machines, or show more than the page
     "share": False, "ssr_mode": False, "pwa": False, "mcp_server": False, "run_history": False,
     "enable_monitoring": False, "footer_links": [], "show_error": False,
@@ -51,36 +61,40 @@ def serve_page(
         care.set_before_import()
         from model.serving.web.page import Page  # imports Gradio
 
+        kept: Kept[Any] = Kept(max_kept=care.MAX_SESSIONS)
         page = Page(
             weights,
             defaults,
             concurrency=concurrency,
+            kept=kept,
             examples=copy_examples(examples, folder / EXAMPLES),
         )
         # Events that run at once pass through the queue too.
         page.blocks.queue(max_size=max(1, queue))
         care.calm(page.blocks)
-        _launch(page.blocks, folder, host=host, port=port, password=password)
+        _launch(page.blocks, folder, kept, host=host, port=port, password=password)
         close_when_idle(page.blocks.server.config)
         print(f"talk to it at {page.blocks.local_url} (Ctrl-C ends it)", flush=True)
         page.blocks.block_thread()
     return 0
 
 
-def _launch(blocks: Any, folder: Path, *, host: str, port: int, password: str | None) -> None:
+def _launch(
+    blocks: Any, folder: Path, kept: Kept[Any], *, host: str, port: int, password: str | None
+) -> None:
     """Start Gradio's server in a thread; `blocks` are a `gr.Blocks` with its queue."""
     import gradio as gr
 
     theme = gr.themes.Soft(
         primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=("monospace",)
-    )
+    ).set(**CONTRAST)
     blocks.launch(
         server_name=host,
         server_port=port or None,
         max_file_size=MAX_UPLOAD_BYTES,
-        css=CSS,
+        head=_head(),
         theme=theme,
-        app_kwargs={"lifespan": guarded(folder, names=allowed_hosts(host))},
+        app_kwargs={"lifespan": guarded(folder, kept, names=allowed_hosts(host))},
         auth=None if password is None else lambda _, given: is_same(given, password),
         auth_message=ANY_NAME,
         quiet=True,
@@ -90,15 +104,22 @@ def _launch(blocks: Any, folder: Path, *, host: str, port: int, password: str | 
     )
 
 
+def _head() -> str:
+    """The page's style and script. Gradio's `css` would put all rules below a part of the page."""
+    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    return f"<style>{style}</style><script>{browser_words()}\n{script}</script>"
+
+
 def guarded(
-    folder: Path, *, names: list[str]
+    folder: Path, kept: Kept[Any], *, names: list[str]
 ) -> Callable[[Any], AbstractAsyncContextManager[None]]:
     """The lifespan of Gradio's application; at startup it adds our middleware around it."""
     from model.serving.web.guard import Guard
     from model.serving.web.uploads import Uploads
 
     quota = Quota(folder / UPLOADS)
-    keeper = care.Care(folder, quota, uploads=folder / UPLOADS, kept=folder / EXAMPLES)
+    paths = {"uploads": folder / UPLOADS, "kept": folder / EXAMPLES}
+    keeper = care.Care(folder, quota, conversations=kept, **paths)
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:

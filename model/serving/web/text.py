@@ -1,30 +1,57 @@
-"""Owns the words of the web page, in English and Chinese, and its CSS."""
+"""Owns the words of the web page, in English and Chinese."""
 
+import json
 from typing import Any
+
+from model.serving.web.errors import CHINESE
 
 LANGUAGES = {"English": "en", "中文": "zh"}
 TEXTS = {
     "head": (
-        "<h1>Talk to MiniMind-V</h1><p>A tiny vision-language model: show it pictures, ask about "
-        "them, and go on asking.</p>",
-        "<h1>和 MiniMind-V 对话</h1>"
-        "<p>一个小小的视觉语言模型：给它看图片，向它提问，再接着问。</p>",
+        "<h1>MiniMind-V</h1><p>A tiny vision-language model: show it pictures, ask about them.</p>",
+        "<h1>MiniMind-V</h1><p>一个小小的视觉语言模型：给它看图片，向它提问。</p>",
     ),
+    "page": ("Talk to MiniMind-V", "和 MiniMind-V 对话"),
     "title": ("A conversation with MiniMind-V", "与 MiniMind-V 的对话"),
-    "conversation": ("Conversation", "对话"),
-    "empty": (
-        "Drop, paste or photograph a picture below and ask about it.",
-        "在下方拖入、粘贴或拍摄图片，然后提问。",
+    "begin": ("<h2>What can I ask it?</h2>", "<h2>可以问它什么？</h2>"),
+    "taught": (
+        "It was taught {about}.{languages} Whatever else it is asked, it only guesses.",
+        "它学过：{about}。{languages}其他问题它只能猜。",
+    ),
+    "taught_languages": (" It answers in {names}.", "它用{names}回答。"),
+    "and": (" and ", "和"),
+    "language_en": ("English", "英文"),
+    "language_zh": ("Chinese", "中文"),
+    "taught_pretrain": (
+        "It has only begun to put pictures into words: ask it to describe one. Whatever else it is "
+        "asked, it only guesses.",
+        "它刚开始学着用文字描述图片：请让它描述一张。其他问题它只能猜。",
+    ),
+    "taught_sft": (
+        "It was taught to answer questions about pictures; its weight does not say which. Where "
+        "they are unlike yours, it only guesses.",
+        "它学过回答关于图片的问题，权重没有说明是哪些图片；与之不同的图片，它只能猜。",
+    ),
+    "taught_llm": ("It was taught words only, no pictures.", "它只学过文字，没有学过图片。"),
+    "taught_unknown": (
+        "Its weight does not say what it was taught: what it says may be a guess.",
+        "权重没有说明它学过什么：它的回答可能只是猜测。",
+    ),
+    "taught_blind": (
+        "This weight cannot see: what it says about pictures is made up.",
+        "这个权重看不见图片，关于图片的话都是编的。",
     ),
     "question": (
-        "Ask something; pictures can be dropped or pasted here (Enter sends)",
-        "输入问题；图片可以拖入或粘贴到这里（回车发送）",
+        "Ask about a picture: drop or paste it anywhere",
+        "就图片提问：图片可拖入或粘贴到页面任意处",
     ),
-    "stop": ("■ Stop", "■ 停止"),
-    "regenerate": ("↻ Regenerate", "↻ 重新生成"),
-    "clear": ("✕ New conversation", "✕ 新对话"),
-    "share": ("⇩ Save as HTML", "⇩ 存为 HTML"),
-    "examples": ("Example pictures: click to add", "示例图片：点击添加"),
+    "box": ("Question and pictures", "问题与图片"),
+    "language": ("Language", "语言"),
+    "clear": ("New conversation", "新对话"),
+    "share": ("Save as HTML", "存为 HTML"),
+    "details": ("Details", "详情"),
+    "answering": ("Answering …", "正在回答……"),
+    "examples": ("Example pictures", "示例图片"),
     "camera": ("Camera", "拍照"),
     "weight": ("Weight", "权重"),
     "sampling": ("Sampling", "采样"),
@@ -92,6 +119,31 @@ TEXTS = {
 ANY_NAME = "Any name will do; the password is the server's. 用户名随意，密码请问服务器主人。"
 
 
+# Names of parts that Gradio does not name, or only in the browser's language: CSS selector ->
+# name.
+NAMES = {
+    "#box [data-testid=upload-button]": ("Add pictures", "添加图片"),
+    "#box .submit-button": ("Send", "发送"),
+    "#box .stop-button": ("Stop", "停止"),
+    "#box .delete-button": ("Remove the picture", "移除图片"),
+    "#box textarea": ("Question", "问题"),
+    "#box [role=group]": ("Question and pictures", "问题与图片"),
+    "#box .thumbnails": ("Pictures of the question", "问题的图片"),
+    "#chat [role=log]": ("Conversation", "对话"),
+    "#chat [data-testid=user]": ("You", "你"),
+    "#chat [data-testid=bot]": ("Answer", "回答"),
+    "#chat [data-minimind=copy]": ("Copy", "复制"),
+    "#chat [data-minimind=retry]": ("Regenerate", "重新生成"),
+    "#chat [data-minimind=undo]": ("Edit the question", "修改问题"),
+    "#chat [data-minimind=fullscreen]": ("Enlarge the picture", "放大图片"),
+    "#look_picture img": ("Where it looks", "它看的地方"),
+    "#look_picture [title=Fullscreen]": ("Enlarge the picture", "放大图片"),
+    "#tools_button": ("Settings", "设置"),
+    "#language": ("Language", "语言"),
+    ".toast-close": ("Close", "关闭"),
+}
+
+
 def text(key: str, language: str, **values: Any) -> str:
     """One text in "en" or "zh", its values filled in."""
     return TEXTS[key][list(LANGUAGES.values()).index(language)].format(**values)
@@ -102,21 +154,9 @@ def page_language(accept_language: str | None) -> str:
     return "zh" if (accept_language or "").strip().lower().startswith("zh") else "en"
 
 
-CSS = """
-.gradio-container { max-width: 1280px !important; margin: auto; }
-#head { align-items: center; }
-#head h1 { margin-bottom: 0; }
-#language { max-width: 190px; margin-left: auto; }
-#status { min-height: 1.6em; opacity: .75; font-size: .9em; }
-#chat .message { white-space: pre-wrap; overflow-wrap: anywhere; }
-#chat img { max-height: 150px; width: auto; border-radius: 8px; }
-/* Gradio's share button would send the picture to a hub. */
-#chat .message-row:has(.component) + .message-buttons { display: none; }
-#examples { border-width: 0 !important; }
-#examples .grid-wrap { height: auto; max-height: none; min-height: 0; padding: 2px; }
-#examples .grid-wrap { overflow: visible; outline: none; box-shadow: none; }
-#examples .grid-container { grid-template-columns: repeat(4, 1fr); gap: 8px; padding: 0; }
-#examples .grid-container { grid-template-rows: none; grid-auto-rows: auto; }
-#examples .thumbnail-item { width: 100%; height: auto; aspect-ratio: 1; }
-footer { display: none !important; }
-"""
+def browser_words() -> str:
+    """The words that the page's script needs, as JavaScript."""
+    words = {code: {"name": name, "title": text("page", code)} for name, code in LANGUAGES.items()}
+    names = {selector: list(translations) for selector, translations in NAMES.items()}
+    data = json.dumps({"languages": words, "names": names, "errors": CHINESE}, ensure_ascii=False)
+    return f"const MINIMIND_WORDS = {data};"

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Message, Receive
 
 from model.serving.web.conversation import MAX_UPLOAD_BYTES, check_image
+from model.serving.web.errors import reason
 from model.serving.web.protection.quota import LEAST_BYTES, OverQuota, Quota
 from model.serving.web.text import page_language, text
 from model.vision.pictures import open_image
@@ -147,5 +148,5 @@ def _delete(stored: list[Path]) -> None:
 
 def _refusal(status: int, error: Exception | str, language: str) -> Response:
     """A message for the page, escaped since Gradio renders it as HTML."""
-    message = html.escape(text("not_taken", language, error=error))
+    message = html.escape(text("not_taken", language, error=reason(error, language)))
     return PlainTextResponse(message, status_code=status)

@@ -10,6 +10,7 @@ from typing import Any
 
 from model.generation.engine import VLMEngine
 from model.generation.sampling import Sampling, sampling_from
+from model.serving.web.suggestions import Taught
 from model.weights.build_model import check_native
 from model.weights.metadata import read_metadata, tower_sha256
 
@@ -30,6 +31,8 @@ class Weights:
         first = VLMEngine.from_args(args)
         self.default = first.path.stem
         self._loaded = OrderedDict({self.default: first})
+        self._taught: dict[str, Taught] = {}
+        self.taught(self.default)  # a wrong description is told at the start
         self._tower = (first.model.vision_dir, tower_sha256(first.model.vision_encoder))
         # Path -> (times and sizes of its files, what the page shows).
         self._checked: dict[Path, tuple[tuple[Any, ...], str | None]] = {}
@@ -60,6 +63,7 @@ class Weights:
             tower, expected = check_native(self._args, path), metadata.get("vision_tower_sha256")
             if expected and tower.resolve() == self._tower[0] and expected != self._tower[1]:
                 raise ValueError(f"{path} was trained with another vision tower than {tower}")
+            Taught.of(metadata, can_see=True, generation=2)
         except (ValueError, TypeError, OSError) as error:
             log.warning("not offered on the page: %s", error)
             return None
@@ -69,6 +73,14 @@ class Weights:
             kind = " MoE" if config.get("use_moe") else ""
             about.append(f"{config['hidden_size']} x {config.get('num_hidden_layers')}{kind}")
         return f"{path.stem} ({', '.join(about)})" if about else path.stem
+
+    def taught(self, name: str) -> Taught:
+        """What one of `names` was taught; loads it, and raises, as `get`."""
+        engine = self.get(name)
+        if name not in self._taught:
+            about, can_see = read_metadata(engine.path), engine.can_see
+            self._taught[name] = Taught.of(about, can_see=can_see, generation=engine.generation)
+        return self._taught[name]
 
     def get(self, name: str) -> VLMEngine:
         """The model of one of `names`, loaded now if need be.

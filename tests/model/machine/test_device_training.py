@@ -22,14 +22,14 @@ from dataset.lm_dataset import BadSample, VLMDataset
 from model.feed_forward import MoEFeedForward
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import train_pretrain_vlm
-from trainer.loop.engine import Engine, wrap_for_ranks
+from trainer.loop.engine import Engine, lighten_tower, wrap_for_ranks
 from trainer.loop.optimizers import make_optimizer, orthogonal
 from trainer.loop.randomness import rng_state, set_rng_state
 from trainer.loop.zero_engine import ZeroEngine
 from trainer.ranks import meeting as rank_meeting
 from trainer.ranks.group import Ranks
 from trainer.ranks.signals import StopSignal
-from trainer.run.build import Loaders, lighten_tower
+from trainer.run.build import Loaders
 from trainer.run.setup import print_reason
 from trainer.train_args import TrainArgs
 from trainer.train_clip_tiny import PROCESSOR, preprocess

@@ -16,6 +16,7 @@ from typing import Any
 
 import anyio
 
+from model.serving.web.protection.keeping import Kept
 from model.serving.web.protection.presence import Presence
 from model.serving.web.protection.quota import Quota
 
@@ -48,12 +49,15 @@ class Care:
     Args:
         folder: holds all files that visitors see. Gradio writes into it; its files are deleted when
             they are old.
+        conversations: of pages, forgotten after as long.
         uploads: a folder in it; a visitor's files there are deleted when the visitor has left.
         kept: a folder in it that is never deleted from.
     """
 
-    def __init__(self, folder: Path, quota: Quota, *, uploads: Path, kept: Path):
-        self._folder, self._quota = folder, quota
+    def __init__(
+        self, folder: Path, quota: Quota, *, conversations: Kept[Any], uploads: Path, kept: Path
+    ):
+        self._folder, self._quota, self._conversations = folder, quota, conversations
         self._not_swept = {uploads, kept}
         self._app: Any = None
         self.visitors = Presence(lambda name: name in quota)
@@ -91,6 +95,7 @@ class Care:
             self._quota.forget(visitor)
         for session in self.sessions.pop_gone(KEEP_S):
             self._forget_session(session)
+        self._conversations.forget_older(KEEP_S)
         for paths in self._app.get_blocks().temp_file_sets:
             paths.clear()  # Gradio's own list for deleting, which grows with every file
         await anyio.to_thread.run_sync(self._delete_old)

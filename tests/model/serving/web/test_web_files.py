@@ -66,6 +66,7 @@ def test_no_file_of_the_server_is_served_or_taken(site, folder):
             None,
             None,
             "English",
+            None,
             "",
             0.6,
             0.8,

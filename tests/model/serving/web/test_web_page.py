@@ -118,13 +118,15 @@ def test_stop_regenerate_clear_and_save(browser, site, folder, screenshots, tmp_
         me.send(INJECTION)
         me.page.wait_for_function("document.querySelector('#chat .bot .message-content')")
         me.shoot(screenshots, "4_stop")
-        me.page.locator("#stop").click()
+        me.stop()
         assert "stopped" in me.wait_for_end()
         assert site.events("answer")[-1]["finish_reason"] == "cancelled"
         assert me.asked() == [INJECTION] and me.page.locator("#chat b").count() == 0
         me.set_length(5)
-        me.page.locator("#again").click()
-        me.page.get_by_text(re.compile("^5 tokens")).wait_for()
+        me.regenerate()
+        me.page.wait_for_function(
+            "/Details5 tokens/.test(document.querySelector('#status').textContent)"
+        )
         assert len(me.said()) == 1 and site.events("question")[-1]["messages"] == ask(
             INJECTION, num_images=0
         )
@@ -137,12 +139,13 @@ def test_stop_regenerate_clear_and_save(browser, site, folder, screenshots, tmp_
         assert me.page.evaluate("window.hacked") is None
         me.shoot(screenshots, "5_saved")
         me.page.goto(site.url)
-        me.box.wait_for()
-        assert me.said() == []
+        me.wait_until_whole()
+        assert me.asked() == [INJECTION]  # this tab's conversation is kept
 
 
 def test_pictures_come_by_example_paste_drop_and_camera(browser, site, folder, screenshots):
     with visiting(browser, site) as me:
+        me.open("pictures")
         me.page.locator("#examples button").nth(3).click()
         me.page.locator("#box .thumbnail-item").nth(0).wait_for()
         me.hand_over(folder / "red.png", "paste")
@@ -173,7 +176,7 @@ def test_where_it_looks_and_the_other_language(browser, site, folder, screenshot
         me.page.get_by_text("的注意力落在这张图片上").wait_for()
         me.shoot(screenshots, "7_look")
         me.page.locator("#language label").first.click()
-        me.page.wait_for_function("document.querySelector('#stop').innerText.includes('Stop')")
+        me.page.wait_for_function("document.querySelector('#clear').innerText.includes('New')")
         me.page.locator("#clear").click()
         me.page.wait_for_function("!document.querySelector('#chat .bot')")
         me.shoot(screenshots, "8_english")
@@ -327,7 +330,7 @@ def test_sliders_begin_with_whatever_the_flags_say(browser, tmp_path):
     with serving(tmp_path, *words) as site, visiting(browser, site) as me:
         me.send("What is a circle?")
         me.page.wait_for_function("document.querySelector('#chat .bot .message-content')")
-        me.page.locator("#stop").click()
+        me.stop()
         assert f"seed {2**62}" in me.wait_for_end()
 
 
