@@ -124,7 +124,16 @@ class Attention(nn.Module):
         self, hidden: Tensor, rope: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Rotated queries (B, H, T, K) and keys of this call's tokens."""
-        query, key = (self._heads(proj(hidden)) for proj in (self.q_proj, self.k_proj))
+        query, key, _ = (self._heads(states) for states in self.project(hidden))
+        return self._rotated(query, key, rope)
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Queries (B, T, H * K), keys and values of the hidden states."""
+        return self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+
+    def _rotated(
+        self, query: Tensor, key: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         query, key = self.q_norm(query), self.k_norm(key)
         return apply_rope(query, *rope).to(key.dtype), apply_rope(key, *rope).to(key.dtype)
 
@@ -146,8 +155,8 @@ class Attention(nn.Module):
         output_positions: Tensor | None = None,  # (N,) into the flattened (B, T); None: all
         packing: Packing | None = None,  # hidden is a row of packed samples
     ) -> Tensor:  # (B, T, D), or (N, D)
-        query, key = self.queries_and_keys(hidden, rope)
-        value = self._heads(self.v_proj(hidden))
+        query, key, value = (self._heads(states) for states in self.project(hidden))
+        query, key = self._rotated(query, key, rope)
         query, key = query.to(value.dtype), key.to(value.dtype)
         if packing is not None:
             query, key, value = (

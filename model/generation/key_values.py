@@ -1,0 +1,104 @@
+"""Owns the keys and values of a batch of texts that grow by a token at a time.
+
+Shapes: L layers, B rows, T tokens of the longest prompt, G heads of keys, C slots, K head dim.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+FIRST_SLOTS = 256  # taken beyond the prompts; what is full grows by half
+
+
+class KeyValues:
+    """Keys and values in room that is taken ahead: a token's are written, and none are copied.
+
+    A row's tokens stand in its first slots, in order and without padding: where all rows are of one
+    length, attention needs no mask.
+
+    Args:
+        prompts: of the forward pass over the prompts, padded on the left.
+        mask: (B, T), 1 for text and 0 for padding.
+        repeats: rows that follow from each prompt.
+        max_new_tokens: of the longest answer, for which no room beyond is taken.
+    """
+
+    def __init__(self, prompts: Cache, mask: Tensor, *, repeats: int = 1, max_new_tokens: int):
+        pairs = [(layer.keys, layer.values) for layer in prompts.layers]
+        states = torch.stack([torch.stack(pair) for pair in pairs])  # (L, 2, B, G, T, K)
+        lengths = mask.sum(1)  # (B,)
+        num_slots = self._longest = states.shape[4]
+        self._most_slots = num_slots + max_new_tokens
+        self._lengths = lengths.repeat_interleave(repeats)
+        self._is_even = bool((lengths == num_slots).all())
+        self._states = states.new_zeros(
+            *states.shape[:2],
+            len(self._lengths),
+            states.shape[3],
+            min(num_slots + FIRST_SLOTS, self._most_slots),
+            states.shape[5],
+        )
+        for row, length in enumerate(lengths.tolist()):
+            own = states[:, :, row : row + 1, :, num_slots - length :]
+            self._states[:, :, row * repeats : (row + 1) * repeats, :, :length] = own
+        self._set_views()
+
+    @property
+    def num_slots(self) -> int:
+        """How many are used: the tokens of the longest row."""
+        return self._longest
+
+    @property
+    def positions(self) -> Tensor:
+        """(B,) of the newest tokens."""
+        return self._lengths - 1
+
+    def open_slot(self) -> None:
+        """Make room for one more token in every row; `append` writes it, layer by layer."""
+        if self._longest == self._states.shape[4]:
+            self._grow()
+        self._longest += 1
+        self._lengths = self._lengths + 1
+        self.mask: Tensor | None = None  # (B, 1, 1, C) bool, what a row's newest token attends to
+        if not self._is_even:
+            slots = torch.arange(self._longest, device=self._lengths.device)
+            self.mask = (slots < self._lengths[:, None])[:, None, None]
+            self._newest = self._lengths - 1
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's (B, G, K) into the open slot.
+
+        Returns:
+            All keys and values of the layer, (B, G, C, K), with the new ones.
+        """
+        keys, values = self._views[layer]
+        if self._is_even:
+            keys[:, :, self._longest - 1], values[:, :, self._longest - 1] = key, value
+        else:
+            keys[self._rows, :, self._newest], values[self._rows, :, self._newest] = key, value
+        return keys[:, :, : self._longest], values[:, :, : self._longest]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in ascending order."""
+        for place, row in enumerate(rows):
+            if place != row:
+                self._states[:, :, place, :, : self._longest] = self._states[
+                    :, :, row, :, : self._longest
+                ]
+        self._lengths = self._lengths[torch.tensor(rows, device=self._lengths.device)]
+        self._states = self._states[:, :, : len(rows)]
+        self._longest = int(self._lengths.max())
+        self._is_even = bool((self._lengths == self._longest).all())
+        self._set_views()
+
+    def _grow(self) -> None:
+        more = min(self._longest + self._longest // 2, self._most_slots) - self._longest
+        self._states = torch.nn.functional.pad(self._states, (0, 0, 0, max(more, 1)))
+        self._set_views()
+
+    def _set_views(self) -> None:
+        """Slots beyond a row's length hold zeroes or old tokens, never NaN: masked, they count 0."""
+        self._views = [(keys, values) for keys, values in self._states.unbind(0)]
+        self._rows = torch.arange(len(self._lengths), device=self._lengths.device)
