@@ -111,6 +111,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     _add_device_arguments(parser)
 
 
+def add_quantize_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag of commands that answer, and write no weights."""
+    parser.add_argument(
+        "--quantize",
+        choices=("int8",),
+        help="weights of the language model in 8 bits: faster on CPUs / 权重量化，CPU 上更快",
+    )
+
+
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the feature cache, as the training scripts have them."""
     add, told = parser.add_argument, CACHE_HELP

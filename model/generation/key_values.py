@@ -4,6 +4,7 @@ Shapes: L layers, B rows, T tokens of the longest prompt, G heads of keys, C slo
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,23 +27,23 @@ class KeyValues:
     """
 
     def __init__(self, prompts: Cache, mask: Tensor, *, repeats: int = 1, max_new_tokens: int):
-        pairs = [(layer.keys, layer.values) for layer in prompts.layers]
-        states = torch.stack([torch.stack(pair) for pair in pairs])  # (L, 2, B, G, T, K)
+        pairs: list[Any] = [[layer.keys, layer.values] for layer in prompts.layers]  # type: ignore
+        states = torch.stack([torch.stack(pair, 1) for pair in pairs])  # (L, B, 2, G, T, K)
         lengths = mask.sum(1)  # (B,)
         num_slots = self._longest = states.shape[4]
         self._most_slots = num_slots + max_new_tokens
         self._lengths = lengths.repeat_interleave(repeats)
         self._is_even = bool((lengths == num_slots).all())
         self._states = states.new_zeros(
-            *states.shape[:2],
+            len(states),
             len(self._lengths),
-            states.shape[3],
+            *states.shape[2:4],
             min(num_slots + FIRST_SLOTS, self._most_slots),
             states.shape[5],
         )
         for row, length in enumerate(lengths.tolist()):
-            own = states[:, :, row : row + 1, :, num_slots - length :]
-            self._states[:, :, row * repeats : (row + 1) * repeats, :, :length] = own
+            own = states[:, row : row + 1, ..., num_slots - length :, :]
+            self._states[:, row * repeats : (row + 1) * repeats, ..., :length, :] = own
         self._set_views()
 
     @property
@@ -67,28 +68,28 @@ class KeyValues:
             self.mask = (slots < self._lengths[:, None])[:, None, None]
             self._newest = self._lengths - 1
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's (B, G, K) into the open slot.
+    def append(self, layer: int, pair: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's keys and values (B, 2, G, K) into the open slot.
 
         Returns:
             All keys and values of the layer, (B, G, C, K), with the new ones.
         """
-        keys, values = self._views[layer]
+        own = self._layers[layer]  # (B, 2, G, C, K)
         if self._is_even:
-            keys[:, :, self._longest - 1], values[:, :, self._longest - 1] = key, value
+            own.select(3, self._longest - 1).copy_(pair)
         else:
-            keys[self._rows, :, self._newest], values[self._rows, :, self._newest] = key, value
-        return keys[:, :, : self._longest], values[:, :, : self._longest]
+            own[self._rows, :, :, self._newest] = pair
+        keys, values = own.narrow(3, 0, self._longest).unbind(1)
+        return keys, values
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone, in ascending order."""
         for place, row in enumerate(rows):
             if place != row:
-                self._states[:, :, place, :, : self._longest] = self._states[
-                    :, :, row, :, : self._longest
-                ]
+                used = self._states[:, row, ..., : self._longest, :]
+                self._states[:, place, ..., : self._longest, :] = used
         self._lengths = self._lengths[torch.tensor(rows, device=self._lengths.device)]
-        self._states = self._states[:, :, : len(rows)]
+        self._states = self._states[:, : len(rows)]
         self._longest = int(self._lengths.max())
         self._is_even = bool((self._lengths == self._longest).all())
         self._set_views()
@@ -99,6 +100,6 @@ class KeyValues:
         self._set_views()
 
     def _set_views(self) -> None:
-        """Slots beyond a row's length hold zeroes or old tokens, never NaN: masked, they count 0."""
-        self._views = [(keys, values) for keys, values in self._states.unbind(0)]
+        """Slots beyond a row's length hold zeroes or old tokens: no NaN gets past a mask."""
+        self._layers = self._states.unbind(0)
         self._rows = torch.arange(len(self._lengths), device=self._lengths.device)
