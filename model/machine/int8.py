@@ -36,13 +36,13 @@ def check_int8(device: torch.device, dtype: str) -> None:
 
 
 class Int8Linear(nn.Module):
-    """`nn.Linear` of fixed weights (out, in), each output's of a scale of its own.
+    """`nn.Linear` of fixed weights (out, in) without bias; each output's have their own scale.
 
     The inputs are rounded to 8 bits too, as they come. In a batch each row is scaled by its largest
     value first, so that one does not take another's precision.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+    def __init__(self, weight: Tensor):
         super().__init__()
         self._num_inputs = weight.shape[1]
         weight = weight.detach().float()
@@ -51,7 +51,7 @@ class Int8Linear(nn.Module):
         with warnings.catch_warnings():  # PyTorch means to move these tensors to torchao
             warnings.simplefilter("ignore", UserWarning)
             rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        self._packed = torch.ops.quantized.linear_prepack(rounded, bias)
+        self._packed = torch.ops.quantized.linear_prepack(rounded, None)
 
     def forward(self, inputs: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if inputs.numel() == self._num_inputs:  # one row
