@@ -1,5 +1,5 @@
-"""If this fails, `--quantize int8` answers otherwise than the model by more than its rounding, or is
-taken where nothing can come of it.
+"""If this fails, `--quantize int8` answers otherwise than the model by more than its rounding, or
+is taken where nothing can come of it.
 """
 
 import copy
@@ -19,6 +19,11 @@ from model.quantizing import quantize_int8
 from model.vision.pictures import open_image
 
 LEAST_AGREEMENT = 0.95  # of the finished model's tokens
+QUESTIONS = (
+    "描述一下这个图像的内容。",
+    "What is in the picture? Tell me in detail.",
+    "左上角是什么？",
+)
 
 
 def far(found: torch.Tensor, wanted: torch.Tensor) -> float:
