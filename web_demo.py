@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from model.generation.engine import VLMEngine
 from model.generation.sampling import add_sampling_arguments, sampling_from
 from model.machine.paths import OUT_DIR, ROOT
-from model.options import OnceParser, add_model_arguments, add_quantize_argument, parse_path
+from model.options import OnceParser, add_model_arguments, parse_path
 from model.serving.api.server import check_origins, serve_api
 from model.serving.web.server import serve_page
 from model.serving.web.weights import Weights
@@ -35,8 +35,7 @@ NAME_A_WEIGHT = {
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OnceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser)
-    add_quantize_argument(parser)
+    add_model_arguments(parser, can_quantize=True)
     add_sampling_arguments(parser)
     parser.set_defaults(seed=None)  # asking again means another answer
     add = parser.add_argument
