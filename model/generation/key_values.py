@@ -27,23 +27,22 @@ class KeyValues:
     """
 
     def __init__(self, prompts: Cache, mask: Tensor, *, repeats: int = 1, max_new_tokens: int):
-        pairs: list[Any] = [[layer.keys, layer.values] for layer in prompts.layers]  # type: ignore
-        states = torch.stack([torch.stack(pair, 1) for pair in pairs])  # (L, B, 2, G, T, K)
+        layers: list[Any] = prompts.layers
+        _, num_groups, num_slots, width = layers[0].keys.shape
         lengths = mask.sum(1)  # (B,)
-        num_slots = self._longest = states.shape[4]
-        self._most_slots = num_slots + max_new_tokens
+        self._longest = int(num_slots)
+        self._most_slots = self._longest + max_new_tokens
         self._lengths = lengths.repeat_interleave(repeats)
         self._is_even = bool((lengths == num_slots).all())
-        self._states = states.new_zeros(
-            len(states),
-            len(self._lengths),
-            *states.shape[2:4],
-            min(num_slots + FIRST_SLOTS, self._most_slots),
-            states.shape[5],
-        )
+        room = min(num_slots + FIRST_SLOTS, self._most_slots)
+        self._states = layers[0].keys.new_zeros(
+            len(layers), len(self._lengths), 2, num_groups, room, width
+        )  # (L, B, 2, G, C, K)
         for row, length in enumerate(lengths.tolist()):
-            own = states[:, row : row + 1, ..., num_slots - length :, :]
-            self._states[:, row * repeats : (row + 1) * repeats, ..., :length, :] = own
+            rows = slice(row * repeats, (row + 1) * repeats)
+            for layer, own in zip(layers, self._states, strict=True):
+                for part, states in enumerate((layer.keys, layer.values)):
+                    own[rows, part, :, :length] = states[row, :, num_slots - length :]
         self._set_views()
 
     @property
