@@ -153,8 +153,7 @@ class Decoder:
         num_choices = len(self._active) // len(output.logits)
         self._cache = KeyValues(
             output.cache,
-            self._inputs["attention_mask"],
-            repeats=num_choices,
+            [answer.num_prompt_tokens for answer in self._active],
             max_new_tokens=max(answer.max_new_tokens for answer in self._active),
         )
         self._inputs = {}

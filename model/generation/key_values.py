@@ -21,29 +21,29 @@ class KeyValues:
 
     Args:
         prompts: of the forward pass over the prompts, padded on the left.
-        mask: (B, T), 1 for text and 0 for padding.
-        repeats: rows that follow from each prompt.
+        lengths: of each row's prompt, without padding.
         max_new_tokens: of the longest answer, for which no room beyond is taken.
     """
 
-    def __init__(self, prompts: Cache, mask: Tensor, *, repeats: int = 1, max_new_tokens: int):
+    def __init__(self, prompts: Cache, lengths: Sequence[int], *, max_new_tokens: int):
         layers: list[Any] = prompts.layers
-        _, num_groups, num_slots, width = layers[0].keys.shape
-        lengths = mask.sum(1)  # (B,)
-        self._longest = int(num_slots)
-        self._most_slots = self._longest + max_new_tokens
-        self._lengths = lengths.repeat_interleave(repeats)
-        self._is_even = bool((lengths == num_slots).all())
-        room = min(num_slots + FIRST_SLOTS, self._most_slots)
+        num_prompts, num_groups, num_slots, width = map(int, layers[0].keys.shape)
+        repeats = len(lengths) // num_prompts
+        self._most_slots = num_slots + max_new_tokens
         self._states = layers[0].keys.new_zeros(
-            len(layers), len(self._lengths), 2, num_groups, room, width
+            len(layers),
+            len(lengths),
+            2,
+            num_groups,
+            min(num_slots + FIRST_SLOTS, self._most_slots),
+            width,
         )  # (L, B, 2, G, C, K)
-        for row, length in enumerate(lengths.tolist()):
+        for row, length in enumerate(lengths[::repeats]):
             rows = slice(row * repeats, (row + 1) * repeats)
             for layer, own in zip(layers, self._states, strict=True):
                 for part, states in enumerate((layer.keys, layer.values)):
                     own[rows, part, :, :length] = states[row, :, num_slots - length :]
-        self._set_views()
+        self._set_lengths(lengths)
 
     @property
     def num_slots(self) -> int:
@@ -60,6 +60,7 @@ class KeyValues:
         if self._longest == self._states.shape[4]:
             self._grow()
         self._longest += 1
+        self._num_new += 1
         self._lengths = self._lengths + 1
         self.mask: Tensor | None = None  # (B, 1, 1, C) bool, what a row's newest token attends to
         if not self._is_even:
@@ -87,10 +88,15 @@ class KeyValues:
             if place != row:
                 used = self._states[:, row, ..., : self._longest, :]
                 self._states[:, place, ..., : self._longest, :] = used
-        self._lengths = self._lengths[torch.tensor(rows, device=self._lengths.device)]
         self._states = self._states[:, : len(rows)]
-        self._longest = int(self._lengths.max())
-        self._is_even = bool((self._lengths == self._longest).all())
+        self._set_lengths([self._first_lengths[row] + self._num_new for row in rows])
+
+    def _set_lengths(self, lengths: Sequence[int]) -> None:
+        """Kept on both sides: asking the device for them would mean waiting for it."""
+        self._first_lengths, self._num_new = lengths, 0
+        self._longest: int = max(lengths)
+        self._lengths = torch.tensor(lengths, device=self._states.device)  # (B,)
+        self._is_even: bool = min(lengths) == self._longest
         self._set_views()
 
     def _grow(self) -> None:

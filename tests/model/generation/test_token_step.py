@@ -36,9 +36,10 @@ def make_text(lengths=LENGTHS, seed: int = 1) -> tuple[torch.Tensor, torch.Tenso
     return ids, mask
 
 
-def begin(model: MiniMindVLM, ids, mask, **options) -> KeyValues:
+def begin(model: MiniMindVLM, ids, mask, *, repeats: int = 1) -> KeyValues:
     output = model(ids[:, : mask.shape[1]], mask, use_cache=True)
-    return KeyValues(output.cache, mask, max_new_tokens=NUM_NEW, **options)
+    lengths = [length for length in mask.sum(1).tolist() for _ in range(repeats)]
+    return KeyValues(output.cache, lengths, max_new_tokens=NUM_NEW)
 
 
 def from_scratch(model: MiniMindVLM, row: int, ids, mask, num_new: int) -> torch.Tensor:
