@@ -116,6 +116,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
         self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=False)
+        self.fused: nn.Module | None = None  # in place of the first three (`model.quantizing`)
+        self.widths = (q_dim, kv_dim, kv_dim)
         has_qk_norm = GENERATIONS[config.generation].has_qk_norm
         self.q_norm = RMSNorm(config.head_dim, config) if has_qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config) if has_qk_norm else nn.Identity()
@@ -124,7 +126,25 @@ class Attention(nn.Module):
         self, hidden: Tensor, rope: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Rotated queries (B, H, T, K) and keys of this call's tokens."""
-        query, key = (self._heads(proj(hidden)) for proj in (self.q_proj, self.k_proj))
+        query, key, _ = self._projected(hidden)
+        return self._rotated(query, key, rope)
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Queries (B, T, H * K), keys and values, or the three in one tensor, in this order."""
+        if self.fused is not None:
+            return (self.fused(hidden),)
+        return self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+
+    def _projected(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Heads of queries (B, H, T, K), keys and values."""
+        states = self.project(hidden)
+        if len(states) == 1:
+            states = states[0].split(self.widths, -1)
+        return tuple(map(self._heads, states))
+
+    def _rotated(
+        self, query: Tensor, key: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         query, key = self.q_norm(query), self.k_norm(key)
         return apply_rope(query, *rope).to(key.dtype), apply_rope(key, *rope).to(key.dtype)
 
@@ -146,8 +166,8 @@ class Attention(nn.Module):
         output_positions: Tensor | None = None,  # (N,) into the flattened (B, T); None: all
         packing: Packing | None = None,  # hidden is a row of packed samples
     ) -> Tensor:  # (B, T, D), or (N, D)
-        query, key = self.queries_and_keys(hidden, rope)
-        value = self._heads(self.v_proj(hidden))
+        query, key, value = self._projected(hidden)
+        query, key = self._rotated(query, key, rope)
         query, key = query.to(value.dtype), key.to(value.dtype)
         if packing is not None:
             query, key, value = (

@@ -13,6 +13,8 @@ from transformers.activations import ACT2FN
 from model.machine.device import has_grouped_mm
 from model.packing import Packing
 
+FEW = 32  # tokens
+
 
 class FeedForward(nn.Module):
     """SwiGLU: `down(act(gate(x)) * up(x))`.
@@ -25,14 +27,24 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.fused: nn.Module | None = None  # in place of the first two (`model.quantizing`)
         self.act = ACT2FN[config.hidden_act]
         self.dropout = config.dropout
 
     def forward(
         self, hidden: Tensor, token_mask: Tensor | None, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
-        mixed = self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
+        mixed = self.mix(hidden)
         return F.dropout(mixed, self.dropout, self.training), hidden.new_zeros(())
+
+    def mix(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        """The block itself, without dropout."""
+        if self.fused is None:
+            gate, up = self.gate_proj(hidden), self.up_proj(hidden)
+        else:
+            gate, up = self.fused(hidden).chunk(2, -1)
+        mixed: Tensor = self.down_proj(self.act(gate) * up)
+        return mixed
 
 
 class MoEGate(nn.Module):
@@ -128,6 +140,11 @@ class MoEFeedForward(nn.Module):
         self, hidden: Tensor, token_mask: Tensor | None, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
         top_ids, top_probs, balance = self.gate(hidden, token_mask, packing)
+        if self._runs_chosen(hidden):
+            mixed = self._chosen(
+                hidden.flatten(0, 1), top_ids.flatten(0, 1), top_probs.flatten(0, 1)
+            )
+            return self._with_shared(mixed.view_as(hidden), hidden, token_mask), balance
         device_type, dtype = hidden.device.type, hidden.dtype
         # Not every product of stacked matrices is an autocast operation: cast them here.
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -143,9 +160,31 @@ class MoEFeedForward(nn.Module):
         probs = top_probs.flatten(0, 1).to(dtype)
         mixed = run_experts(tokens, top_ids.flatten(0, 1), probs, stacked)
         mixed = F.dropout(mixed, self.dropout, self.training).view_as(hidden)
+        return self._with_shared(mixed, hidden, token_mask), balance
+
+    def _with_shared(self, mixed: Tensor, hidden: Tensor, token_mask: Tensor | None) -> Tensor:
         for expert in self.shared_experts:
             mixed = mixed + expert(hidden, token_mask)[0]
-        return mixed, balance
+        return mixed
+
+    def _runs_chosen(self, hidden: Tensor) -> bool:
+        """Whether experts are run one by one: for few tokens on a CPU, where stacking the weights
+        takes longer than all else, and where there are no weights to stack."""
+        is_few = hidden.is_cpu and not torch.is_grad_enabled() and hidden[..., 0].numel() <= FEW
+        return is_few or self.experts[0].fused is not None
+
+    def _chosen(self, tokens: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
+        """Each expert that is chosen, on its own tokens.
+
+        Args:
+            tokens: (B * T, D). ids, probs: (B * T, k).
+        """
+        mixed = torch.zeros_like(tokens)
+        for number in ids.unique().tolist():
+            rows, choice = (ids == number).nonzero(as_tuple=True)
+            outputs = self.experts[number](tokens[rows], None)[0]
+            mixed[rows] += outputs * probs[rows, choice, None].to(outputs.dtype)
+        return mixed
 
     def _grouped(self, tokens: Tensor, ids: Tensor, probs: Tensor, stacked: list[Tensor]) -> Tensor:
         """Sort the routed rows by expert, then multiply each group by its expert's matrices.

@@ -101,14 +101,23 @@ def parse_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, can_quantize: bool = False) -> None:
     """The flags that name a model and the device it runs on; all commands that answer share them.
 
     `model.weights.build_model.load_model` reads them.
+
+    Args:
+        can_quantize: the command only answers: the weights may be rounded for it.
     """
     _add_weight_arguments(parser)
     _add_input_format_arguments(parser)
     _add_device_arguments(parser)
+    if can_quantize:
+        parser.add_argument(
+            "--quantize",
+            choices=("int8",),
+            help="language model's weights in 8 bits: faster on CPUs / 权重量化，CPU 上更快",
+        )
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:

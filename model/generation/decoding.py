@@ -4,14 +4,15 @@ Shapes: B unfinished answers, T tokens, V vocabulary.
 """
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from model.generation.key_values import KeyValues
 from model.generation.sampler import Sampler
+from model.generation.token_step import TokenStep
 from model.model_vlm import MiniMindVLM
 
 REPLACEMENT = "\ufffd"  # what the tokenizer writes for bytes that are not a whole character
@@ -71,12 +72,14 @@ class Decoder:
         answers: for each row of the batch, in its order, one or the same number of several: those
             of one row follow one another. The prompts are computed once all the same.
         sampler: of these answers.
+        step: of the same model.
         num_logprobs: as of `Sampling`.
     """
 
     def __init__(
         self,
         model: MiniMindVLM,
+        step: TokenStep,
         batch: dict[str, Tensor],
         answers: list[AnswerState],
         sampler: Sampler,
@@ -86,11 +89,11 @@ class Decoder:
     ):
         self.answers = answers
         self._active = list(answers)
-        self._model, self._sampler = model, sampler
+        self._model, self._step, self._sampler = model, step, sampler
         self._end_ids, self._num_logprobs = frozenset(end_ids), num_logprobs
         self._inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        self._mask = self._inputs["attention_mask"]  # (B, T)
-        self._cache: Cache | None = None
+        self._cache: KeyValues | None = None
+        self._newest: Tensor | None = None  # (B,) tokens that the model has not seen
 
     @property
     def is_done(self) -> bool:
@@ -102,6 +105,7 @@ class Decoder:
             answer.finish_reason = "cancelled"
         self._active, self._inputs, self._cache = [], {}, None
 
+    @torch.inference_mode()
     def end(self, answer: AnswerState) -> None:
         """End one answer with the tokens it has, between two steps; a finished one stays."""
         if answer.finish_reason is None:
@@ -119,6 +123,7 @@ class Decoder:
         except RuntimeError:
             self.cancel()  # frees the cache: others may need it while the error is reported
             raise
+        self._newest = tokens
         for answer, token in zip(self._active, chosen, strict=True):
             answer.add_token(token, end_ids=self._end_ids)
         for answer, score in zip(self._active, scores, strict=False):
@@ -134,35 +139,26 @@ class Decoder:
         if not unfinished:
             self._inputs, self._cache = {}, None
         else:
-            assert self._cache is not None, "an answer ended before the first step"
-            kept = torch.tensor(unfinished, dtype=torch.int64, device=self._mask.device)
-            self._mask = self._mask[kept]
-            self._cache.batch_select_indices(kept)
+            assert self._cache is not None and self._newest is not None, "before the first step"
+            self._cache.select(unfinished)
+            self._newest = self._newest[torch.tensor(unfinished, device=self._newest.device)]
             self._sampler.select(unfinished)
 
     def _forward(self) -> Tensor:
         """Logits (B, V) of the next tokens, in float32."""
-        if self._cache is None:
-            inputs: dict[str, Any] = self._inputs
-        else:
-            last = torch.tensor([[answer.new_ids[-1]] for answer in self._active])  # (B, 1)
-            # As embeddings: a generated token must not be taken for an image placeholder.
-            embeds = self._model.model.embed_tokens(last.to(self._mask.device))
-            self._mask = F.pad(self._mask, (0, 1), value=1)
-            inputs = {
-                "inputs_embeds": embeds,
-                "attention_mask": self._mask,
-                "cache": self._cache,
-            }
-        output = self._model(**inputs, use_cache=True, logits_to_keep=1)
+        if self._cache is not None:
+            assert self._newest is not None
+            return self._step(self._newest, self._cache).float()
+        output = self._model(**self._inputs, use_cache=True, logits_to_keep=1)
+        num_choices = len(self._active) // len(output.logits)
+        self._cache = KeyValues(
+            output.cache,
+            [answer.num_prompt_tokens for answer in self._active],
+            max_new_tokens=max(answer.max_new_tokens for answer in self._active),
+        )
+        self._inputs = {}
         logits: Tensor = output.logits[:, -1].float()
-        num_choices = len(self._active) // len(logits)
-        if num_choices > 1:  # this was the prompt, which several answers share
-            output.cache.batch_repeat_interleave(num_choices)
-            self._mask = self._mask.repeat_interleave(num_choices, 0)
-            logits = logits.repeat_interleave(num_choices, 0)
-        self._inputs, self._cache = {}, output.cache
-        return logits
+        return logits.repeat_interleave(num_choices, 0)
 
     def _scores(self, logits: Tensor, tokens: Tensor) -> list[TokenScore]:
         """What the model says of the chosen tokens (B,); nothing where none is asked for."""

@@ -19,6 +19,7 @@ from model.generation.sampler import Sampler
 from model.generation.sampling import MAX_SEED, Sampling, cannot_think
 from model.generation.stream import NO_ROOM_ADVICE, Answer, Stream, Streams
 from model.generation.thinking import without_thinking
+from model.generation.token_step import TokenStep
 from model.machine.device import memory_guard
 from model.vision.pictures import Picture
 from model.vlm_processor import IMAGE_TAG, Message
@@ -44,6 +45,7 @@ class VLMEngine:
     def __init__(self, loaded: LoadedModel):
         self.model, self.processor = loaded.model, loaded.processor
         self.path, self.can_see = loaded.path, loaded.can_see
+        self._step = TokenStep(self.model)
         self.context = Context(self.processor, max_tokens=self.model.config.max_position_embeddings)
 
     @classmethod
@@ -254,6 +256,7 @@ class VLMEngine:
         )
         return Decoder(
             self.model,
+            self._step,
             batch,
             answers,
             sampler,

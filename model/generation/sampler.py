@@ -8,6 +8,7 @@ Shapes: B unfinished answers, V vocabulary, C candidates.
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,12 +132,24 @@ def candidates(probabilities: Tensor, sampling: Sampling) -> tuple[Tensor, Tenso
     if sampling.top_k:
         total = shares.sum(-1, keepdim=True)
     elif not _hold_all(shares, sampling):
-        shares, ids = probabilities.sort(-1, descending=True)
+        shares, ids = _in_falling_order(probabilities)
     in_front = shares.cumsum(-1) - shares
     top_p = max(sampling.top_p, LEAST_TOP_P)
     is_left = in_front < top_p * total if top_p < 1 else shares > 0
     is_left &= shares >= sampling.min_p * shares[:, :1]
     return shares * is_left, ids
+
+
+def _in_falling_order(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """As `sort`, a third of whose time NumPy takes on a CPU, given values alone: the bits of floats
+    above 0 are in the floats' order, and their ids follow them in one integer."""
+    if not probabilities.is_cpu:
+        return probabilities.sort(-1, descending=True)
+    ids = torch.arange(probabilities.shape[-1])
+    keys = (probabilities.view(torch.int32).long() << 32) - ids
+    keys = -torch.from_numpy(np.sort(-keys.numpy(), -1))
+    ids = (-keys) & 0xFFFFFFFF
+    return ((keys + ids) >> 32).int().view(torch.float32), ids
 
 
 def _hold_all(shares: Tensor, sampling: Sampling) -> bool:

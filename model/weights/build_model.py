@@ -19,9 +19,11 @@ from model.machine.device import (
     memory_guard,
     prepare_device,
 )
+from model.machine.int8 import check_int8
 from model.model_minimind import MiniMindConfig
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.options import NATIVE
+from model.quantizing import quantize_int8
 from model.vision_tower import (
     count_image_tokens,
     find_vision_dir,
@@ -80,6 +82,9 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
     device = prepare_device(choose_device(args.device))
     dtype = args.dtype or default_dtype(device)
     check_dtype(device, dtype)
+    quantize = getattr(args, "quantize", None)  # a flag of some commands
+    if quantize:
+        check_int8(device, dtype)
     flags = {name: getattr(args, name) for name in CONFIG_FLAGS}
     loaded = _load_native(args, flags) if args.load_from == NATIVE else _load_folder(args, flags)
     check_special_tokens(
@@ -88,6 +93,8 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
         model_name=str(loaded.path),
     )
     loaded.model.eval().requires_grad_(False).to(device, getattr(torch, dtype))
+    if quantize:
+        quantize_int8(loaded.model)
     return loaded
 
 

@@ -115,14 +115,32 @@ def make_it_say(loaded: LoadedModel, *parts: str) -> list[int]:
     tokenizer = loaded.processor.tokenizer
     ids = [i for part in parts for i in tokenizer.encode(part, add_special_tokens=False)]
     ids.append(tokenizer.eos_token_id)
-    position = 0
+    position, is_in_forward = 0, False
+
+    def say(logits):
+        said = torch.full_like(logits, -100.0)
+        said[..., ids[min(position, len(ids) - 1)]] = 100.0
+        return said
+
+    def begin(_module, _args):
+        nonlocal is_in_forward
+        is_in_forward = True
 
     def script(_module, _args, inputs, output):
-        nonlocal position
+        nonlocal position, is_in_forward
+        is_in_forward = False
         position = 0 if "input_ids" in inputs else position + 1  # a prompt begins anew
-        output.logits = torch.full_like(output.logits, -100.0)
-        output.logits[..., ids[min(position, len(ids) - 1)]] = 100.0
+        output.logits = say(output.logits)
         return output
 
+    def script_token(_module, _args, logits):
+        nonlocal position
+        if is_in_forward:
+            return logits
+        position += 1
+        return say(logits)
+
+    loaded.model.register_forward_pre_hook(begin)
     loaded.model.register_forward_hook(script, with_kwargs=True)
+    loaded.model.lm_head.register_forward_hook(script_token)
     return ids

@@ -36,7 +36,7 @@ def engine(assets, monkeypatch) -> VLMEngine:
     never_end(loaded.model)
     loaded.path = assets.parent / f"{MODEL}.pth"
     save_tiny(loaded, loaded.path)
-    engine, forward, steps = VLMEngine(loaded), loaded.model.forward, []
+    engine, forward, steps = VLMEngine(loaded), loaded.model.lm_head.forward, []
     engine.has_room, engine.room_for = True, NO_ROOM
 
     def tight(*args, **options):
@@ -46,7 +46,7 @@ def engine(assets, monkeypatch) -> VLMEngine:
             raise torch.OutOfMemoryError(CUDA_ERROR)
         return forward(*args, **options)
 
-    monkeypatch.setattr(loaded.model, "forward", tight)
+    monkeypatch.setattr(loaded.model.lm_head, "forward", tight)
     return engine
 
 
