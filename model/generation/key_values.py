@@ -25,6 +25,10 @@ class KeyValues:
         max_new_tokens: of the longest answer, for which no room beyond is taken.
     """
 
+    _lengths: Tensor  # (B,)
+    _longest: int
+    _is_even: bool
+
     def __init__(self, prompts: Cache, lengths: Sequence[int], *, max_new_tokens: int):
         layers: list[Any] = prompts.layers
         num_prompts, num_groups, num_slots, width = map(int, layers[0].keys.shape)
@@ -94,9 +98,9 @@ class KeyValues:
     def _set_lengths(self, lengths: Sequence[int]) -> None:
         """Kept on both sides: asking the device for them would mean waiting for it."""
         self._first_lengths, self._num_new = lengths, 0
-        self._longest: int = max(lengths)
-        self._lengths = torch.tensor(lengths, device=self._states.device)  # (B,)
-        self._is_even: bool = min(lengths) == self._longest
+        self._longest = max(lengths)
+        self._lengths = torch.tensor(lengths, device=self._states.device)
+        self._is_even = min(lengths) == self._longest
         self._set_views()
 
     def _grow(self) -> None:
