@@ -14,7 +14,7 @@ from support.warm import run_step
 from trainer import photos as command
 from trainer.chain import photo_steps
 from trainer.chain.photo_report import FONTS, find_examples
-from trainer.chain.photo_settings import Photos
+from trainer.chain.photo_settings import MODEL, Photos
 from trainer.chain.photo_steps import check_inputs, cut_records, records
 
 CAPTIONS = {"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色"}
@@ -59,6 +59,7 @@ def run_quickly(*words) -> None:
 def test_whole_chain_runs_and_finds_what_is_done(assets, tmp_path, capfd, monkeypatch):
     data = make_photos(tmp_path / "data")
     monkeypatch.setattr(photo_steps, "run_script", run_quickly)
+    monkeypatch.setitem(MODEL, "image_size", 32)  # 4 image tokens of the tests' tower, not 256
     monkeypatch.chdir(tmp_path)  # the user's own folder: relative paths are meant from here
     argv = ["--data", "data", "--out", "out", "--tower", str(assets / "tower"), "--epochs", "2"]
     assert command.main(argv) == 0
