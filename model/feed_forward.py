@@ -170,7 +170,8 @@ class MoEFeedForward(nn.Module):
     def _runs_chosen(self, hidden: Tensor) -> bool:
         """Whether experts are run one by one: for few tokens on a CPU, where stacking the weights
         takes longer than all else, and where there are no weights to stack."""
-        is_few = hidden.is_cpu and not torch.is_grad_enabled() and hidden[..., 0].numel() <= FEW
+        is_inference = not self.training and not torch.is_grad_enabled()
+        is_few = hidden.is_cpu and is_inference and hidden[..., 0].numel() <= FEW
         return is_few or self.experts[0].fused is not None
 
     def _chosen(self, tokens: Tensor, ids: Tensor, probs: Tensor) -> Tensor:

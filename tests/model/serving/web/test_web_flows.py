@@ -188,7 +188,8 @@ def axe(tmp_path_factory) -> str:
         pytest.skip("npm, which fetches axe-core, is not there")
     got = subprocess.run(["npm", "pack", AXE], cwd=folder, capture_output=True, timeout=120)
     if got.returncode:
-        pytest.skip("npm cannot fetch axe-core")
+        reason = got.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        pytest.skip(f"npm cannot fetch axe-core from here: {reason}")
     (package,) = folder.glob("*.tgz")
     shutil.unpack_archive(package, folder, "gztar", filter="data")
     return (folder / "package" / "axe.min.js").read_text(encoding="utf-8")
