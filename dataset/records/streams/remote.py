@@ -214,7 +214,8 @@ def patiently(ask: Callable[[], Result], *, url: str, is_wanted: Wanted = always
             return ask()
         except StreamError:
             raise
-        except Exception as error:  # aiohttp, httpx and botocore each have errors of their own
+        except Exception as told:  # aiohttp, httpx and botocore each have errors of their own
+            error = reason_of(told)
             status = status_of(error)
             if status in (401, 403):
                 raise StreamError(f"{url}: not allowed ({status}); log in first") from error
@@ -226,6 +227,14 @@ def patiently(ask: Callable[[], Result], *, url: str, is_wanted: Wanted = always
             sys.stderr.flush()
             time.sleep(pause_s)
     raise AssertionError("unreachable")
+
+
+def reason_of(error: Exception) -> Exception:
+    """The error, or the failed connection that fsspec reports as a file that is not there."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, OSError):
+        return cause
+    return error
 
 
 def status_of(error: Exception) -> int | None:

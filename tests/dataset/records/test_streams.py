@@ -286,3 +286,19 @@ def test_mixture_takes_each_source_by_its_weight_and_starts_anywhere(
     assert other.fingerprint == records.fingerprint
     assert {other.source_of(number) for number in other.first_ids(9)} == {0, 1, 2}
     assert other.summary.count("shard(s)") == 2
+
+
+def test_server_that_does_not_answer_is_not_called_a_lost_file(monkeypatch, capsys):
+    monkeypatch.setattr(remote, "PAUSES_S", (0, 0))
+
+    def ask():
+        try:
+            raise ConnectionRefusedError(111, "Connect call failed")
+        except OSError as error:
+            raise FileNotFoundError("https://host/a.parquet") from error  # as fsspec does
+
+    with pytest.raises(
+        remote.StreamError, match=r"https://host/a.parquet: .*Connect call failed, in each"
+    ):
+        remote.patiently(ask, url="https://host/a.parquet")
+    assert "404" not in capsys.readouterr().err
