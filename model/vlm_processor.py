@@ -26,6 +26,7 @@ Message = dict[str, Any]  # "role", "content", and for a first system message "t
 Conversation = tuple[list[Message], Sequence[Picture | Tensor] | Tensor]
 
 IMAGE_TAG = "<image>"
+OWN_TOKENIZER_DIR = "tokenizer"  # beside a weight: the one it was trained with, if not a usual one
 SPECIAL_TOKENS = {"pad": 0, "bos": 1, "eos": 2}
 EMPTY_THINKING = "<think>\n\n</think>\n\n"  # as the template of generation 3 writes it
 
@@ -43,21 +44,25 @@ def load_tokenizer(
     *,
     expected_sha256: str | None = None,
     generation: int = DEFAULT_GENERATION,
+    weight: Path | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, or the first of the default folders that has the expected one.
+    """The tokenizer of a folder, or the first of the usual folders that has the expected one.
 
     It is read by the library's own class, so that no code is run, or asked for, that the folder
     names in an `auto_map`.
 
     Args:
-        tokenizer_path: a folder with `tokenizer.json`; None looks into the generation's places.
-        expected_sha256: from a weight's metadata: the tokenizer it was trained with.
+        tokenizer_path: a folder with `tokenizer.json`; None looks into the generation's places,
+            and then into `tokenizer` beside the weight.
+        expected_sha256: from the weight's metadata: the tokenizer it was trained with.
     Raises:
         FileNotFoundError: no tokenizer there.
         ValueError: it is not the one that the weight was trained with.
     """
-    places = GENERATIONS[generation].tokenizer_dirs
-    folders = [Path(tokenizer_path)] if tokenizer_path else list(places)
+    places = list(GENERATIONS[generation].tokenizer_dirs)
+    if weight is not None:
+        places.append(weight.parent / OWN_TOKENIZER_DIR)
+    folders = [Path(tokenizer_path)] if tokenizer_path else places
     present = [f for f in folders if (f / "tokenizer.json").is_file()]
     if not present:
         raise FileNotFoundError(

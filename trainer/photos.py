@@ -24,7 +24,14 @@ from model.machine.paths import ROOT
 from model.options import OnceParser, parse_path
 from trainer.chain.photo_report import print_table, write_report
 from trainer.chain.photo_settings import DATA, NUM_BEAMS, SEED, TOWER, Photos
-from trainer.chain.photo_steps import check_inputs, cut_records, evaluate, fetch_tower, train
+from trainer.chain.photo_steps import (
+    check_inputs,
+    cut_records,
+    evaluate,
+    fetch_tower,
+    train,
+    train_tokenizer,
+)
 from trainer.chain.running import INTERRUPTED, check_settings
 from trainer.measuring.matrix_rate import matrix_rate
 
@@ -62,7 +69,7 @@ def print_next_steps(photos: Photos) -> None:
     """The commands to talk to the model."""
     model = ["--weight", photos.weight, "--vision_model_path", photos.tower]
 
-    def command(script: str, *flags: str) -> str:
+    def command(script: str, *flags: str | Path) -> str:
         words = [sys.executable, ROOT / script, *flags, *model]
         return shlex.join(map(str, words)) + f" --num_beams {NUM_BEAMS}"
 
@@ -70,7 +77,7 @@ def print_next_steps(photos: Photos) -> None:
 Talk to it:
   your photos  {command("eval_vlm.py")} --image_dir FOLDER
   chat         {command("eval_vlm.py", "--chat")}
-  web page     {command("web_demo.py")}""")
+  web page     {command("web_demo.py", "--examples", photos.examples)}""")
 
 
 def run_chain(photos: Photos) -> int:
@@ -80,6 +87,7 @@ def run_chain(photos: Photos) -> int:
             fetch_tower(photos)
         if photos.num_cut:
             cut_records(photos)
+        train_tokenizer(photos)
         train(photos)
         scores = evaluate(photos)
         print_table(scores)

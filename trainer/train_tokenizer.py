@@ -27,7 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from dataset.records.conversation import IMAGE_TAG, check_conversation
 from dataset.synthetic.sample_data import sample_text
 from dataset.synthetic.text import CHINESE
-from model.options import OnceParser
+from model.options import OnceParser, parse_bool
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
@@ -35,9 +35,11 @@ MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 # Characters that stay single tokens: image placeholders consist of `@`, `<` and `>` and must have a
 # known number of tokens; numbers are tokenized digit by digit.
 UNMERGED = "@<>0123456789"
+TEMPLATE_ROLES = ("system", "user", "assistant")
+SYSTEM_PROMPT = "You are a helpful assistant"
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
-    "{{- '<|im_start|>system\\nYou are a helpful assistant<|im_end|>\\n' -}}"
+    f"{{{{- '<|im_start|>system\\n{SYSTEM_PROMPT}<|im_end|>\\n' -}}}}"
     "{%- endif -%}"
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
@@ -138,7 +140,13 @@ def _training_split() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([alone, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str],
+    *,
+    vocab_size: int = 6400,
+    max_token_bytes: int | None = None,
+    allow_fewer: bool = False,
+) -> Tokenizer:
     """Byte-level BPE with the special tokens as ids 0, 1, 2 and the bytes from id 3 on.
 
     The `UNMERGED` characters are isolated in training only. With no merge that contains them, a
@@ -147,11 +155,15 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400) -> Tokenize
     Args:
         texts: read once; a repeated text counts repeatedly.
         vocab_size: special tokens and the 256 bytes included.
+        max_token_bytes: of a merged token; None: no limit. A hanzi has three bytes.
+        allow_fewer: whether texts that give fewer tokens are taken.
     Raises:
         ValueError: the texts give fewer tokens, or the size is too small.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"--vocab_size must be {MIN_VOCAB_SIZE} or more, got {vocab_size}")
+    if max_token_bytes is not None and max_token_bytes < 1:
+        raise ValueError(f"--max_token_bytes must be 1 or more, got {max_token_bytes}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _training_split()
     trainer = trainers.BpeTrainer(
@@ -159,12 +171,13 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400) -> Tokenize
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
+        max_token_length=max_token_bytes,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() != vocab_size:
+    if tokenizer.get_vocab_size() != vocab_size and not allow_fewer:
         raise ValueError(
             f"the text gives only {tokenizer.get_vocab_size()} of {vocab_size} tokens; "
-            "give more text or a smaller --vocab_size"
+            "give more text, a smaller --vocab_size or --allow_fewer 1"
         )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -215,7 +228,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         reference = _open_reference(args.reference_path)
         held_out = [text for path in args.eval_path for text in _read_answers(path)]
-        tokenizer = train_tokenizer(_training_texts(args), vocab_size=args.vocab_size)
+        tokenizer = train_tokenizer(
+            _training_texts(args),
+            vocab_size=args.vocab_size,
+            max_token_bytes=args.max_token_bytes,
+            allow_fewer=args.allow_fewer,
+        )
         save_tokenizer(tokenizer, args.save_dir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -242,10 +260,11 @@ def _training_texts(args: argparse.Namespace) -> list[str]:
         )
     if not 0 < args.damping <= 1:
         raise ValueError(f"--damping must be above 0 and at most 1, got {args.damping}")
-    if min(args.num_scenes, args.hanzi_weight) < 0:
-        raise ValueError("--num_scenes and --hanzi_weight must be 0 or more")
+    if min(args.num_scenes, args.hanzi_weight, args.template_weight) < 0:
+        raise ValueError("--num_scenes, --hanzi_weight and --template_weight must be 0 or more")
     texts = [*damped_words(sample_words(args.num_scenes), args.damping)]
     texts += common_hanzi() * args.hanzi_weight
+    texts += [*TEMPLATE_ROLES, SYSTEM_PROMPT] * args.template_weight
     for path, weight in zip(args.data_path, weights, strict=True):
         texts += list(damped_words(read_texts(path), args.damping)) * weight
     return texts
@@ -287,7 +306,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=20,
         help="how often each of 3,755 common hanzi counts | 常用汉字权重",
     )
+    add(
+        "--template_weight",
+        type=int,
+        default=0,
+        help="how often the words of the chat template count | 对话模板词语权重",
+    )
     add("--vocab_size", type=int, default=6400, help="tokens | 词表大小")
+    add("--max_token_bytes", type=int, help="longest token; a hanzi has 3 | 词元最大字节数")
+    add(
+        "--allow_fewer",
+        type=parse_bool,
+        default=False,
+        help="whether a text of fewer tokens than that is taken {0,1} | 允许词表更小",
+    )
     add(
         "--save_dir",
         "--out_dir",

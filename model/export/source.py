@@ -94,6 +94,7 @@ def _load_language_model(args: argparse.Namespace) -> Source:
         args.tokenizer_path,
         expected_sha256=weight.metadata.get("tokenizer_sha256"),
         generation=fields["generation"],
+        weight=path,
     )
     check_special_tokens(tokenizer, vocab_size=fields["vocab_size"], model_name=str(path))
     model = MiniMindForCausalLM(

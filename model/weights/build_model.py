@@ -99,7 +99,7 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
 
 
 def find_inputs(
-    args: InputFlags, metadata: Metadata, *, generation: int
+    args: InputFlags, metadata: Metadata, *, generation: int, weight: Path | None
 ) -> tuple[PreTrainedTokenizerBase, Path]:
     """The tokenizer of the flags, else the one a weight was trained with, and the tower's folder.
 
@@ -110,6 +110,7 @@ def find_inputs(
         args.tokenizer_path,
         expected_sha256=metadata.get("tokenizer_sha256"),
         generation=generation,
+        weight=weight,
     )
     named = metadata.get("vision_tower")
     return tokenizer, find_vision_dir(args.vision_model_path, named=named, generation=generation)
@@ -125,7 +126,7 @@ def check_native(args: argparse.Namespace, path: Path) -> Path:
     """
     state, metadata = read_weights(path, shapes_only=True), read_metadata(path)
     fields = weight_config(state, path=path, flags={})
-    tokenizer, tower = find_inputs(args, metadata, generation=fields["generation"])
+    tokenizer, tower = find_inputs(args, metadata, generation=fields["generation"], weight=path)
     config = placeholder_config(fields, tokenizer, tower)
     shape = read_tower_shape(tower, vision_layer=config.vision_layer, image_size=config.image_size)
     num_tokens = count_image_tokens(shape, keep_cls=config.keep_cls, token_merge=config.token_merge)
@@ -163,7 +164,7 @@ def read_weight(args: argparse.Namespace, flags: dict[str, Any]) -> Weight:
 def _load_native(args: argparse.Namespace, flags: dict[str, Any]) -> LoadedModel:
     weight = read_weight(args, flags)
     path, metadata, fields = weight.path, weight.metadata, weight.fields
-    tokenizer, tower = find_inputs(args, metadata, generation=fields["generation"])
+    tokenizer, tower = find_inputs(args, metadata, generation=fields["generation"], weight=path)
     model = MiniMindVLM(placeholder_config(fields, tokenizer, tower))
     can_see = load_weights(model, weight.state, path=path, may_lack_projection=True)
     if not can_see:

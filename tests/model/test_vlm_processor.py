@@ -188,6 +188,22 @@ def test_load_tokenizer_checks_the_expected_hash(assets, tmp_path):
         load_tokenizer(tmp_path / "nowhere")
 
 
+def test_tokenizer_beside_a_weight_is_taken_where_it_is_the_expected_one(assets, tmp_path):
+    weight = tmp_path / "out" / "photos_32.pth"
+    make_tokenizer(tmp_path / "out" / "tokenizer", vocab_size=380)
+    expected = tokenizer_sha256(load_tokenizer(tmp_path / "out" / "tokenizer"))
+    found = load_tokenizer(expected_sha256=expected, weight=weight)
+    assert tokenizer_sha256(found) == expected
+    usual = load_tokenizer()
+    assert tokenizer_sha256(load_tokenizer(weight=weight)) == tokenizer_sha256(usual)
+    other = assets / "tokenizer"
+    with pytest.raises(ValueError, match="--tokenizer_path"):  # a flag is never overruled
+        load_tokenizer(other, expected_sha256=expected, weight=weight)
+    make_tokenizer(tmp_path / "out" / "tokenizer", vocab_size=370)
+    with pytest.raises(ValueError, match=r"out.tokenizer is not the one this weight was trained"):
+        load_tokenizer(expected_sha256=expected, weight=weight)
+
+
 def test_special_tokens_must_have_the_contracts_ids(assets):
     tokenizer = load_tokenizer(assets / "tokenizer")
     check_special_tokens(tokenizer, vocab_size=len(tokenizer))

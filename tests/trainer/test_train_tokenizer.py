@@ -32,8 +32,9 @@ def shipped():
 def make_small(folder, *flags):
     text = folder / "text.txt"
     text.write_text(SMALL_TEXT * 40, encoding="utf-8")
-    arguments = [*flags, "--num_scenes", 20, "--hanzi_weight", 0]
-    for name, value in (("data_path", text), ("vocab_size", 330), ("save_dir", folder / "made")):
+    usual = {"data_path": text, "vocab_size": 330, "save_dir": folder / "made", "num_scenes": 20}
+    arguments = [*flags, "--hanzi_weight", 0]
+    for name, value in usual.items():
         if f"--{name}" not in flags:
             arguments += [f"--{name}", value]
     return train_tokenizer.main([str(argument) for argument in arguments])
@@ -236,6 +237,30 @@ def test_damping_and_weights_shift_the_vocabulary(tmp_path):
         assert make_small(tmp_path, *flags, "--weights", *weights) == 0
         vocabulary = AutoTokenizer.from_pretrained(tmp_path / "made").get_vocab()
         assert ("Ġzebra" in vocabulary) == has_zebra
+
+
+def test_template_and_length_shape_the_vocabulary(tmp_path):
+    flags = ["--num_scenes", 0, "--allow_fewer", 1]  # the sample world's text has those words
+    for weight, whole in ((0, False), (1000, True)):
+        assert make_small(tmp_path, *flags, "--template_weight", weight) == 0
+        made = AutoTokenizer.from_pretrained(tmp_path / "made")
+        assert ("assistant" in made.get_vocab()) == whole
+        assert made.decode(encode(made, "You are a helpful assistant")).startswith("You are a")
+    assert make_small(tmp_path, *flags, "--template_weight", 1000, "--max_token_bytes", 6) == 0
+    learned = AutoTokenizer.from_pretrained(tmp_path / "made").get_vocab().keys()
+    lengths = [len(token) for token in learned - set(train_tokenizer.SPECIAL_TOKENS)]
+    assert 1 < max(lengths) <= 6 < len("assistant")
+
+
+def test_text_of_few_words_gives_a_smaller_vocabulary_where_that_is_allowed(tmp_path, capsys):
+    assert make_small(tmp_path, "--vocab_size", 6400) == 1
+    assert "--allow_fewer 1" in capsys.readouterr().err
+    assert make_small(tmp_path, "--vocab_size", 6400, "--allow_fewer", 1) == 0
+    made = AutoTokenizer.from_pretrained(tmp_path / "made")
+    assert train_tokenizer.MIN_VOCAB_SIZE < len(made) < 6400
+    assert made.decode(encode(made, "麒麟 fox")) == "麒麟 fox"
+    assert make_small(tmp_path, "--max_token_bytes", 0) == 1
+    assert "--max_token_bytes must be 1 or more" in capsys.readouterr().err
 
 
 def test_common_hanzi_are_those_of_the_standard():

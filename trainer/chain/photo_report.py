@@ -4,12 +4,14 @@ of curves and answers.
 
 import textwrap
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import IO, Any
 
 from dataset.records.images import open_images
 from model.machine.atomic_file import atomic_write
 from trainer.chain.photo_settings import MODEL, NUM_BEAMS, WEIGHT, Photos
 from trainer.chain.photo_steps import records
+from trainer.chain.taught import photo_name
 from trainer.tracking.curves import METRICS_SUFFIX, draw_curve, read_metrics
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -83,7 +85,7 @@ def _show(figure: Any, form: str) -> str:
 
 def write_report(photos: Photos, scores: dict[str, Any]) -> None:
     """`report.png`: curves of the training, and held-back photos with the answers that were
-    scored."""
+    scored. The photos go into `examples` as well, for the page to show."""
     from matplotlib.figure import Figure
     from matplotlib.font_manager import fontManager
 
@@ -100,7 +102,9 @@ def write_report(photos: Photos, scores: dict[str, Any]) -> None:
     figure = Figure(figsize=(14, 4 + 4.4 * rows), layout="constrained")
     grid = figure.add_gridspec(1 + rows, COLUMNS, height_ratios=[1] + [1.3] * rows)
     _draw_curves(figure, grid, photos)
+    photos.examples.mkdir(exist_ok=True)
     for place, example in enumerate(find_examples(photos, scores)):
+        atomic_write(photos.examples / photo_name(place + 1), partial(_write, example.image))
         axes = figure.add_subplot(grid[1 + place // COLUMNS, place % COLUMNS])
         axes.imshow(open_image(example.image))
         axes.axis("off")
@@ -110,6 +114,10 @@ def write_report(photos: Photos, scores: dict[str, Any]) -> None:
         families = [font or "DejaVu Sans", "DejaVu Sans"]
         axes.set_title(text, fontsize=9, loc="left", family=families, parse_math=False)
     atomic_write(photos.out / "report.png", lambda file: figure.savefig(file, format="png", dpi=80))
+
+
+def _write(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
 
 
 def _draw_curves(figure: Any, grid: Any, photos: Photos) -> None:

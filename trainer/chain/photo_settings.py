@@ -6,6 +6,7 @@ from typing import Any
 
 from model.machine.paths import OUT_DIR, ROOT
 from model.vision_tower import VISION_DIR
+from model.vlm_processor import OWN_TOKENIZER_DIR
 from trainer.chain.running import Word
 
 DATA = ROOT / "dataset" / "flickr8k"  # where `dataset/download.py flickr8k` puts it
@@ -23,6 +24,15 @@ MODEL: dict[str, Word] = {
     "image_size": 256,
     "vision_layer": -1,
     "token_merge": 2,
+}
+# Byte-level BPE of the training captions alone: whole words, so a record has a third fewer tokens.
+TOKENIZER: dict[str, Word] = {
+    "damping": 1,
+    "num_scenes": 0,
+    "hanzi_weight": 0,
+    "template_weight": 10_000,
+    "max_token_bytes": 12,
+    "allow_fewer": 1,
 }
 RECIPE: dict[str, Word] = {
     "dropout": 0.05,
@@ -67,6 +77,16 @@ class Photos:
         return self.out / f"{WEIGHT}_{MODEL['hidden_size']}.pth"
 
     @property
+    def tokenizer(self) -> Path:
+        """Where whoever loads the weight looks for its tokenizer."""
+        return self.out / OWN_TOKENIZER_DIR
+
+    @property
+    def examples(self) -> Path:
+        """The held-back photos of the report, for the page to show."""
+        return self.out / "examples"
+
+    @property
     def features(self) -> Path:
         """The kept features of the tower, of all seeds."""
         return self.folder / "features"
@@ -74,4 +94,10 @@ class Photos:
     def settings(self) -> dict[str, Any]:
         """Everything that the files in the folder depend on, but the seed and the paths."""
         recipe = RECIPE | {"epochs": self.epochs}
-        return {"model": MODEL, "recipe": recipe, "num_cut": self.num_cut, "num_beams": NUM_BEAMS}
+        return {
+            "model": MODEL,
+            "tokenizer": TOKENIZER,
+            "recipe": recipe,
+            "num_cut": self.num_cut,
+            "num_beams": NUM_BEAMS,
+        }

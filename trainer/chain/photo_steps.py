@@ -10,8 +10,9 @@ from typing import IO, Any
 from zipfile import is_zipfile
 
 from model.machine.atomic_file import atomic_write
-from trainer.chain.photo_settings import MODEL, NUM_BEAMS, RECIPE, TOWER, WEIGHT, Photos
+from trainer.chain.photo_settings import MODEL, NUM_BEAMS, RECIPE, TOKENIZER, TOWER, WEIGHT, Photos
 from trainer.chain.running import Word, flags, run_script
+from trainer.chain.taught import PHOTOS_TAUGHT, add_taught
 
 ALL = 10**9  # answers to generate: one for every photo and language
 SPLITS = ("train", "val")
@@ -95,6 +96,14 @@ def records(photos: Photos, split: str) -> tuple[Path, Path]:
     return photos.data / split / "data.jsonl", photos.data / split / "images.zip"
 
 
+def train_tokenizer(photos: Photos) -> None:
+    """A tokenizer of the training captions, unless it is there."""
+    if not (photos.tokenizer / "tokenizer_config.json").is_file():  # written last
+        data, _ = records(photos, "train")
+        options: dict[str, Word] = {**TOKENIZER, "data_path": data, "save_dir": photos.tokenizer}
+        run_script("trainer/train_tokenizer.py", *flags(options))
+
+
 def train(photos: Photos) -> None:
     """The language model and the projection, from nothing; a complete run ends at once."""
     data, images = records(photos, "train")
@@ -104,6 +113,7 @@ def train(photos: Photos) -> None:
         "epochs": photos.epochs,
         "data_path": data,
         "images_path": images,
+        "tokenizer_path": photos.tokenizer,
         "vision_model_path": photos.tower,
         "cache_vision_features": photos.features,
         "from_weight": "none",
@@ -118,6 +128,7 @@ def train(photos: Photos) -> None:
         "from_resume": 1,
     }
     run_script("trainer/train_sft_vlm.py", *flags(options))
+    add_taught(photos.weight, PHOTOS_TAUGHT)
 
 
 def evaluate(photos: Photos) -> dict[str, Any]:

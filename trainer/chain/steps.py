@@ -14,7 +14,7 @@ from model.machine.paths import OUT_DIR, ROOT
 from model.vision_tower import VISION_DIR
 from trainer.chain.running import Word, flags, run_script
 from trainer.chain.settings import LLM, SIZES, TEXT_STAGES, TOWER, VLM, Chain, TextStage
-from trainer.chain.taught import TAUGHT
+from trainer.chain.taught import TAUGHT, add_taught
 
 TEXTS_PER_HELDOUT = 50  # training texts for each held-out one
 
@@ -132,6 +132,7 @@ def train(chain: Chain) -> None:
     }
     run_script("trainer/train_pretrain_vlm.py", *flags(common | pretrain))
     run_script("trainer/train_sft_vlm.py", *flags(common | sft))
+    add_taught(chain.out / f"{VLM}.pth", TAUGHT)
 
 
 def evaluate(chain: Chain) -> dict[str, Any]:
@@ -155,8 +156,6 @@ def publish(chain: Chain) -> None:
     for stem, source in ((LLM, chain.folder), (VLM, chain.out)):
         shutil.copy(source / f"{stem}.pth", OUT_DIR)
         about = json.loads((source / f"{stem}.json").read_text(encoding="utf-8"))
-        if stem == VLM:
-            about["taught"] = TAUGHT
         about.pop("former", None)  # the previous save: needed only while a save may be cut off
         text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
         text = text.replace(f"{ROOT}{os.sep}", "")  # paths of this machine concern nobody

@@ -1,8 +1,12 @@
-"""Owns the description of what the chain on the sample world teaches, for the page that serves its
-model: see `model/serving/web/suggestions.py`.
+"""Owns the descriptions of what the chains teach, for the page that serves their models: see
+`model/serving/web/suggestions.py`.
 """
 
+import json
+from pathlib import Path
 from typing import Any
+
+from model.machine.atomic_file import atomic_write
 
 TAUGHT: dict[str, Any] = {
     "languages": ["en", "zh"],
@@ -34,3 +38,35 @@ TAUGHT: dict[str, Any] = {
         },
     ],
 }
+NUM_ASKED = 4  # photos that the page shows with a question
+
+
+def photo_name(number: int) -> str:
+    """File name of a held-back photo among those to try, counted from 1."""
+    return f"photo_{number:02}.jpg"
+
+
+PHOTOS_TAUGHT: dict[str, Any] = {
+    "languages": ["en", "zh"],
+    "about": {
+        "en": "to say in one sentence what people and dogs do in a photo",
+        "zh": "用一句话描述照片中的人和狗在做什么",
+    },
+    "questions": [
+        {
+            "picture": photo_name(number),
+            "en": "Describe the picture in one sentence.",
+            "zh": "用一句话描述这张图片。",
+        }
+        for number in range(1, NUM_ASKED + 1)
+    ],
+}
+
+
+def add_taught(weight: Path, taught: dict[str, Any]) -> None:
+    """Say in the metadata beside a weight what it was taught; a no-op where it says so."""
+    beside = weight.with_suffix(".json")
+    about = json.loads(beside.read_text(encoding="utf-8"))
+    if about.get("taught") != taught:
+        text = json.dumps(about | {"taught": taught}, indent=1, ensure_ascii=False)
+        atomic_write(beside, lambda file: file.write(text.encode()))

@@ -105,7 +105,9 @@ def init_vlm_model(args: TrainArgs, *, device: torch.device) -> tuple[MiniMindVL
         FileNotFoundError, ValueError: what is missing or does not fit, and what to do.
     """
     start = read_start(args)
-    tokenizer, tower = find_inputs(args, start.metadata, generation=args.generation)
+    tokenizer, tower = find_inputs(
+        args, start.metadata, generation=args.generation, weight=start.path
+    )
     model = MiniMindVLM(placeholder_config(start.fields, tokenizer, tower))
     if start.state is not None:
         has_projection = load_weights(model, start.state, path=start.path, may_lack_projection=True)
@@ -125,6 +127,7 @@ def init_language_model(
         args.tokenizer_path,
         expected_sha256=start.metadata.get("tokenizer_sha256"),
         generation=args.generation,
+        weight=start.path,
     )
     model = MiniMindForCausalLM(MiniMindConfig(**start.fields))
     if start.state is not None:

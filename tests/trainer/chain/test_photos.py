@@ -11,11 +11,13 @@ from PIL import Image
 from support.tiny_parts import COLOURS, conversation
 from support.warm import run_step
 
+from model.vlm_processor import load_tokenizer, tokenizer_sha256
 from trainer import photos as command
 from trainer.chain import photo_steps
 from trainer.chain.photo_report import FONTS, find_examples
 from trainer.chain.photo_settings import MODEL, Photos
 from trainer.chain.photo_steps import check_inputs, cut_records, records
+from trainer.chain.taught import PHOTOS_TAUGHT
 
 CAPTIONS = {"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色"}
 
@@ -86,6 +88,14 @@ def test_whole_chain_runs_and_finds_what_is_done(assets, tmp_path, capfd, monkey
         right = Image.new("RGB", (1, 1), colour).getpixel((0, 0))
         assert max(abs(a - b) for a, b in zip(shown, right, strict=True)) < 4
     assert list((folder / "features").rglob("*.features"))
+    weight = json.loads((folder / "photos_192.json").read_text())
+    own = load_tokenizer(folder / "tokenizer")
+    assert weight["tokenizer_sha256"] == tokenizer_sha256(own)
+    assert weight["taught"] == PHOTOS_TAUGHT
+    shown = {question["picture"] for question in PHOTOS_TAUGHT["questions"]}
+    assert shown < {path.name for path in (folder / "examples").iterdir()}
+    assert f"--examples {folder / 'examples'}" in out
+    assert len(own.encode("red", add_special_tokens=False)) == 1, "it knows the captions' words"
     assert command.main(argv) == 0
     again = capfd.readouterr().out
     assert "Epoch:[" not in again and "eval_vlm.py --weight" not in again.partition("Talk")[0]
