@@ -20,6 +20,7 @@ from model.generations import DEFAULT_GENERATION, GENERATIONS
 from model.image_fusion import images_per_sample, placeholder_mask
 from model.model_vlm import VLMConfig
 from model.vision.pictures import Picture, open_image
+from model.vision.pixels import PixelSteps
 from model.vision.preprocessing import PixelRange, measure
 
 Message = dict[str, Any]  # "role", "content", and for a first system message "tools"
@@ -112,6 +113,8 @@ class VLMProcessor:
         tokenizer: with the ChatML template.
         image_processor: of the vision tower.
         config: names the placeholder of an image.
+        pixel_steps: of the image processor: conversations get 8-bit pixels, for a model that knows
+            these steps; None: the image processor's numbers.
     Raises:
         ValueError: the tokenizer does not turn the placeholder into the config's ids.
     """
@@ -122,8 +125,10 @@ class VLMProcessor:
         image_processor: BaseImageProcessor,
         *,
         config: VLMConfig,
+        pixel_steps: PixelSteps | None = None,
     ):
         self.tokenizer = tokenizer
+        self.pixel_steps = pixel_steps
         self.image_processor = image_processor
         self.image_ids = config.placeholder_ids
         self.placeholder = config.placeholder
@@ -232,9 +237,9 @@ class VLMProcessor:
             max_length: tokens to keep; the text ends before an image that would be cut.
             prompt_options: those of `render`.
         Returns:
-            `input_ids` (T,) int64, `image_mask` (T,) bool, `pixel_values` (I, 3, S, S) float32,
-            `is_truncated`; for features in `images` also `vision_features` (J, G * G, V) and
-            `has_features`, a flag for each image.
+            `input_ids` (T,) int64, `image_mask` (T,) bool, `pixel_values` (I, 3, S, S) float32 or
+            as of `PixelSteps.look`, `is_truncated`; for features in `images` also
+            `vision_features` (J, G * G, V) and `has_features`, a flag for each image.
         Raises:
             ValueError: tags and pictures differ in number, or a picture is broken.
         """
@@ -269,13 +274,14 @@ class VLMProcessor:
         if isinstance(images, Tensor):
             return {"pixel_values": images}
         features: list[Tensor] = []
-        pictures: list[Picture | Tensor] = []
+        pictures: list[Any] = []
         for image in images:
             if isinstance(image, Tensor) and image.ndim == 2:
                 features.append(image)
             else:
                 pictures.append(image)
-        looked: dict[str, Any] = {"pixel_values": self.pixel_values(pictures)}
+        look = self.pixel_values if self.pixel_steps is None else self.pixel_steps.look
+        looked: dict[str, Any] = {"pixel_values": look(pictures)}
         if features:
             flags = (isinstance(image, Tensor) and image.ndim == 2 for image in images)
             looked |= {"vision_features": torch.stack(features), "has_features": tuple(flags)}
