@@ -27,7 +27,7 @@ NUM_VALUES = 256  # of an 8-bit pixel
 WARPED_FROM = 384  # ConvNext's preprocessing crops below this side, and distorts from it on
 MAX_SIZES = 64  # of pictures, whose taps are kept on a device
 AT_ONCE = 32  # pictures that a device resizes: their sums take 10 MiB each
-TRIED_SIZES = ((61, 40), (33, 70), (601, 433))  # wide, tall, and larger than most towers take
+TRIED_SIZES = ((61, 40), (33, 70), (301, 433))  # wide, tall, and larger than most towers take
 
 
 @dataclass(frozen=True)
