@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BaseImageProcessor
 
 from model.generations import DEFAULT_GENERATION, GENERATIONS
-from model.image_fusion import images_per_sample, placeholder_mask
+from model.image_fusion import placeholder_runs
 from model.model_vlm import VLMConfig
 from model.vision.pictures import Picture, open_image
 from model.vision.pixels import PixelSteps
@@ -252,9 +253,9 @@ class VLMProcessor:
         text = self.render(messages, **prompt_options)
         # Half the time of the library's call, whose truncation and padding were reset in `__init__`
         encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        input_ids = torch.tensor(encoding.ids, dtype=torch.int64)
-        mask = placeholder_mask(input_ids[None], self.image_ids)[0]
-        num_found = images_per_sample(mask[None], len(self.image_ids))[0]
+        input_ids = torch.from_numpy(np.array(encoding.ids, dtype=np.int64))
+        mask = torch.from_numpy(placeholder_runs(encoding.ids, self.image_ids))
+        num_found = int(mask.count_nonzero()) // len(self.image_ids)
         if num_found != len(images):
             raise ValueError(
                 f"{len(images)} image(s) but {num_found} placeholder(s) after tokenizing"
