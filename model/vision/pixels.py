@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from model.vision.pictures import Picture, open_image
-from model.vision.resampling import FILTERS, Taps, taps
+from model.vision.resampling import FILTERS, Taps, taps, without_wait
 
 NUM_VALUES = 256  # of an 8-bit pixel
 WARPED_FROM = 384  # ConvNext's preprocessing crops below this side, and distorts from it on
@@ -100,7 +100,8 @@ class PixelSteps:
             pixels = torch.cat([self._resize(some) for some in pixels.split(AT_ONCE)])
         if pixels.device not in self._kept:
             starts = NUM_VALUES * torch.arange(3, dtype=torch.int32)[:, None, None]
-            self._kept[pixels.device] = (self.table.to(pixels.device), starts.to(pixels.device))
+            pair = (self.table, starts)
+            self._kept[pixels.device] = tuple(without_wait(one, pixels.device) for one in pair)
         table, starts = self._kept[pixels.device]
         numbers: Tensor = table.index_select(0, (pixels + starts).flatten()).view(pixels.shape)
         return numbers

@@ -53,7 +53,7 @@ class Taps:
 
     def to(self, device: torch.device) -> "Taps":
         """The same on a device."""
-        return Taps(self.places.to(device), self.weights.to(device))
+        return Taps(without_wait(self.places, device), without_wait(self.weights, device))
 
     def along(self, pixels: Tensor, dim: int) -> Tensor:
         """(I, 3, H, W) uint8 with its height (`dim` 2) or width (3) resized."""
@@ -63,6 +63,13 @@ class Taps:
         rounded = (total + (1 << (FRACTION_BITS - 1))) >> FRACTION_BITS
         resized: Tensor = rounded.clamp_(0, MAX_PIXEL).byte()
         return resized
+
+
+def without_wait(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device of what is on the CPU, which a GPU makes while the program goes on."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def taps(length: int, target: int, *, resample: int) -> Taps:
