@@ -32,7 +32,12 @@ PATHS = {
     ),
     "compiled": ({"compile": 1}, False),
 }
-SHORT = ("8-bit", "packed-cached-checkpointed")
+SHORT = (("8-bit", "float32"), *(("packed-cached-checkpointed", dtype) for dtype in BARS))
+CASES = [
+    pytest.param(path, dtype, marks=() if (path, dtype) in SHORT else pytest.mark.full)
+    for path in PATHS
+    for dtype in BARS
+]
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +107,7 @@ def small_pictures_travel(monkeypatch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", BARS)
-@pytest.mark.parametrize(
-    "path", [p if p in SHORT else pytest.param(p, marks=pytest.mark.full) for p in PATHS]
-)
+@pytest.mark.parametrize("path, dtype", CASES)
 def test_a_fast_path_has_the_losses_of_the_plain_one(
     path, dtype, num_steps, plain, assets, tower, noise, tmp_path, monkeypatch
 ):
@@ -146,8 +148,8 @@ def test_what_is_not_known_here_is_left_to_the_library_and_said(
 @pytest.mark.parametrize(
     "flags",
     [
-        {"gradient_checkpointing": 1, "dtype": "bfloat16"},
-        {"exact_preprocessing": 1},
+        {"gradient_checkpointing": 1},
+        pytest.param({"exact_preprocessing": 1}, marks=pytest.mark.slow),
         pytest.param({"compile": 1}, marks=pytest.mark.full),
     ],
     ids=["checkpointed", "exact-to-8-bit", "compiled"],
