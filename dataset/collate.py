@@ -4,6 +4,7 @@ Shapes: B batch, T tokens (padding included), I images of the whole batch, J mor
 given, G patches along a side, V width of the vision tower.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,10 +60,19 @@ class VLMCollator:
     Args:
         pad_multiple: lengths are padded to a multiple of it, so that a GPU sees few shapes.
         packs: give `packed_positions` too, so that the model leaves the padding out.
+        at_side: makes pictures of one size of those of different ones, which then are needed.
     """
 
-    def __init__(self, *, pad_token_id: int, pad_multiple: int = 1, packs: bool = False):
+    def __init__(
+        self,
+        *,
+        pad_token_id: int,
+        pad_multiple: int = 1,
+        packs: bool = False,
+        at_side: Callable[[Tensor], Tensor] | None = None,
+    ):
         self.pad_token_id, self.pad_multiple, self.packs = pad_token_id, pad_multiple, packs
+        self.at_side = at_side
 
     def __call__(self, samples: list[Sample | BadSample]) -> Batch:
         good = [s for s in samples if isinstance(s, Sample)]
@@ -100,7 +110,7 @@ class VLMCollator:
             padded = pad_sequence(rows, batch_first=True, padding_value=value)
             return pad(padded, (0, -padded.shape[1] % self.pad_multiple), value=value)
 
-        images = torch.cat([s.pixel_values for s in samples])
+        images = self._one_size([s.pixel_values for s in samples])
         input_ids = stack("input_ids", self.pad_token_id)
         lengths = torch.tensor([len(s.input_ids) for s in samples])
         return {
@@ -111,6 +121,13 @@ class VLMCollator:
             "pixel_values": images if len(images) else None,
             **collate_features(samples),
         }
+
+    def _one_size(self, pixels: list[Tensor]) -> Tensor:
+        """The pictures of all samples: (I, 3, S, S), or (I, 3, H, W) where all are of that size."""
+        some = [images for images in pixels if len(images)] or pixels[:1]
+        if self.at_side is not None and len({images.shape[2:] for images in some}) > 1:
+            some = [self.at_side(images) for images in some]
+        return torch.cat(some)
 
 
 class GroupingCollator:

@@ -46,6 +46,7 @@ class Processor(Protocol):
     ) -> Mapping[str, Any]:
         """`input_ids` (T,), `image_mask` (T,), `pixel_values` (I, 3, S, S), `is_truncated`.
 
+        8-bit pixel values may be (I, 3, H, W), of pictures that are still to be resized.
         Among the images a (3, S, S) tensor is a preprocessed picture, and a (G * G, V) tensor the
         features of one; for features there are also `vision_features` (J, G * G, V) and
         `has_features`. Of `prompt_options`, `keep_empty_thinking=False` drops empty think blocks.
@@ -78,9 +79,9 @@ class Sample:
     """One training sample.
 
     input_ids (T,) int64; labels (T,) int64, -100 where not supervised; image_mask (T,) bool;
-    pixel_values (I, 3, S, S) float32; where: file and line, for messages. Where some images have
-    features, vision_features (J, G * G, V) holds these, has_features says which of the I + J
-    images in reading order they are, and pixel_values holds the others.
+    pixel_values (I, 3, S, S) float32, or uint8 and of any size; where: file and line, for messages.
+    Where some images have features, vision_features (J, G * G, V) holds these, has_features says
+    which of the I + J images in reading order they are, and pixel_values holds the others.
     """
 
     index: int

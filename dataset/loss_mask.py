@@ -13,6 +13,11 @@ def _markers(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     return [tokenizer.bos_token_id, *role], newline
 
 
+@lru_cache(maxsize=256)
+def _begins_line(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
+    return str(tokenizer.decode([token_id])).startswith("\n")
+
+
 def supervised_mask(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """1 where a token is a target: each answer, its `<|im_end|>` and the newline after it.
 
@@ -36,9 +41,8 @@ def supervised_mask(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) ->
             return mask
         start = position + len(header) + 1
         opens_answer = input_ids[position : start - 1] == header
-        if not opens_answer or not str(tokenizer.decode(input_ids[start - 1 : start])).startswith(
-            "\n"
-        ):
+        is_header = opens_answer and start <= len(input_ids)
+        if not is_header or not _begins_line(tokenizer, input_ids[start - 1]):
             position += 1
             continue
         try:

@@ -31,6 +31,7 @@ from model.model_minimind import (
     of_generation,
     takes_past_key_values,
 )
+from model.vision.pixels import PixelSteps
 from model.vision.preprocessing import measure
 from model.vision.projection import PROJECTORS, VisionProj
 from model.vision_tower import (
@@ -127,6 +128,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         super().__init__(config)
         self.vision_encoder: PreTrainedModel | None = None
         self.image_processor: BaseImageProcessor | None = None
+        self.pixel_steps: PixelSteps | None = None  # for 8-bit pixel values
         self.vision_proj = VisionProj(
             config.vision_hidden_size,
             config.hidden_size,
@@ -225,7 +227,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         """As `MiniMindForCausalLM.forward`, with images.
 
         Args:
-            pixel_values: all images of the batch in reading order, or N for every sample.
+            pixel_values: all images of the batch in reading order, or N for every sample; with
+                `pixel_steps` also uint8, (I, 3, H, W).
             vision_features: images whose features, as `get_image_embeddings` gives them, were
                 computed before; the tower does not see these.
             has_features: where both kinds are given: which images, in reading order, have features.
@@ -321,6 +324,10 @@ class MiniMindVLM(MiniMindForCausalLM):
     def _look_at(self, images: Tensor) -> Tensor:
         if self.vision_encoder is None:
             raise ValueError("this model has no vision tower; call load_vision_encoder(folder)")
+        if images.dtype == torch.uint8:
+            if self.pixel_steps is None:
+                raise ValueError("8-bit pixel_values need the tower's steps; set pixel_steps")
+            images = self.pixel_steps.numbers(images)
         return self.get_image_embeddings(
             images,
             self.vision_encoder,

@@ -169,6 +169,11 @@ class TrainArgs:
     cache_vision_features: str = flag(CACHE_HELP["cache_vision_features"], "0")
     cache_dtype: str = flag(CACHE_HELP["cache_dtype"], CACHE_DTYPES[0], choices=CACHE_DTYPES)
     cache_gb: float = flag(CACHE_HELP["cache_gb"], low=0.0)
+    exact_preprocessing: bool = flag(
+        "pictures through the library's own preprocessing; without it they stay 8-bit until the "
+        "device, with the same numbers / 用库自带的图像预处理",
+        False,
+    )
     projector: str = flag(
         "default: the generation's, linear or mlp / 投影层类型", choices=PROJECTORS
     )

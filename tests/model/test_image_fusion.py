@@ -11,6 +11,7 @@ from model.image_fusion import (
     fuse_images,
     images_per_sample,
     placeholder_mask,
+    placeholder_runs,
 )
 
 AT = 34
@@ -33,7 +34,9 @@ def naive_mask(ids: list[int], placeholder: list[int]) -> list[bool]:
 
 
 def mask_of(*rows: list[int], placeholder=(AT,) * SIZE) -> list[list[bool]]:
-    return placeholder_mask(torch.tensor(rows), list(placeholder)).tolist()
+    masks = placeholder_mask(torch.tensor(rows), list(placeholder)).tolist()
+    assert [placeholder_runs(row, list(placeholder)).tolist() for row in rows] == masks
+    return masks
 
 
 @pytest.mark.parametrize(

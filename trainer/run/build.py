@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
 from dataset.collate import GroupingCollator, VLMCollator
 from dataset.draws import Draws
@@ -20,6 +21,7 @@ from model.generations import GENERATIONS
 from model.machine.device import pad_multiple
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM
+from model.vision.pixels import PixelSteps, pixel_steps
 from model.vlm_processor import VLMProcessor, check_special_tokens, load_tokenizer
 from model.weights.build_model import attach_tower, find_inputs, placeholder_config
 from model.weights.file_names import find_weight
@@ -44,12 +46,16 @@ CONFIG_FLAGS = (
 
 @dataclass(frozen=True)
 class Parts:
-    """The model that a stage trains, and its data."""
+    """The model that a stage trains, and its data.
+
+    pixel_steps: what becomes of 8-bit pixels; None where the data gives the tower's numbers.
+    """
 
     model: MiniMindForCausalLM
     tokenizer: PreTrainedTokenizerBase
     dataset: Dataset
     val_dataset: Dataset | None
+    pixel_steps: PixelSteps | None = None
 
 
 def build(stage: Stage, args: TrainArgs, *, device: torch.device) -> Parts:
@@ -59,7 +65,9 @@ def build(stage: Stage, args: TrainArgs, *, device: torch.device) -> Parts:
         return Parts(model, tokenizer, *make_text_datasets(args, tokenizer))
     model, processor = init_vlm_model(args, device=device)
     draws = read_draws(args, generation=model.config.generation)
-    return Parts(model, processor.tokenizer, *make_datasets(stage, args, processor, draws=draws))
+    steps = processor.pixel_steps
+    datasets = make_datasets(stage, args, processor, draws=draws)
+    return Parts(model, processor.tokenizer, *datasets, steps)
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,26 @@ def init_vlm_model(args: TrainArgs, *, device: torch.device) -> tuple[MiniMindVL
     check_language(model, tokenizer, start)
     attach_tower(model, tower, metadata=start.metadata, path=start.path or Path("none"))
     model.to(device)
-    return model, VLMProcessor(tokenizer, model.image_processor, config=model.config)
+    if not args.exact_preprocessing:
+        model.pixel_steps = read_pixel_steps(model.image_processor, device=device)
+    processor = VLMProcessor(
+        tokenizer, model.image_processor, config=model.config, pixel_steps=model.pixel_steps
+    )
+    return model, processor
+
+
+def read_pixel_steps(processor: BaseImageProcessor, *, device: torch.device) -> PixelSteps | None:
+    """The tower's preprocessing in 8-bit pixels; None, with a warning, if it has no such form.
+
+    A GPU resizes small pictures itself. A CPU would take the time from training.
+    """
+    steps = pixel_steps(processor, keeps_small=device.type != "cpu")
+    if steps is None:
+        warn(
+            "the tower's preprocessing has steps that are not known here, so its library takes "
+            "them picture by picture: same numbers, slower loading"
+        )
+    return steps
 
 
 def init_language_model(
@@ -204,12 +231,14 @@ class Loaders:
 
     Args:
         pad: the id of the padding token.
+        pixel_steps: where the data gives 8-bit pixels.
     """
 
     args: TrainArgs
     ranks: Ranks
     stop: StopSignal
     pad: int
+    pixel_steps: PixelSteps | None = None
 
     def train(self, dataset: VLMDataset | TextDataset, epoch: int, start: int) -> Loader:
         """This rank's batches of an epoch from global sample `start` on."""
@@ -238,6 +267,7 @@ class Loaders:
                     pad_token_id=self.pad,
                     pad_multiple=pad_multiple(self.ranks.device),
                     packs=args.pack,
+                    at_side=self.pixel_steps.at_side if self.pixel_steps else None,
                 ),
                 num_groups=args.length_groups,
             ),

@@ -280,7 +280,7 @@ def check_run(args: TrainArgs, ranks: Ranks, parts: Parts, paths: RunPaths) -> N
 def make_run(state: RunState, parts: Parts, metrics: Metrics, stop: StopSignal) -> Run:
     """Everything the loop takes."""
     args, ranks = state.args, state.ranks
-    loaders = Loaders(args, ranks, stop, parts.tokenizer.pad_token_id)
+    loaders = Loaders(args, ranks, stop, parts.tokenizer.pad_token_id, parts.pixel_steps)
     val_batches = None
     if parts.val_dataset is not None:
         val_batches = partial(loaders.validation, parts.val_dataset)

@@ -10,7 +10,7 @@ from support.pretend_gpu import HOPPER, TURING, Gpu, pretend_gpus
 from support.pretend_tensor import pretend_tensors
 from support.scripts import train_flags
 from support.states import assert_same_state, saved
-from support.tiny_parts import make_records
+from support.tiny_parts import make_records, make_tower
 from support.tiny_vlm import GREEDY, conversations, make_loaded
 
 from model.generation.engine import VLMEngine
@@ -141,6 +141,9 @@ def test_gradients_and_optimizer_stay_on_the_device(gpu):
 
 
 def train(assets, folder, *, epochs: int = 1, num_records: int = 24, **flags) -> int:
+    """The tower's pictures are larger than those of the records, so that a GPU resizes these."""
+    flags["vision_model_path"] = folder / "tower"
+    make_tower(folder / "tower", image_size=64, patch_size=16)
     data = make_records(folder / "data", num_records=num_records, multi=True)
     options = {"device": "cuda", "epochs": epochs, "save_interval": 4} | flags
     return train_pretrain_vlm.main(train_flags(assets, folder, *data, **options))
