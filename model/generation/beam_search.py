@@ -95,6 +95,10 @@ class BeamDecoder:
             answer.finish_reason = answer.finish_reason or "cancelled"
         self._inputs = {}
 
+    def end(self, _answer: AnswerState) -> None:
+        """As `cancel`: it has found all answers, or none."""
+        self.cancel()
+
     @torch.inference_mode()
     def step(self) -> None:
         """Search all answers to their end; an error cancels them."""

@@ -4,17 +4,16 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from model.generation.beam_search import BeamDecoder
-from model.generation.decoding import Decoder, TextPieces, TokenScore
+from model.generation.decoding import AnswerState, TextPieces, TokenScore
 from model.generation.sampling import Sampling
 from model.generation.thinking import ThinkingSplitter
 from model.machine.device import memory_guard
 
-NO_ROOM_ADVICE = "ask more briefly, with fewer pictures, or lower --batch_size or --concurrency"
+NO_ROOM_ADVICE = "ask more briefly, with fewer pictures, or lower --batch_size or --batch"
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,24 @@ class Answer:
     reasoning: str | None = None
 
 
+class DecodesAnswers(Protocol):
+    """Where tokens come from: `Decoder`, `BeamDecoder`, or `Member` of a batch."""
+
+    answers: list[AnswerState]
+
+    @property
+    def is_done(self) -> bool: ...
+
+    def step(self) -> None:
+        """Go on until there are new tokens, or none follow."""
+
+    def cancel(self) -> None:
+        """End the unfinished answers with the tokens they have."""
+
+    def end(self, answer: AnswerState) -> None:
+        """End one of the answers so."""
+
+
 class Written(NamedTuple):
     """Text that has come to one of the answers, and whether it is thinking."""
 
@@ -55,7 +72,7 @@ class Streams:
 
     def __init__(
         self,
-        decoder: Decoder | BeamDecoder,
+        decoder: DecodesAnswers,
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         *,
@@ -128,10 +145,7 @@ class Streams:
 
     def end(self, index: int) -> None:
         """End one answer with the tokens it has, between two pieces."""
-        if isinstance(self._decoder, BeamDecoder):
-            self._decoder.cancel()  # it has found all answers, or none
-        else:
-            self._decoder.end(self._decoder.answers[index])
+        self._decoder.end(self._decoder.answers[index])
 
     def scores(self, index: int, span: slice) -> list[TokenScore]:
         """Of some of an answer's tokens; aligned with `offsets`."""

@@ -1,0 +1,318 @@
+"""Owns decoding the answers of many requests in one batch that grows and shrinks.
+
+Requests join between two token steps, once their prompts are computed, and leave when they end, are
+cancelled or fail; nobody waits for anybody else's answer. Each takes its tokens at its own pace.
+What fails is told to the request that it failed for alone.
+
+All is computed in one thread, which lives while there are answers to give: several would share the
+cores, and each would read all weights for its own tokens.
+
+Shapes: B rows, V vocabulary.
+"""
+
+import queue
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Collection, Generator
+
+import torch
+from torch import Tensor
+
+from model.generation.decoding import AnswerState, TokenScore, token_scores
+from model.generation.prefill import Filled, prefill
+from model.generation.sampler import Sampler, choose_each
+from model.generation.shelves import Shelves
+from model.generation.stream import NO_ROOM_ADVICE
+from model.generation.token_step import TokenStep
+from model.machine.device import OutOfMemory, out_of_memory_line
+from model.model_vlm import MiniMindVLM
+
+MAX_WAIT_S = 600  # for room in the batch
+FULL_CONTEXTS = 2  # the tokens that all rows together may come to hold
+
+
+class Member:
+    """One request's answer in a batch: a `Decoder` of one answer, for the thread that reads it.
+
+    Args:
+        inputs: of `VLMProcessor.prompt_batch` or `text_batch`, one prompt.
+        sampler: of this answer.
+        num_logprobs: as of `Sampling`.
+        cancel: once it is set, the answer ends with the tokens it has.
+    """
+
+    def __init__(
+        self,
+        batch: "Batch",
+        inputs: dict[str, Tensor],
+        answer: AnswerState,
+        sampler: Sampler,
+        *,
+        end_ids: Collection[int],
+        num_logprobs: int | None = None,
+        cancel: threading.Event | None = None,
+    ):
+        self.answers = [answer]
+        self._batch, self._cancel = batch, cancel or threading.Event()
+        self._end_ids = frozenset(end_ids)
+        self._has_joined = self._is_over = False
+        # From the batch's thread: a token, why there is none, or None at the end of a cancelled one.
+        self._arrived: queue.SimpleQueue[tuple[int, TokenScore | None] | Exception | None] = (
+            queue.SimpleQueue()
+        )
+        # The rest is the batch's; it knows the answer before its reader does.
+        self.inputs, self.sampler, self.num_logprobs = inputs, sampler, num_logprobs
+        self.ahead = AnswerState(answer.num_prompt_tokens, max_new_tokens=answer.max_new_tokens)
+        self.joined_s = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        return self.answers[0].finish_reason is not None
+
+    def cancel(self) -> None:
+        """End the answer with the tokens that were read; nothing happens to a finished one."""
+        self.end(self.answers[0])
+
+    def end(self, answer: AnswerState) -> None:
+        self._is_over = True
+        answer.finish_reason = answer.finish_reason or "cancelled"
+
+    def step(self) -> None:
+        """Wait for the answer's next token; whatever it failed of is raised."""
+        if not self._has_joined:
+            self._has_joined = True
+            self._batch.join(self)
+        arrived = self._arrived.get()
+        if isinstance(arrived, Exception):
+            self.cancel()
+            raise arrived
+        if arrived is None:
+            self.cancel()
+            return
+        token, score = arrived
+        if score is not None:
+            self.answers[0].scores.append(score)
+        self.answers[0].add_token(token, end_ids=self._end_ids)
+
+    @property
+    def wants_no_more(self) -> bool:
+        return self._is_over or self._cancel.is_set()
+
+    @property
+    def has_ended(self) -> bool:
+        return self.ahead.finish_reason is not None
+
+    @property
+    def most_tokens(self) -> int:
+        """That it may come to hold, with its prompt."""
+        return self.ahead.num_prompt_tokens + self.ahead.max_new_tokens
+
+    def give(self, token: int, score: TokenScore | None) -> None:
+        """The next token, from the batch's thread."""
+        self.ahead.add_token(token, end_ids=self._end_ids)
+        self._arrived.put((token, score))
+
+    def tell(self, failure: Exception | None) -> None:
+        """No token follows, from the batch's thread."""
+        self.ahead.finish_reason = "cancelled"
+        self.inputs = {}
+        self._arrived.put(failure)
+
+
+class Batch:
+    """The batch of a model, and its thread.
+
+    Between two steps prompts are computed for about as long as a step takes: answers that are
+    being read never stop for those that begin. Requests begin in the order in which they came.
+
+    Args:
+        step: of the same model.
+        num_rows: most answers at once.
+        max_tokens: of the model's context. All rows together may come to hold `FULL_CONTEXTS` of
+            it, so that many take no more memory than a few; one always has room.
+    """
+
+    def __init__(self, model: MiniMindVLM, step: TokenStep, *, num_rows: int, max_tokens: int):
+        self._model, self._step = model, step
+        self._num_rows, self._most_tokens = num_rows, FULL_CONTEXTS * max_tokens
+        self._past: Shelves[Member] = Shelves()
+        self._lock = threading.Lock()  # of what follows
+        self._waiting: deque[Member] = deque()
+        self._thread: threading.Thread | None = None
+        self._beginning: tuple[Member, Generator[None, None, Filled]] | None = None
+        self._step_s = 0.0  # of the last step
+
+    def join(self, member: Member) -> None:
+        with self._lock:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="batch")
+                thread.start()
+                self._thread = thread
+            member.joined_s = time.monotonic()
+            self._waiting.append(member)
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while self._has_work():
+            try:
+                self._drop_ended()
+                self._begin()
+                self._advance()
+            except Exception as error:  # of no single row: nobody must wait for ever
+                self._fail_all(error)
+
+    def _has_work(self) -> bool:
+        """False ends the thread: there is nobody to answer, or the program ends."""
+        if not threading.main_thread().is_alive():
+            self._fail_all(None)
+        with self._lock:
+            if self._waiting or self._beginning or self._past.owners:
+                return True
+            self._thread = None
+            return False
+
+    def _drop_ended(self) -> None:
+        """Those whose readers want no more leave; so do those that have waited too long."""
+        for member in self._past.owners:
+            if member.wants_no_more:
+                self._past.drop(member)
+                member.tell(None)
+        if self._beginning and self._beginning[0].wants_no_more:
+            self._beginning[0].tell(None)
+            self._beginning = None
+        with self._lock:
+            waiting, self._waiting = list(self._waiting), deque()
+            for member in waiting:
+                if member.wants_no_more:
+                    member.tell(None)
+                elif time.monotonic() - member.joined_s > MAX_WAIT_S:
+                    member.tell(TimeoutError("no room for this answer; try again later"))
+                else:
+                    self._waiting.append(member)
+
+    def _begin(self) -> None:
+        """Compute prompts of those who wait, for about as long as a step takes."""
+        until_s = time.perf_counter() + self._step_s
+        while self._beginning or self._take_next():
+            assert self._beginning is not None
+            member, pieces = self._beginning
+            try:
+                next(pieces)
+            except StopIteration as end:
+                self._beginning = None
+                self._put(member, end.value)
+            except Exception as error:
+                self._beginning = None
+                member.tell(told(error))
+            if time.perf_counter() >= until_s:
+                return
+
+    def _take_next(self) -> bool:
+        """Begin with the first of those who wait, if there is room for it."""
+        held = self._past.owners
+        with self._lock:
+            if not self._waiting or len(held) >= self._num_rows:
+                return False
+            num_tokens = sum(m.most_tokens for m in (*held, self._waiting[0]))
+            if held and num_tokens > self._most_tokens:
+                return False
+            member = self._waiting.popleft()
+        self._beginning = member, prefill(self._model, member.inputs)
+        return True
+
+    def _put(self, member: Member, filled: Filled) -> None:
+        """A computed prompt gets its first token, and joins the batch unless that is its last."""
+        member.inputs = {}
+        try:
+            self._choose([member], filled.logits)
+            if not member.has_ended:
+                self._past.put(filled.states, member)
+        except Exception as error:
+            member.tell(told(error))
+
+    def _advance(self) -> None:
+        """A token for every row."""
+        for member in self._past.full:
+            try:
+                self._past.move(member)
+            except Exception as error:
+                self._fail(member, error)
+        members = self._past.owners
+        if not members:
+            return
+        started_s = time.perf_counter()
+        try:
+            logits = self._step(self._newest(members), self._past).float()
+        except Exception as error:
+            logits = self._each_alone(members, error)
+            members = self._past.owners
+        if members:
+            self._choose(members, logits)
+        for member in self._past.owners:
+            if member.has_ended:
+                self._past.drop(member)
+        self._step_s = time.perf_counter() - started_s
+
+    def _newest(self, members: list[Member]) -> Tensor:
+        ids = [member.ahead.new_ids[-1] for member in members]
+        return torch.tensor(ids, device=self._model.device)
+
+    def _each_alone(self, members: list[Member], error: Exception) -> Tensor:
+        """After a step that failed: row by row, so that only rows that fail by themselves leave.
+
+        Returns:
+            The logits (B, V) of the rows that are left.
+        """
+        self._past.close_slot()
+        logits = []
+        for member in members:
+            try:
+                if len(members) == 1:
+                    raise error
+                own = self._step(self._newest([member]), self._past.alone(member)).float()
+                logits.append((member, own))
+            except Exception as own_error:
+                self._fail(member, own_error)
+        self._past.open_slot()
+        by_owner = {id(member): own for member, own in logits}
+        return torch.cat([by_owner[id(m)] for m in self._past.owners]) if logits else torch.empty(0)
+
+    def _choose(self, members: list[Member], logits: Tensor) -> None:
+        """Give each the next token by its logits (B, V); numbers that are none fail their row."""
+        is_sound = logits.isfinite().all(-1)
+        tokens = choose_each([m.sampler for m in members], logits.nan_to_num())
+        rows = zip(members, tokens.tolist(), is_sound.tolist(), strict=True)
+        for row, (member, token, is_good) in enumerate(rows):
+            if not is_good:
+                self._fail(member, RuntimeError("the model gives numbers that are not finite"))
+                continue
+            place = slice(row, row + 1)
+            scores = token_scores(logits[place], tokens[place], num_likeliest=member.num_logprobs)
+            member.give(token, scores[0] if scores else None)
+
+    def _fail(self, member: Member, error: Exception) -> None:
+        if any(own is member for own in self._past.owners):
+            self._past.drop(member)
+        member.tell(told(error))
+
+    def _fail_all(self, error: Exception | None) -> None:
+        failure = None if error is None else told(error)
+        members = self._past.owners
+        self._past = Shelves()
+        if self._beginning:
+            members.append(self._beginning[0])
+            self._beginning = None
+        with self._lock:
+            members += self._waiting
+            self._waiting.clear()
+        for member in members:
+            member.tell(failure)
+
+
+def told(error: Exception) -> Exception:
+    """An error as its request's reader gets it: its frames hold no tensors any more."""
+    traceback.clear_frames(error.__traceback__)
+    line = out_of_memory_line(error, advice=NO_ROOM_ADVICE)
+    return error if line is None else OutOfMemory(line)
