@@ -29,6 +29,7 @@ from model.generation.token_step import TokenStep
 from model.machine.device import OutOfMemory, out_of_memory_line
 from model.model_vlm import MiniMindVLM
 
+ROWS = 32  # answers at once, unless a flag says otherwise
 MAX_WAIT_S = 600  # for room in the batch
 FULL_CONTEXTS = 2  # the tokens that all rows together may come to hold
 
