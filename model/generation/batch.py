@@ -15,13 +15,13 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 
 import torch
 from torch import Tensor
 
 from model.generation.decoding import AnswerState, TokenScore, token_scores
-from model.generation.prefill import Filled, prefill
+from model.generation.prefill import Filled, go_together, prefill
 from model.generation.sampler import Sampler, choose_each
 from model.generation.shelves import Shelves
 from model.generation.stream import NO_ROOM_ADVICE
@@ -63,10 +63,12 @@ class Member:
         self._arrived: queue.SimpleQueue[tuple[int, TokenScore | None] | Exception | None] = (
             queue.SimpleQueue()
         )
+        self._arrival: Callable[[], None] = lambda: None
         # The rest is the batch's; it knows the answer before its reader does.
         self.inputs, self.sampler, self.num_logprobs = inputs, sampler, num_logprobs
         self.ahead = AnswerState(answer.num_prompt_tokens, max_new_tokens=answer.max_new_tokens)
         self.joined_s = 0.0
+        self.begins_alone = False  # others began with it, and failed
 
     @property
     def is_done(self) -> bool:
@@ -80,11 +82,25 @@ class Member:
         self._is_over = True
         answer.finish_reason = answer.finish_reason or "cancelled"
 
-    def step(self) -> None:
-        """Wait for the answer's next token; whatever it failed of is raised."""
+    def listen(self, arrival: Callable[[], None]) -> bool:
+        """From now on `arrival` is called, in another thread, whenever a step need not wait."""
+        self._arrival = arrival
+        self._join()
+        return True
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether a step need not wait."""
+        return not self._arrived.empty()
+
+    def _join(self) -> None:
         if not self._has_joined:
             self._has_joined = True
             self._batch.join(self)
+
+    def step(self) -> None:
+        """Wait for the answer's next token; whatever it failed of is raised."""
+        self._join()
         arrived = self._arrived.get()
         if isinstance(arrived, Exception):
             self.cancel()
@@ -114,12 +130,14 @@ class Member:
         """The next token, from the batch's thread."""
         self.ahead.add_token(token, end_ids=self._end_ids)
         self._arrived.put((token, score))
+        self._arrival()
 
     def tell(self, failure: Exception | None) -> None:
         """No token follows, from the batch's thread."""
         self.ahead.finish_reason = "cancelled"
         self.inputs = {}
         self._arrived.put(failure)
+        self._arrival()
 
 
 class Batch:
@@ -142,7 +160,7 @@ class Batch:
         self._lock = threading.Lock()  # of what follows
         self._waiting: deque[Member] = deque()
         self._thread: threading.Thread | None = None
-        self._beginning: tuple[Member, Generator[None, None, Filled]] | None = None
+        self._beginning: tuple[list[Member], Generator[None, None, list[Filled]]] | None = None
         self._step_s = 0.0  # of the last step
 
     def join(self, member: Member) -> None:
@@ -180,8 +198,9 @@ class Batch:
             if member.wants_no_more:
                 self._past.drop(member)
                 member.tell(None)
-        if self._beginning and self._beginning[0].wants_no_more:
-            self._beginning[0].tell(None)
+        if self._beginning and all(member.wants_no_more for member in self._beginning[0]):
+            for member in self._beginning[0]:
+                member.tell(None)
             self._beginning = None
         with self._lock:
             waiting, self._waiting = list(self._waiting), deque()
@@ -198,30 +217,52 @@ class Batch:
         until_s = time.perf_counter() + self._step_s
         while self._beginning or self._take_next():
             assert self._beginning is not None
-            member, pieces = self._beginning
+            members, pieces = self._beginning
             try:
                 next(pieces)
             except StopIteration as end:
                 self._beginning = None
-                self._put(member, end.value)
+                for member, filled in zip(members, end.value, strict=True):
+                    self._put(member, filled)
             except Exception as error:
                 self._beginning = None
-                member.tell(told(error))
+                self._begin_apart(members, error)
             if time.perf_counter() >= until_s:
                 return
 
     def _take_next(self) -> bool:
-        """Begin with the first of those who wait, if there is room for it."""
-        held = self._past.owners
+        """Begin with the first of those who wait, if there is room for it, and with those behind it
+        whose prompts go together with its."""
+        chosen: list[Member] = []
         with self._lock:
-            if not self._waiting or len(held) >= self._num_rows:
-                return False
-            num_tokens = sum(m.most_tokens for m in (*held, self._waiting[0]))
-            if held and num_tokens > self._most_tokens:
-                return False
-            member = self._waiting.popleft()
-        self._beginning = member, prefill(self._model, member.inputs)
+            while self._waiting and self._fits(chosen, self._waiting[0]):
+                chosen.append(self._waiting.popleft())
+        if not chosen:
+            return False
+        self._beginning = chosen, prefill(self._model, [member.inputs for member in chosen])
         return True
+
+    def _fits(self, chosen: list[Member], more: Member) -> bool:
+        """Whether there is room for one more, and it begins together with those chosen before."""
+        held = [*self._past.owners, *chosen]
+        num_tokens = sum(member.most_tokens for member in (*held, more))
+        if held and (len(held) >= self._num_rows or num_tokens > self._most_tokens):
+            return False
+        both = [*chosen, more]
+        is_alone = any(m.begins_alone or "vision_features" in m.inputs for m in both)
+        lengths = [member.ahead.num_prompt_tokens for member in both]
+        return not chosen or (not is_alone and go_together(lengths))
+
+    def _begin_apart(self, members: list[Member], error: Exception) -> None:
+        """After prompts that failed: one by one, so that only those that fail by themselves do."""
+        if len(members) == 1:
+            members[0].tell(told(error))
+            return
+        traceback.clear_frames(error.__traceback__)
+        for member in members:
+            member.begins_alone = True
+        with self._lock:
+            self._waiting.extendleft(reversed(members))
 
     def _put(self, member: Member, filled: Filled) -> None:
         """A computed prompt gets its first token, and joins the batch unless that is its last."""
@@ -282,8 +323,9 @@ class Batch:
 
     def _choose(self, members: list[Member], logits: Tensor) -> None:
         """Give each the next token by its logits (B, V); numbers that are none fail their row."""
-        is_sound = logits.isfinite().all(-1)
-        tokens = choose_each([m.sampler for m in members], logits.nan_to_num())
+        is_sound = logits.amax(-1).isfinite()  # -inf forbids a token, and is sound beside others
+        logits = logits.where(is_sound[:, None], 0)
+        tokens = choose_each([m.sampler for m in members], logits)
         rows = zip(members, tokens.tolist(), is_sound.tolist(), strict=True)
         for row, (member, token, is_good) in enumerate(rows):
             if not is_good:
@@ -303,7 +345,7 @@ class Batch:
         members = self._past.owners
         self._past = Shelves()
         if self._beginning:
-            members.append(self._beginning[0])
+            members += self._beginning[0]
             self._beginning = None
         with self._lock:
             members += self._waiting

@@ -7,6 +7,7 @@ Shapes: B answers, T tokens of the padded prompts, A new tokens, N candidates of
 
 import copy
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -88,6 +89,11 @@ class BeamDecoder:
     @property
     def is_done(self) -> bool:
         return not self._inputs
+
+    has_arrived = False  # a step computes: it arrives with it
+
+    def listen(self, _arrival: Callable[[], None]) -> bool:
+        return False
 
     def cancel(self) -> None:
         """End answers that were not searched, without a token; nothing happens to others."""

@@ -3,7 +3,7 @@
 Shapes: B unfinished answers, T tokens, V vocabulary.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -98,6 +98,11 @@ class Decoder:
     @property
     def is_done(self) -> bool:
         return not self._active
+
+    has_arrived = False  # a step computes: it arrives with it
+
+    def listen(self, _arrival: Callable[[], None]) -> bool:
+        return False
 
     def cancel(self) -> None:
         """End the unfinished answers with the tokens they have, and free the cache."""

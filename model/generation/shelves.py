@@ -36,10 +36,15 @@ class Past(Protocol):
     def attend(self, layer: int, query: Tensor, pair: Tensor, *, scaling: float) -> Tensor: ...
 
 
-def states_of(cache: Cache) -> Tensor:
-    """The keys and values of one text: (L, 2, G, T, K)."""
+def states_of(cache: Cache, row: int, length: int) -> Tensor:
+    """The keys and values of one of the texts, which ends the row: (L, 2, G, T, K)."""
     layers: list[Any] = cache.layers
-    return torch.stack([torch.cat((layer.keys, layer.values)) for layer in layers])
+    return torch.stack(
+        [
+            torch.stack([part[row, :, -length:] for part in (layer.keys, layer.values)])
+            for layer in layers
+        ]
+    )
 
 
 class Shelf(KeyValues, Generic[OwnerT]):

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -42,6 +42,11 @@ class DecodesAnswers(Protocol):
 
     @property
     def is_done(self) -> bool: ...
+
+    @property
+    def has_arrived(self) -> bool: ...
+
+    def listen(self, arrival: Callable[[], None]) -> bool: ...
 
     def step(self) -> None:
         """Go on until there are new tokens, or none follow."""
@@ -101,20 +106,41 @@ class Streams:
     def __iter__(self) -> Iterator[Written]:
         return self
 
-    @memory_guard(NO_ROOM_ADVICE)
     def __next__(self) -> Written:
-        while not self._ready and not self._decoder.is_done:
-            if self._cancel is not None and self._cancel.is_set():
-                self.close()
-                break
-            self._decoder.step()
-            for index in range(len(self)):
-                self._read(index)
+        while not self.has_next:
+            self.advance()
         if not self._ready:
             self._finish()
         if not self._ready:
             raise StopIteration
         return self._ready.popleft()
+
+    @property
+    def has_next(self) -> bool:
+        """Whether the next piece, or the end, is there without a further token."""
+        return bool(self._ready) or self._decoder.is_done
+
+    @memory_guard(NO_ROOM_ADVICE)
+    def advance(self) -> None:
+        """Take the next token of each answer, whose text may be no whole character yet."""
+        if self._cancel is not None and self._cancel.is_set():
+            self.close()
+            return
+        self._decoder.step()
+        for index in range(len(self)):
+            self._read(index)
+
+    def listen(self, arrival: Callable[[], None]) -> bool:
+        """Ask for a call, from another thread, whenever `advance` need not wait (`has_arrived`).
+
+        Returns:
+            Whether there will be any: False where the tokens are computed in `advance`.
+        """
+        return self._decoder.listen(arrival)
+
+    @property
+    def has_arrived(self) -> bool:
+        return self._decoder.has_arrived
 
     def _read(self, index: int) -> None:
         """Take the text of an answer's new tokens."""

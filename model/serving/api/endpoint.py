@@ -50,13 +50,11 @@ class Service:
 
     Args:
         preparing: how many bodies are parsed, or pictures decoded, at once.
-        waiting: how many threads wait for an answer's next token.
     """
 
     asked: Asked
     places: Places
     preparing: anyio.CapacityLimiter
-    waiting: anyio.CapacityLimiter
     metrics: Metrics
     body_timeout_s: float
 

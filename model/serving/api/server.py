@@ -151,7 +151,6 @@ def create_app(
         asked=Asked(engine.batched(concurrency), names, defaults),
         places=places,
         preparing=anyio.CapacityLimiter(PREPARED_AT_ONCE),
-        waiting=anyio.CapacityLimiter(concurrency),
         metrics=metrics,
         body_timeout_s=body_timeout_s,
     )
