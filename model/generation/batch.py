@@ -10,19 +10,19 @@ cores, and each would read all weights for its own tokens.
 Shapes: B rows, V vocabulary.
 """
 
-import queue
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
 
-from model.generation.decoding import AnswerState, TokenScore, token_scores
+from model.generation.decoding import token_scores
+from model.generation.member import Member
 from model.generation.prefill import Filled, go_together, prefill
-from model.generation.sampler import Sampler, choose_each
+from model.generation.sampler import choose_each
 from model.generation.shelves import Shelves
 from model.generation.stream import NO_ROOM_ADVICE
 from model.generation.token_step import TokenStep
@@ -32,112 +32,6 @@ from model.model_vlm import MiniMindVLM
 ROWS = 32  # answers at once, unless a flag says otherwise
 MAX_WAIT_S = 600  # for room in the batch
 FULL_CONTEXTS = 2  # the tokens that all rows together may come to hold
-
-
-class Member:
-    """One request's answer in a batch: a `Decoder` of one answer, for the thread that reads it.
-
-    Args:
-        inputs: of `VLMProcessor.prompt_batch` or `text_batch`, one prompt.
-        sampler: of this answer.
-        num_logprobs: as of `Sampling`.
-        cancel: once it is set, the answer ends with the tokens it has.
-    """
-
-    def __init__(
-        self,
-        batch: "Batch",
-        inputs: dict[str, Tensor],
-        answer: AnswerState,
-        sampler: Sampler,
-        *,
-        end_ids: Collection[int],
-        num_logprobs: int | None = None,
-        cancel: threading.Event | None = None,
-    ):
-        self.answers = [answer]
-        self._batch, self._cancel = batch, cancel or threading.Event()
-        self._end_ids = frozenset(end_ids)
-        self._has_joined = self._is_over = False
-        # From the batch's thread: a token, why there is none, or None at the end of a cancelled one.
-        self._arrived: queue.SimpleQueue[tuple[int, TokenScore | None] | Exception | None] = (
-            queue.SimpleQueue()
-        )
-        self._arrival: Callable[[], None] = lambda: None
-        # The rest is the batch's; it knows the answer before its reader does.
-        self.inputs, self.sampler, self.num_logprobs = inputs, sampler, num_logprobs
-        self.ahead = AnswerState(answer.num_prompt_tokens, max_new_tokens=answer.max_new_tokens)
-        self.joined_s = 0.0
-        self.begins_alone = False  # others began with it, and failed
-
-    @property
-    def is_done(self) -> bool:
-        return self.answers[0].finish_reason is not None
-
-    def cancel(self) -> None:
-        """End the answer with the tokens that were read; nothing happens to a finished one."""
-        self.end(self.answers[0])
-
-    def end(self, answer: AnswerState) -> None:
-        self._is_over = True
-        answer.finish_reason = answer.finish_reason or "cancelled"
-
-    def listen(self, arrival: Callable[[], None]) -> bool:
-        """From now on `arrival` is called, in another thread, whenever a step need not wait."""
-        self._arrival = arrival
-        self._join()
-        return True
-
-    @property
-    def has_arrived(self) -> bool:
-        """Whether a step need not wait."""
-        return not self._arrived.empty()
-
-    def _join(self) -> None:
-        if not self._has_joined:
-            self._has_joined = True
-            self._batch.join(self)
-
-    def step(self) -> None:
-        """Wait for the answer's next token; whatever it failed of is raised."""
-        self._join()
-        arrived = self._arrived.get()
-        if isinstance(arrived, Exception):
-            self.cancel()
-            raise arrived
-        if arrived is None:
-            self.cancel()
-            return
-        token, score = arrived
-        if score is not None:
-            self.answers[0].scores.append(score)
-        self.answers[0].add_token(token, end_ids=self._end_ids)
-
-    @property
-    def wants_no_more(self) -> bool:
-        return self._is_over or self._cancel.is_set()
-
-    @property
-    def has_ended(self) -> bool:
-        return self.ahead.finish_reason is not None
-
-    @property
-    def most_tokens(self) -> int:
-        """That it may come to hold, with its prompt."""
-        return self.ahead.num_prompt_tokens + self.ahead.max_new_tokens
-
-    def give(self, token: int, score: TokenScore | None) -> None:
-        """The next token, from the batch's thread."""
-        self.ahead.add_token(token, end_ids=self._end_ids)
-        self._arrived.put((token, score))
-        self._arrival()
-
-    def tell(self, failure: Exception | None) -> None:
-        """No token follows, from the batch's thread."""
-        self.ahead.finish_reason = "cancelled"
-        self.inputs = {}
-        self._arrived.put(failure)
-        self._arrival()
 
 
 class Batch:

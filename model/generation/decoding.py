@@ -165,9 +165,8 @@ class Decoder:
         logits: Tensor = output.logits[:, -1].float()
         return logits.repeat_interleave(num_choices, 0)
 
-def token_scores(
-    logits: Tensor, tokens: Tensor, *, num_likeliest: int | None
-) -> list[TokenScore]:
+
+def token_scores(logits: Tensor, tokens: Tensor, *, num_likeliest: int | None) -> list[TokenScore]:
     """What the model says, by its logits (B, V), of the chosen tokens (B,).
 
     Args:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from model.generation.attention_map import image_attention
-from model.generation.batch import Batch, Member
+from model.generation.batch import Batch
 from model.generation.beam_search import BeamDecoder, shared_room
 from model.generation.context import Context
 from model.generation.decoding import AnswerState, Decoder
+from model.generation.member import Member
 from model.generation.sampler import Sampler
 from model.generation.sampling import MAX_SEED, Sampling, cannot_think
 from model.generation.stream import NO_ROOM_ADVICE, Answer, DecodesAnswers, Stream, Streams
@@ -259,9 +260,14 @@ class VLMEngine:
     ) -> Member:
         end_ids = self._end_ids(sampling)
         sampler = self._sampler(sampling, prompts, end_ids, num_choices=1)
-        logprobs = sampling.num_logprobs
         return Member(
-            shared, batch, answer, sampler, end_ids=end_ids, num_logprobs=logprobs, cancel=cancel
+            shared.join,
+            batch,
+            answer,
+            sampler,
+            end_ids=end_ids,
+            num_logprobs=sampling.num_logprobs,
+            cancel=cancel,
         )
 
     def _decoder(

@@ -1,7 +1,7 @@
 """Owns the way of prompts through the model in pieces: between two of them other answers go on.
 
-Shapes: B prompts, T tokens, I images, P image tokens, D hidden, V vocabulary, L layers, G heads of keys,
-K head dim.
+Shapes: B prompts, T tokens, I images, P image tokens, D hidden, V vocabulary, L layers, G heads of
+keys, K head dim.
 """
 
 from collections.abc import Generator, Sequence
@@ -78,9 +78,7 @@ def _join(prompts: Sequence[dict[str, Tensor]], width: int) -> dict[str, Tensor]
     return padded | {"pixel_values": images}
 
 
-def _encode(
-    model: MiniMindVLM, inputs: dict[str, Tensor]
-) -> Generator[None, None, Tensor | None]:
+def _encode(model: MiniMindVLM, inputs: dict[str, Tensor]) -> Generator[None, None, Tensor | None]:
     """The prompts' images (I, P, D), in reading order; None where they have none."""
     pixels, features = inputs.get("pixel_values"), inputs.get("vision_features")
     if features is not None:

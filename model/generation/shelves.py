@@ -1,7 +1,7 @@
 """Owns the keys and values of a batch whose rows come and go: texts of like length lie together.
 
-A batch in one tensor would take as much room for each row as for its longest, and attend to as much:
-one long question would slow all others and fill the memory. So rows lie on shelves, each for
+A batch in one tensor would take as much room for each row as for its longest, and attend to as
+much: one long question would slow all others and fill the memory. So rows lie on shelves, each for
 texts of up to twice as many tokens as the one before; what outgrows its shelf moves on.
 
 Shapes: L layers, B rows, T tokens, G heads of keys, C slots, H query heads, K head dim.

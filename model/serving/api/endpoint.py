@@ -40,6 +40,8 @@ def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, OutOfMemory):
         logger.error("%s", error)
         return ApiError(503, str(error))
+    if isinstance(error, TimeoutError):  # it waited too long for room in the batch
+        return ApiError(503, str(error))
     logger.error("a request failed", exc_info=error)
     return ApiError(500, f"the server failed on this request ({type(error).__name__})")
 
