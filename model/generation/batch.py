@@ -22,6 +22,7 @@ from torch import Tensor
 from model.generation.decoding import token_scores
 from model.generation.member import Member
 from model.generation.prefill import Filled, go_together, prefill
+from model.generation.prefixes import Prefixes
 from model.generation.sampler import choose_each
 from model.generation.shelves import Shelves
 from model.generation.stream import NO_ROOM_ADVICE
@@ -51,6 +52,7 @@ class Batch:
         self._model, self._step = model, step
         self._num_rows, self._most_tokens = num_rows, FULL_CONTEXTS * max_tokens
         self._past: Shelves[Member] = Shelves()
+        self._prefixes = Prefixes(num_image_tokens=model.config.num_image_tokens)
         self._lock = threading.Lock()  # of what follows
         self._waiting: deque[Member] = deque()
         self._thread: threading.Thread | None = None
@@ -133,7 +135,12 @@ class Batch:
                 chosen.append(self._waiting.popleft())
         if not chosen:
             return False
-        self._beginning = chosen, prefill(self._model, [member.inputs for member in chosen])
+        prefix = None
+        if len(chosen) == 1 and chosen[0].contents is not None:
+            mask = chosen[0].inputs["image_mask"][0]
+            prefix = self._prefixes.find(chosen[0].contents, mask)
+        inputs = [member.inputs for member in chosen]
+        self._beginning = chosen, prefill(self._model, inputs, prefix)
         return True
 
     def _fits(self, chosen: list[Member], more: Member) -> bool:
@@ -163,6 +170,10 @@ class Batch:
         member.inputs = {}
         try:
             self._choose([member], filled.logits)
+            if member.was_broken:
+                return
+            if member.contents is not None:
+                self._prefixes.keep(member.contents, filled.states)
             if not member.has_ended:
                 self._past.put(filled.states, member)
         except Exception as error:

@@ -265,6 +265,7 @@ class VLMEngine:
             batch,
             answer,
             sampler,
+            num_image_tokens=self.model.config.num_image_tokens,
             end_ids=end_ids,
             num_logprobs=sampling.num_logprobs,
             cancel=cancel,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from torch import Tensor
 
 from model.generation.decoding import AnswerState, TokenScore
+from model.generation.prefixes import contents_of
 from model.generation.sampler import Sampler
 
 
@@ -17,6 +18,7 @@ class Member:
         join: tells the batch's thread of it, at the first step.
         inputs: of `VLMProcessor.prompt_batch` or `text_batch`, one prompt.
         sampler: of this answer.
+        num_image_tokens: of each image in the prompt.
         num_logprobs: as of `Sampling`.
         cancel: once it is set, the answer ends with the tokens it has.
     """
@@ -28,6 +30,7 @@ class Member:
         answer: AnswerState,
         sampler: Sampler,
         *,
+        num_image_tokens: int,
         end_ids: Collection[int],
         num_logprobs: int | None = None,
         cancel: threading.Event | None = None,
@@ -45,6 +48,7 @@ class Member:
         self.inputs, self.sampler, self.num_logprobs = inputs, sampler, num_logprobs
         self.ahead = AnswerState(answer.num_prompt_tokens, max_new_tokens=answer.max_new_tokens)
         self.joined_s = 0.0
+        self.contents = contents_of(inputs, num_image_tokens=num_image_tokens)
         self.begins_alone = False  # others began with it, and failed
 
     @property
@@ -97,6 +101,11 @@ class Member:
     @property
     def has_ended(self) -> bool:
         return self.ahead.finish_reason is not None
+
+    @property
+    def was_broken(self) -> bool:
+        """Whether it ended otherwise than by a token."""
+        return self.ahead.finish_reason == "cancelled"
 
     @property
     def most_tokens(self) -> int:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache
 
+from model.generation.prefixes import Prefix
 from model.generation.shelves import states_of
 from model.image_fusion import fuse_images
 from model.model_vlm import MiniMindVLM
@@ -34,24 +34,29 @@ def go_together(lengths: Sequence[int]) -> bool:
 
 
 def prefill(
-    model: MiniMindVLM, prompts: Sequence[dict[str, Tensor]]
+    model: MiniMindVLM, prompts: Sequence[dict[str, Tensor]], prefix: Prefix | None = None
 ) -> Generator[None, None, list[Filled]]:
     """Compute prompts: image by image, then `PIECE` tokens at a time.
 
     Args:
         prompts: each of `VLMProcessor.prompt_batch` or `text_batch`; several if they
             `go_together`.
+        prefix: the beginning of the one prompt, which was computed before.
     """
     lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
     joined = prompts[0] if len(prompts) == 1 else _join(prompts, max(lengths))
     inputs = {name: tensor.to(model.device) for name, tensor in joined.items()}
+    if prefix is not None:
+        for name in ("input_ids", "attention_mask", "image_mask"):
+            inputs[name] = inputs[name][:, prefix.length :]
+        inputs["pixel_values"] = inputs["pixel_values"][prefix.num_images :]
     embeds: Tensor = model.model.embed_tokens(inputs["input_ids"])
     images = yield from _encode(model, inputs)
     if images is not None:
         embeds = fuse_images(embeds, inputs["image_mask"], images)
     is_even = min(lengths) == max(lengths)
     mask = None if is_even else inputs["attention_mask"]  # without one the fast kernel runs
-    cache: Cache | None = None
+    cache = None if prefix is None else prefix.cache()
     pieces = embeds.split(PIECE, 1)
     for number, piece in enumerate(pieces):
         output = model(None, mask, inputs_embeds=piece, cache=cache, use_cache=True, **LAST)
