@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from model.generation.batch import ROWS
 from model.generation.engine import VLMEngine
 from model.generation.sampling import add_sampling_arguments, sampling_from
 from model.machine.paths import OUT_DIR, ROOT
@@ -59,7 +60,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="ORIGIN",
         help="web pages of this origin may ask --api; repeatable, * is any / 允许的网页来源",
     )
-    add("--concurrency", type=int, default=2, help="answers at once / 同时生成的回答数")
+    batch_help = "answers decoded at once, in one batch / 同一批次中同时生成的回答数"
+    add("--batch", "--concurrency", type=int, default=ROWS, help=batch_help)
     add("--queue", type=int, default=64, help="questions that may wait / 最多排队数")
     add(
         "--examples",
@@ -101,12 +103,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     where = {"host": args.host, "port": args.port}
-    limits = {"concurrency": args.concurrency, "queue": args.queue}
+    limits = {"concurrency": args.batch, "queue": args.queue}
     try:
-        if args.concurrency < 1 or args.queue < 0 or not 0 <= args.port < 65536:
+        if args.batch < 1 or args.queue < 0 or not 0 <= args.port < 65536:
             raise ValueError(
-                "--concurrency must be at least 1, --queue at least 0, --port 0 to 65535; got "
-                f"{args.concurrency}, {args.queue}, {args.port}"
+                "--batch must be at least 1, --queue at least 0, --port 0 to 65535; got "
+                f"{args.batch}, {args.queue}, {args.port}"
             )
         if args.cors and not args.api:
             raise ValueError("--cors is of the server for programs; add --api, or leave it out")
@@ -120,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
             return serve_api(
                 engine, defaults, **where, **limits, api_key=args.api_key, origins=args.cors
             )
-        weights = Weights(args)
+        weights = Weights(args, concurrency=args.batch)
         first = weights.get(weights.default)
         defaults = sampling_from(args, first.generation)
         print_warning(first)

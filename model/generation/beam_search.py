@@ -7,6 +7,7 @@ Shapes: B answers, T tokens of the padded prompts, A new tokens, N candidates of
 
 import copy
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -89,11 +90,20 @@ class BeamDecoder:
     def is_done(self) -> bool:
         return not self._inputs
 
+    has_arrived = False  # a step computes: it arrives with it
+
+    def listen(self, _arrival: Callable[[], None]) -> bool:
+        return False
+
     def cancel(self) -> None:
         """End answers that were not searched, without a token; nothing happens to others."""
         for answer in self.answers:
             answer.finish_reason = answer.finish_reason or "cancelled"
         self._inputs = {}
+
+    def end(self, _answer: AnswerState) -> None:
+        """As `cancel`: it has found all answers, or none."""
+        self.cancel()
 
     @torch.inference_mode()
     def step(self) -> None:

@@ -3,7 +3,7 @@
 Shapes: B unfinished answers, T tokens, V vocabulary.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -99,6 +99,11 @@ class Decoder:
     def is_done(self) -> bool:
         return not self._active
 
+    has_arrived = False  # a step computes: it arrives with it
+
+    def listen(self, _arrival: Callable[[], None]) -> bool:
+        return False
+
     def cancel(self) -> None:
         """End the unfinished answers with the tokens they have, and free the cache."""
         for answer in self._active:
@@ -118,7 +123,7 @@ class Decoder:
         try:
             logits = self._forward()
             tokens = self._sampler.choose(logits)
-            scores = self._scores(logits, tokens)
+            scores = token_scores(logits, tokens, num_likeliest=self._num_logprobs)
             chosen = tokens.tolist()
         except RuntimeError:
             self.cancel()  # frees the cache: others may need it while the error is reported
@@ -160,15 +165,20 @@ class Decoder:
         logits: Tensor = output.logits[:, -1].float()
         return logits.repeat_interleave(num_choices, 0)
 
-    def _scores(self, logits: Tensor, tokens: Tensor) -> list[TokenScore]:
-        """What the model says of the chosen tokens (B,); nothing where none is asked for."""
-        if self._num_logprobs is None:
-            return []
-        logprobs = logits.log_softmax(-1)
-        own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
-        values, ids = logprobs.topk(min(self._num_logprobs, logprobs.shape[1]))
-        rows = zip(tokens.tolist(), own, ids.tolist(), values.tolist(), strict=True)
-        return [TokenScore(t, p, tuple(zip(i, v, strict=True))) for t, p, i, v in rows]
+
+def token_scores(logits: Tensor, tokens: Tensor, *, num_likeliest: int | None) -> list[TokenScore]:
+    """What the model says, by its logits (B, V), of the chosen tokens (B,).
+
+    Args:
+        num_likeliest: `num_logprobs` of `Sampling`; None gives nothing.
+    """
+    if num_likeliest is None:
+        return []
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+    values, ids = logprobs.topk(min(num_likeliest, logprobs.shape[1]))
+    rows = zip(tokens.tolist(), own, ids.tolist(), values.tolist(), strict=True)
+    return [TokenScore(t, p, tuple(zip(i, v, strict=True))) for t, p, i, v in rows]
 
 
 class TextPieces:

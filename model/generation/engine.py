@@ -5,6 +5,7 @@ the same answer everywhere.
 """
 
 import argparse
+import copy
 import threading
 from collections.abc import Sequence
 
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from model.generation.attention_map import image_attention
+from model.generation.batch import Batch
 from model.generation.beam_search import BeamDecoder, shared_room
 from model.generation.context import Context
 from model.generation.decoding import AnswerState, Decoder
+from model.generation.member import Member
 from model.generation.sampler import Sampler
 from model.generation.sampling import MAX_SEED, Sampling, cannot_think
-from model.generation.stream import NO_ROOM_ADVICE, Answer, Stream, Streams
+from model.generation.stream import NO_ROOM_ADVICE, Answer, DecodesAnswers, Stream, Streams
 from model.generation.thinking import without_thinking
 from model.generation.token_step import TokenStep
 from model.machine.device import memory_guard
@@ -39,8 +42,11 @@ def ask(prompt: str, *, num_images: int) -> list[Message]:
 class VLMEngine:
     """A loaded model that answers; safe to share between threads.
 
-    It has no state that answering changes: every answer has its own cache and random numbers.
+    It has no state that answering changes: every answer has its own cache and random numbers. The
+    engine that `batched` gives has one batch for the answers of all who ask at the same time.
     """
+
+    _batch: Batch | None = None
 
     def __init__(self, loaded: LoadedModel):
         self.model, self.processor = loaded.model, loaded.processor
@@ -52,6 +58,16 @@ class VLMEngine:
     def from_args(cls, args: argparse.Namespace) -> "VLMEngine":
         """Load the model that the flags name, strictly; raises as `load_model` does."""
         return cls(load_model(args))
+
+    def batched(self, num_rows: int) -> "VLMEngine":
+        """The same model, whose single answers of `stream`, `choices` and `complete` are decoded
+        together, `num_rows` at once; several answers of one request, and beams, are not.
+
+        Its answers are computed ahead of who reads them, until they are closed.
+        """
+        own = copy.copy(self)
+        own._batch = Batch(self.model, self._step, num_rows=num_rows, max_tokens=self.max_tokens)
+        return own
 
     @property
     def generation(self) -> int:
@@ -206,9 +222,11 @@ class VLMEngine:
             room = shared_room(longest or len(ids), num_rows, max_tokens=self.max_tokens, name=name)
             limit = min(sampling.max_new_tokens, room)
             answers.append(AnswerState(len(ids), max_new_tokens=limit))
-        decoder: Decoder | BeamDecoder
+        decoder: DecodesAnswers
         if num_beams > 1:
             decoder = self._beam_decoder(batch, answers, sampling, cancel)
+        elif is_shared and len(answers) == 1 and self._batch is not None:
+            decoder = self._member(self._batch, batch, answers[0], sampling, prompts, cancel)
         else:
             decoder = self._decoder(batch, answers, sampling, prompts, num_choices)
         return Streams(
@@ -231,6 +249,28 @@ class VLMEngine:
         end = self.processor.tokenizer.eos_token_id
         return BeamDecoder(self.model, batch, answers, sampling, eos_token_id=end, cancel=cancel)
 
+    def _member(
+        self,
+        shared: Batch,
+        batch: dict[str, Tensor],
+        answer: AnswerState,
+        sampling: Sampling,
+        prompts: list[Tensor],
+        cancel: threading.Event | None,
+    ) -> Member:
+        end_ids = self._end_ids(sampling)
+        sampler = self._sampler(sampling, prompts, end_ids, num_choices=1)
+        return Member(
+            shared.join,
+            batch,
+            answer,
+            sampler,
+            num_image_tokens=self.model.config.num_image_tokens,
+            end_ids=end_ids,
+            num_logprobs=sampling.num_logprobs,
+            cancel=cancel,
+        )
+
     def _decoder(
         self,
         batch: dict[str, Tensor],
@@ -239,29 +279,37 @@ class VLMEngine:
         prompts: list[Tensor],
         num_choices: int,
     ) -> Decoder:
-        end_ids = {*sampling.stop_token_ids}
-        if not sampling.ignore_eos:
-            end_ids.add(self.processor.tokenizer.eos_token_id)
+        end_ids = self._end_ids(sampling)
+        sampler = self._sampler(sampling, prompts, end_ids, num_choices=num_choices)
+        logprobs = sampling.num_logprobs
+        return Decoder(
+            self.model, self._step, batch, answers, sampler, end_ids=end_ids, num_logprobs=logprobs
+        )
+
+    def _end_ids(self, sampling: Sampling) -> set[int]:
+        own = set() if sampling.ignore_eos else {self.processor.tokenizer.eos_token_id}
+        return own | {*sampling.stop_token_ids}
+
+    def _sampler(
+        self,
+        sampling: Sampling,
+        prompts: list[Tensor],
+        end_ids: set[int],
+        *,
+        num_choices: int,
+    ) -> Sampler:
+        """Of answers to the prompts, `num_choices` of which follow one another."""
         first = sampling.seed
         seeds = [
             None if first is None else (first + i) % (MAX_SEED + 1) for i in range(num_choices)
         ]
-        sampler = Sampler(
+        return Sampler(
             sampling,
             prompts,
-            seeds=seeds * len(batch["input_ids"]),
+            seeds=seeds * (len(prompts) // num_choices),
             end_ids=end_ids,
             vocab_size=self.model.config.vocab_size,
             device=self.model.device,
-        )
-        return Decoder(
-            self.model,
-            self._step,
-            batch,
-            answers,
-            sampler,
-            end_ids=end_ids,
-            num_logprobs=sampling.num_logprobs,
         )
 
     def remember(self, messages: list[Message], answer: str) -> list[Message]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
@@ -55,6 +56,11 @@ class KeyValues:
         return self._longest
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [length + self._num_new for length in self._first_lengths]
+
+    @property
     def positions(self) -> Tensor:
         """(B,) of the newest tokens."""
         return self._lengths - 1
@@ -71,6 +77,21 @@ class KeyValues:
             slots = torch.arange(self._longest, device=self._lengths.device)
             self.mask = (slots < self._lengths[:, None])[:, None, None]
             self._newest = self._lengths - 1
+
+    def attend(self, layer: int, query: Tensor, pair: Tensor, *, scaling: float) -> Tensor:
+        """Each row's newest token attends to its own text, itself included.
+
+        The query heads of a group take the places of tokens, so that their keys are not repeated.
+
+        Args:
+            query: (B, G, H / G, K). pair: as of `append`.
+        Returns:
+            (B, G, H / G, K).
+        """
+        keys, values = self.append(layer, pair)
+        return F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=self.mask, scale=scaling
+        )
 
     def append(self, layer: int, pair: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's keys and values (B, 2, G, K) into the open slot.
@@ -93,7 +114,8 @@ class KeyValues:
                 used = self._states[:, row, ..., : self._longest, :]
                 self._states[:, place, ..., : self._longest, :] = used
         self._states = self._states[:, : len(rows)]
-        self._set_lengths([self._first_lengths[row] + self._num_new for row in rows])
+        lengths = self.lengths
+        self._set_lengths([lengths[row] for row in rows])
 
     def _set_lengths(self, lengths: Sequence[int]) -> None:
         """Kept on both sides: asking the device for them would mean waiting for it."""

@@ -7,6 +7,7 @@ Shapes: B unfinished answers, V vocabulary, C candidates.
 """
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,14 +64,33 @@ class Sampler:
         if self._sampling.temperature == 0:
             tokens = scores.argmax(-1)
         else:
-            uniform = torch.cat([torch.rand(1, generator=own) for own in self._generators])
-            tokens = draw(scores, self._sampling, uniform.to(scores.device))
+            tokens = draw(scores, self._sampling, self._uniform().to(scores.device))
+        self._note(tokens)
+        return tokens
+
+    def _uniform(self) -> Tensor:
+        """A number in [0, 1) of each answer's own: (B,)."""
+        return torch.cat([torch.rand(1, generator=own) for own in self._generators])
+
+    def _note(self, tokens: Tensor) -> None:
+        """These tokens (B,) were chosen."""
         self._num_chosen += 1
         if self._is_held is not None:
             self._is_held.scatter_(1, tokens[:, None], True)
         if self._counts is not None:
             self._counts.scatter_add_(1, tokens[:, None], self._counts.new_ones(len(tokens), 1))
-        return tokens
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether there are penalties, or an end that is forbidden still."""
+        is_penalised = self._is_held is not None or self._counts is not None
+        return is_penalised or self._num_chosen < self._sampling.min_tokens
+
+    @property
+    def way(self) -> tuple[float, ...]:
+        """Samplers that agree in it draw alike from the same logits and random number."""
+        own = self._sampling
+        return own.temperature, own.top_k, own.top_p, own.min_p
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these answers alone."""
@@ -92,6 +112,33 @@ class Sampler:
         if self._num_chosen < own.min_tokens:
             logits = logits.index_fill(1, self._end_ids, -torch.inf)
         return logits
+
+
+def choose_each(samplers: Sequence[Sampler], logits: Tensor) -> Tensor:
+    """The next token of each row, by a sampler of its own: what its `choose` gives, but rows that
+    are drawn in one way are drawn at once.
+
+    Args:
+        samplers: B, of one answer each. logits: (B, V) float32.
+    Returns:
+        (B,) int64.
+    """
+    if any(own.changes_logits for own in samplers):
+        logits = logits.clone()
+    alike: dict[Any, list[int]] = {}
+    for row, own in enumerate(samplers):
+        if own.changes_logits:
+            logits[row] = own._penalised(logits[row : row + 1])[0]
+        if own._sampling.temperature:
+            alike.setdefault(own.way, []).append(row)
+    tokens = logits.argmax(-1)
+    for rows in alike.values():
+        uniform = torch.cat([samplers[row]._uniform() for row in rows]).to(logits.device)
+        places = torch.tensor(rows, device=logits.device)
+        tokens[places] = draw(logits[places], samplers[rows[0]]._sampling, uniform)
+    for row, own in enumerate(samplers):
+        own._note(tokens[row : row + 1])
+    return tokens
 
 
 def _generator(seed: int | None) -> torch.Generator:

@@ -2,19 +2,18 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from model.generation.beam_search import BeamDecoder
-from model.generation.decoding import Decoder, TextPieces, TokenScore
+from model.generation.decoding import AnswerState, TextPieces, TokenScore
 from model.generation.sampling import Sampling
 from model.generation.thinking import ThinkingSplitter
 from model.machine.device import memory_guard
 
-NO_ROOM_ADVICE = "ask more briefly, with fewer pictures, or lower --batch_size or --concurrency"
+NO_ROOM_ADVICE = "ask more briefly, with fewer pictures, or lower --batch_size or --batch"
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,29 @@ class Answer:
     reasoning: str | None = None
 
 
+class DecodesAnswers(Protocol):
+    """Where tokens come from: `Decoder`, `BeamDecoder`, or `Member` of a batch."""
+
+    answers: list[AnswerState]
+
+    @property
+    def is_done(self) -> bool: ...
+
+    @property
+    def has_arrived(self) -> bool: ...
+
+    def listen(self, arrival: Callable[[], None]) -> bool: ...
+
+    def step(self) -> None:
+        """Go on until there are new tokens, or none follow."""
+
+    def cancel(self) -> None:
+        """End the unfinished answers with the tokens they have."""
+
+    def end(self, answer: AnswerState) -> None:
+        """End one of the answers so."""
+
+
 class Written(NamedTuple):
     """Text that has come to one of the answers, and whether it is thinking."""
 
@@ -55,7 +77,7 @@ class Streams:
 
     def __init__(
         self,
-        decoder: Decoder | BeamDecoder,
+        decoder: DecodesAnswers,
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         *,
@@ -84,20 +106,41 @@ class Streams:
     def __iter__(self) -> Iterator[Written]:
         return self
 
-    @memory_guard(NO_ROOM_ADVICE)
     def __next__(self) -> Written:
-        while not self._ready and not self._decoder.is_done:
-            if self._cancel is not None and self._cancel.is_set():
-                self.close()
-                break
-            self._decoder.step()
-            for index in range(len(self)):
-                self._read(index)
+        while not self.has_next:
+            self.advance()
         if not self._ready:
             self._finish()
         if not self._ready:
             raise StopIteration
         return self._ready.popleft()
+
+    @property
+    def has_next(self) -> bool:
+        """Whether the next piece, or the end, is there without a further token."""
+        return bool(self._ready) or self._decoder.is_done
+
+    @memory_guard(NO_ROOM_ADVICE)
+    def advance(self) -> None:
+        """Take the next token of each answer, whose text may be no whole character yet."""
+        if self._cancel is not None and self._cancel.is_set():
+            self.close()
+            return
+        self._decoder.step()
+        for index in range(len(self)):
+            self._read(index)
+
+    def listen(self, arrival: Callable[[], None]) -> bool:
+        """Ask for a call, from another thread, whenever `advance` need not wait (`has_arrived`).
+
+        Returns:
+            Whether there will be any: False where the tokens are computed in `advance`.
+        """
+        return self._decoder.listen(arrival)
+
+    @property
+    def has_arrived(self) -> bool:
+        return self._decoder.has_arrived
 
     def _read(self, index: int) -> None:
         """Take the text of an answer's new tokens."""
@@ -128,10 +171,7 @@ class Streams:
 
     def end(self, index: int) -> None:
         """End one answer with the tokens it has, between two pieces."""
-        if isinstance(self._decoder, BeamDecoder):
-            self._decoder.cancel()  # it has found all answers, or none
-        else:
-            self._decoder.end(self._decoder.answers[index])
+        self._decoder.end(self._decoder.answers[index])
 
     def scores(self, index: int, span: slice) -> list[TokenScore]:
         """Of some of an answer's tokens; aligned with `offsets`."""

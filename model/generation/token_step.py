@@ -9,12 +9,11 @@ Shapes: B rows, D hidden, H query heads, G heads of keys, K head dim, V vocabula
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import Attention, RMSNorm, rope_tables
 from model.feed_forward import FeedForward, MoEFeedForward
-from model.generation.key_values import KeyValues
+from model.generation.shelves import Past
 from model.machine.int8 import Int8Linear
 from model.model_minimind import DecoderLayer
 from model.model_vlm import MiniMindVLM
@@ -32,7 +31,7 @@ class TokenStep:
         self._norm = _Norm(model.model.norm)
         self._rope: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, tokens: Tensor, past: KeyValues) -> Tensor:
+    def __call__(self, tokens: Tensor, past: Past) -> Tensor:
         """Logits (B, V) after tokens (B,), which join the past. They are text: none is taken for an
         image placeholder."""
         past.open_slot()
@@ -44,7 +43,7 @@ class TokenStep:
         logits: Tensor = self._lm_head(self._norm(hidden))
         return logits[:, -1]
 
-    def _rotations(self, past: KeyValues, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotations(self, past: Past, *, like: Tensor) -> tuple[Tensor, Tensor]:
         """What heads (B, H, K) and their swapped halves are multiplied by: (B, 1, K) each."""
         rope = self._rope
         if rope is None or len(rope[0]) < past.num_slots or rope[0].dtype != like.dtype:
@@ -88,13 +87,10 @@ class _Layer:
         self,
         hidden: Tensor,  # (B, 1, D)
         rope: tuple[Tensor, Tensor],  # 2 x (B, 1, K)
-        past: KeyValues,
+        past: Past,
         index: int,
     ) -> Tensor:  # (B, 1, D)
-        """Each row's newest token attends to its own text.
-
-        The query heads of a group take the places of tokens, so that their keys are not repeated.
-        """
+        """Each row's newest token attends to its own text."""
         heads = self._project(hidden).view(len(hidden), -1, self._width)  # (B, H + 2 G, K)
         num_groups = heads.shape[1] // (self._per_group + 2)
         turned = heads.narrow(1, 0, heads.shape[1] - num_groups)  # all but the values
@@ -104,13 +100,11 @@ class _Layer:
             pair[:, :num_groups] = self._norms[1](pair[:, :num_groups])
         swapped = turned.roll(self._width // 2, -1)
         torch.addcmul(turned * rope[0], swapped, rope[1], out=turned)
-        keys, values = past.append(index, pair.unflatten(1, (2, num_groups)))
-        mixed = F.scaled_dot_product_attention(
+        mixed = past.attend(
+            index,
             query.unflatten(1, (num_groups, self._per_group)),  # (B, G, H / G, K)
-            keys,
-            values,
-            attn_mask=past.mask,
-            scale=self._scaling,
+            pair.unflatten(1, (2, num_groups)),
+            scaling=self._scaling,
         )
         return self._out(mixed.reshape(len(heads), 1, -1))
 

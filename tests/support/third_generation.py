@@ -129,7 +129,8 @@ def make_it_say(loaded: LoadedModel, *parts: str) -> list[int]:
     def script(_module, _args, inputs, output):
         nonlocal position, is_in_forward
         is_in_forward = False
-        position = 0 if "input_ids" in inputs else position + 1  # a prompt begins anew
+        is_prompt = "input_ids" in inputs or inputs["inputs_embeds"].shape[1] > 1
+        position = 0 if is_prompt else position + 1
         output.logits = say(output.logits)
         return output
 

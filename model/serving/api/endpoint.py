@@ -40,6 +40,8 @@ def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, OutOfMemory):
         logger.error("%s", error)
         return ApiError(503, str(error))
+    if isinstance(error, TimeoutError):  # it waited too long for room in the batch
+        return ApiError(503, str(error))
     logger.error("a request failed", exc_info=error)
     return ApiError(500, f"the server failed on this request ({type(error).__name__})")
 
@@ -49,12 +51,12 @@ class Service:
     """What all endpoints of a server share.
 
     Args:
-        parsing: how many bodies are parsed at once.
+        preparing: how many bodies are parsed, or pictures decoded, at once.
     """
 
     asked: Asked
     places: Places
-    parsing: anyio.CapacityLimiter
+    preparing: anyio.CapacityLimiter
     metrics: Metrics
     body_timeout_s: float
 
@@ -110,7 +112,7 @@ class Endpoint:
             await send(message)
 
         try:
-            limiter = self._service.parsing
+            limiter = self._service.preparing
             request = await to_thread.run_sync(self._parse, body, client, limiter=limiter)
             body.clear()  # megabytes that are not needed while it waits
             async with self._service.places.slot(is_large=request.is_large):
@@ -131,8 +133,9 @@ class Endpoint:
         self, request: Request, client: Client, scope: Scope, receive: Receive, send: Send
     ) -> None:
         asked, metrics = self._service.asked, self._service.metrics
+        limiter = self._service.preparing
         try:
-            streams = await to_thread.run_sync(_begin, request, asked, client)
+            streams = await to_thread.run_sync(_begin, request, asked, client, limiter=limiter)
         except OutOfMemory:
             raise
         except (ValueError, OSError) as error:  # the request's fault; later errors are the server's

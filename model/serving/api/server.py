@@ -6,8 +6,9 @@
     GET  /health                without a key
     GET  /metrics               for Prometheus
 
-A few requests run at once, but one beam search or request for several answers at most; the others
-wait in a queue. A client that disconnects, or keeps the server waiting too long, frees its place.
+Requests run at once, decoded in one batch; of beam searches and requests for several answers, which
+are not, one at most. The others wait in a queue. A client that disconnects, or keeps the server
+waiting too long, frees its place.
 """
 
 import hmac
@@ -27,6 +28,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from model.generation.batch import ROWS
 from model.generation.engine import VLMEngine
 from model.generation.sampling import Sampling
 from model.serving.api.body import BODY_TIMEOUT_S
@@ -41,6 +43,7 @@ from model.serving.hosts import ANY, KnownHosts, allowed_hosts
 from model.weights.file_names import name_without_size
 
 IDLE_CONNECTIONS = 128  # in addition to one for each place
+PREPARED_AT_ONCE = 2  # bodies that are parsed, and pictures that are decoded
 CHAT, TEXT, HEALTH, METRICS = "/v1/chat/completions", "/v1/completions", "/health", "/metrics"
 DEFAULT_NAME = "default"  # every server's model answers to it
 
@@ -124,7 +127,7 @@ def create_app(
     engine: VLMEngine,
     defaults: Sampling,
     *,
-    concurrency: int = 2,
+    concurrency: int = ROWS,
     queue: int = 64,
     api_key: str | None = None,
     origins: Sequence[str] = (),
@@ -135,7 +138,7 @@ def create_app(
 
     Args:
         defaults: sampling settings that a request does not name.
-        concurrency: answers at once. queue: requests that may wait beside them.
+        concurrency: answers at once, in one batch. queue: requests that may wait beside them.
         api_key: required as `Authorization: Bearer`; None requires none.
         origins: of web pages that may ask from a browser (CORS); `*`: of any.
         hosts: names of this server, from `allowed_hosts`; others are refused.
@@ -145,9 +148,9 @@ def create_app(
     places = Places(concurrency=concurrency, queue=queue)
     metrics = Metrics(places, (CHAT, TEXT))
     service = Service(
-        asked=Asked(engine, names, defaults),
+        asked=Asked(engine.batched(concurrency), names, defaults),
         places=places,
-        parsing=anyio.CapacityLimiter(concurrency),
+        preparing=anyio.CapacityLimiter(PREPARED_AT_ONCE),
         metrics=metrics,
         body_timeout_s=body_timeout_s,
     )

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from model.serving.web.weights import Weights
 from model.serving.web.wish import Wish
 
 log = logging.getLogger(__name__)
+SEE_CANCEL_EVERY_S = 0.2
 SHOW_EVERY_S = 0.05  # a streamed answer is sent to the browser this often
 Updates = dict[Any, Any]  # part of the page -> its new value or properties
 Box = dict[str, Any]  # of the question: "text" and "files"
@@ -52,6 +54,7 @@ class Answers:
         self.weights, self.examples, self._kept = weights, examples, kept
         self._length_penalty = length_penalty
         self._cancels: dict[str, threading.Event] = {}  # of the sessions being answered
+        self._searching = threading.Lock()  # beam searches are no part of a batch: one at a time
 
     def _stop(self, request: gr.Request) -> None:
         cancel = self._cancels.get(request.session_hash)
@@ -131,7 +134,10 @@ class Answers:
             length_penalty=self._length_penalty,
         )
         started_s = shown_s = time.perf_counter()
-        with engine.stream(*prompt_of(engine, turns), sampling, cancel=cancel) as pieces:
+        with (
+            self._turn_to_search(cancel) if sampling.num_beams > 1 else nullcontext(),
+            engine.stream(*prompt_of(engine, turns), sampling, cancel=cancel) as pieces,
+        ):
             for piece in pieces:
                 if pieces.is_thinking:
                     turn.reasoning += piece
@@ -154,6 +160,18 @@ class Answers:
             ending="" if reason == "stop" else text(f"ending_{reason}", language),
             dropped=text("dropped", language, count=count) if count else "",
         )
+
+    @contextmanager
+    def _turn_to_search(self, cancel: threading.Event) -> Iterator[None]:
+        """Wait until no other beam search runs, or this one is cancelled."""
+        is_held = False
+        while not is_held and not cancel.is_set():
+            is_held = self._searching.acquire(timeout=SEE_CANCEL_EVERY_S)
+        try:
+            yield
+        finally:
+            if is_held:
+                self._searching.release()
 
     def _keep(self, ticket: str, turns: list[ChatTurn], weight: str) -> None:
         """For a page that is opened again; a page that has not arrived has no ticket."""

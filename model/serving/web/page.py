@@ -25,6 +25,7 @@ from model.serving.web.wish import Wish as Wish
 
 log = logging.getLogger(__name__)
 
+LOOKS_AT_ONCE = 2  # attention maps: they are computed apart from the batch of answers
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 AT_ONCE: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", **PRIVATE}
 IN_BROWSER: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}  # functions of `page.js`
@@ -36,7 +37,7 @@ class Page(Answers):
     Args:
         weights: those that a visitor may choose from.
         examples: pictures to try, in a folder that the page may serve.
-        concurrency: answers generated at once; further questions wait in the queue.
+        concurrency: answers decoded at once; further questions wait in the queue.
         kept: conversations for pages that are opened again.
     """
 
@@ -92,7 +93,9 @@ class Page(Answers):
             self._look,
             [at.turns, at.current, at.language, at.look_image, at.look_layer],
             [at.look_picture, at.look_share, at.status],
-            **queued,
+            concurrency_limit=LOOKS_AT_ONCE,
+            concurrency_id="looks",
+            **PRIVATE,
         )
         fits_weight = [at.weight, at.current, at.look_layer, at.status, at.thinking, *at.sliders]
         begin = [at.about, *at.cards]

@@ -22,6 +22,7 @@ from model.serving.web.weights import Weights
 HERE = Path(__file__).parent  # of the page's style and script
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MAX_EXAMPLES = 8
+OTHER_THREADS = 16
 EXAMPLES, UPLOADS = "examples", "uploads"  # within the folder that visitors' files lie in
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
 CONTRAST = {  # where the theme's own colours are hard to read
@@ -72,7 +73,9 @@ def serve_page(
         # Events that run at once pass through the queue too.
         page.blocks.queue(max_size=max(1, queue))
         care.calm(page.blocks)
-        _launch(page.blocks, folder, kept, host=host, port=port, password=password)
+        threads = {"max_threads": concurrency + OTHER_THREADS}  # each answer's reader waits in one
+        where = {"host": host, "port": port, "password": password}
+        _launch(page.blocks, folder, kept, **where, **threads)
         close_when_idle(page.blocks.server.config)
         print(f"talk to it at {page.blocks.local_url} (Ctrl-C ends it)", flush=True)
         page.blocks.block_thread()
@@ -80,7 +83,14 @@ def serve_page(
 
 
 def _launch(
-    blocks: Any, folder: Path, kept: Kept[Any], *, host: str, port: int, password: str | None
+    blocks: Any,
+    folder: Path,
+    kept: Kept[Any],
+    *,
+    host: str,
+    port: int,
+    password: str | None,
+    max_threads: int,
 ) -> None:
     """Start Gradio's server in a thread; `blocks` are a `gr.Blocks` with its queue."""
     import gradio as gr
@@ -99,6 +109,7 @@ def _launch(
         auth_message=ANY_NAME,
         quiet=True,
         prevent_thread_lock=True,
+        max_threads=max_threads,
         state_session_capacity=care.MAX_SESSIONS,
         **NOT_WANTED,
     )

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from model.generation.batch import ROWS
 from model.generation.engine import VLMEngine
 from model.generation.sampling import Sampling, sampling_from
 from model.serving.web.suggestions import Taught
@@ -24,11 +25,15 @@ class Weights:
     Safe to share between threads. A visitor chooses by name, never by path.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        """Loads the weight of the flags; raises as `VLMEngine.from_args`."""
-        self._args = args
+    def __init__(self, args: argparse.Namespace, *, concurrency: int = ROWS):
+        """Loads the weight of the flags; raises as `VLMEngine.from_args`.
+
+        Args:
+            concurrency: answers of each model that are decoded at once.
+        """
+        self._args, self._concurrency = args, concurrency
         self._lock, self._loading = threading.Lock(), threading.Lock()
-        first = VLMEngine.from_args(args)
+        first = self._from(args)
         self.default = first.path.stem
         self._loaded = OrderedDict({self.default: first})
         self._taught: dict[str, Taught] = {}
@@ -107,11 +112,12 @@ class Weights:
         if name not in self.names():
             raise ValueError(f"no weight {name!r} in {self._args.save_dir.name}/")
         if name == self.default:
-            return VLMEngine.from_args(self._args)
+            return self._from(self._args)
         path = self._args.save_dir / f"{Path(name).name}.pth"
         sizes = {"hidden_size": None, "num_hidden_layers": None, "use_moe": None}
-        return VLMEngine.from_args(
-            argparse.Namespace(
-                **vars(self._args) | sizes | {"load_from": "model", "weight": str(path)}
-            )
-        )
+        named = {"load_from": "model", "weight": str(path)}
+        return self._from(argparse.Namespace(**vars(self._args) | sizes | named))
+
+    def _from(self, args: argparse.Namespace) -> VLMEngine:
+        """Each model decodes its visitors' answers in a batch of its own."""
+        return VLMEngine.from_args(args).batched(self._concurrency)

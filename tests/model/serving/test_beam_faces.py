@@ -3,6 +3,8 @@ its results do not say that they come from it.
 """
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +81,20 @@ def test_page_stops_a_search_with_the_best_beam_so_far(engine):
     (turn,) = last[page.parts.turns]
     assert len(steps) == 4 and "stopped" in turn.note and turn.note.startswith("3 tokens")
     assert turn.answer and not page._cancels
+
+
+def test_page_searches_for_one_visitor_at_a_time(engine):
+    """A search is no part of a batch; who waits for another's may stop waiting."""
+    page, wish = page_of(engine, Sampling()), wish_of("en", num_beams=4)
+    with page._searching, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(list, page._answer([ChatTurn("What?")], wish, before=[]))
+        while wish.session not in page._cancels:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert not waiting.done()
+        page._stop(SimpleNamespace(session_hash="visitor"))
+        (turn,) = waiting.result(timeout=300)[-1][page.parts.turns]
+    assert turn.answer == "" and "stopped" in turn.note and not page._searching.locked()
 
 
 def flags(assets, folder, **values) -> list[str]:

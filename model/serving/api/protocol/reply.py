@@ -4,6 +4,8 @@ Thinking is `reasoning_content`, beside `content`, as vLLM and others have it.
 Source: https://platform.openai.com/docs/api-reference/chat/object and completions/object
 """
 
+import asyncio
+import contextlib
 import json
 import secrets
 import time
@@ -30,6 +32,32 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
 
 
+async def arriving(streams: Streams) -> AsyncIterator[Written]:
+    """What comes, while other requests are served: no thread of its own waits for an answer that is
+    computed in a batch."""
+    loop, has_come = asyncio.get_running_loop(), asyncio.Event()
+
+    def tell() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads
+            loop.call_soon_threadsafe(has_come.set)
+
+    is_told = streams.listen(tell)
+    while True:
+        while is_told and not streams.has_next:
+            has_come.clear()
+            if streams.has_arrived:
+                streams.advance()
+            else:
+                await has_come.wait()
+        if is_told:
+            written = next(streams, None)
+        else:
+            written = await to_thread.run_sync(next, streams, None)
+        if written is None:
+            return
+        yield written
+
+
 class Reply(ABC):
     """One request while it is answered, and the protocol's objects for it."""
 
@@ -47,11 +75,11 @@ class Reply(ABC):
         self._num_told = [0] * len(streams)  # tokens whose log probabilities are told
 
     async def written(self) -> AsyncIterator[Written]:
-        """Text as it comes, up to a stop string; the tokens are computed in a thread.
+        """Text as it comes, up to a stop string; the tokens are computed in another thread.
 
         Only the answer is searched for stop strings: in the thinking they would leave none.
         """
-        while (written := await to_thread.run_sync(next, self.streams, None)) is not None:
+        async for written in arriving(self.streams):
             if written.is_thinking:
                 yield written
                 continue
