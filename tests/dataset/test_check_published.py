@@ -42,6 +42,7 @@ def without_projection(state):
     return {k: v for k, v in state.items() if not k.startswith("vision_proj.")}
 
 
+@pytest.mark.slow
 def test_trained_weights_are_fetched_loaded_and_right(published, trained, tmp_path, capfd):
     publish_weight(published, "llm_512", without_projection(trained))
     assert check(tmp_path, "llm_512", "sft_vlm_512") == 0
@@ -120,6 +121,7 @@ def test_every_weight_of_both_generations_is_checked_by_default():
     assert len(names) == 12
 
 
+@pytest.mark.slow
 def test_script_runs_from_any_directory(published, tmp_path):
     """The real process, whose checksums are the real ones: the tiny tokenizer is refused."""
     words = ("dataset/check_published.py", "sft_vlm_512", "--save_dir", "cache")
@@ -132,6 +134,7 @@ def test_script_runs_from_any_directory(published, tmp_path):
     assert (tower / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_third_generation_is_told_by_its_tensors(hub, tmp_path, capfd, monkeypatch):
     make_assets3(tmp_path)
     loaded = make_loaded3(tmp_path, initializer_range=0.1)

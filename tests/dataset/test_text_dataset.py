@@ -164,6 +164,7 @@ def test_missing_or_empty_text_is_named(tokenizer, tmp_path):
         TextDataset(tmp_path / "gbk.txt", tokenizer)
 
 
+@pytest.mark.slow
 def test_language_model_stage_leads_to_pretraining(assets, tmp_path, capfd):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(TOKENIZER_TEXT * 20), encoding="utf-8")

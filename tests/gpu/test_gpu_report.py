@@ -108,6 +108,7 @@ def report_what_hangs(path: Path) -> None:
     sys.exit(report.main(argv))
 
 
+@pytest.mark.slow
 def test_a_hung_case_ends_the_report_where_it_stands(tmp_path):
     path = tmp_path / "report.txt"
     process = CONTEXT.Process(target=report_what_hangs, args=(path,))

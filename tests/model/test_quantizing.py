@@ -68,6 +68,7 @@ def test_model_is_the_model_within_its_rounding(assets, fields):
     assert engine.look(*conversations()[1], "What?")[0].isfinite().all()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_finished_model_says_the_same():
     weight = ROOT / "out" / "sft_vlm_demo_128.pth"

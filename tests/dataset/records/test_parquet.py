@@ -225,6 +225,7 @@ def test_a_damaged_page_is_a_bad_record_of_its_rows(tmp_path):
         ParquetRecords(path)[7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["list", "list of dictionary", "dictionary"])
 def test_3000_rows_as_published_hold_no_bad_sample(name, processor3, tmp_path):
     texts, images = mixed_rows(random.Random(0))

@@ -240,6 +240,7 @@ def solve_pair(scene, question: str, language: str) -> bool | None:
     return None
 
 
+@pytest.mark.slow
 def test_chance_is_what_the_best_blind_guess_scores(tmp_path):
     """The commonest training answer to the same words is right about as often as chance."""
     synthetic.write_dataset(tmp_path, num_images=3000, split="train", seed=1, image_size=32)

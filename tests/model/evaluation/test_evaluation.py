@@ -46,6 +46,7 @@ def is_inside(figure: dict) -> bool:
     return figure["low"] <= figure["value"] <= figure["high"]
 
 
+@pytest.mark.slow
 def test_captions_are_scored_per_language(captions):
     languages = captions["languages"]
     assert list(languages) == ["all", "en", "zh"]
@@ -143,6 +144,7 @@ def assert_close(first, second) -> None:
         assert first == second
 
 
+@pytest.mark.slow
 def test_weights_are_compared_with_paired_intervals(assets, painted, tmp_path, capfd):
     report = score(assets, painted, tmp_path, compare="early")
     other = report["compare"]
@@ -157,6 +159,7 @@ def test_weights_are_compared_with_paired_intervals(assets, painted, tmp_path, c
     assert same["difference"]["all"]["loss"] == {"value": 0, "low": 0, "high": 0}
 
 
+@pytest.mark.slow
 def test_transformers_folder_is_compared(assets, painted, engine, tmp_path):
     """The same model in the other format: no difference but rounding to fp16."""
     engine.model.save_pretrained(tmp_path / "folder")

@@ -61,6 +61,7 @@ def score_flags(assets, folder, **extra) -> list[str]:
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 
+@pytest.mark.slow
 def test_scores_show_that_the_model_looks(assets, seeing, capfd):
     assert eval_vlm.main(score_flags(assets, seeing)) == 0
     scores = json.loads((seeing / "scores.json").read_text())

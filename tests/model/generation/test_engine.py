@@ -221,6 +221,7 @@ def test_generate_can_be_cancelled_from_another_thread(endless):
     assert all(5 <= a.num_new_tokens < 20_000 for a in answers)
 
 
+@pytest.mark.slow
 def test_many_threads_get_the_answers_of_one(engine):
     """Streams and batches at once, sampled and greedy, with pictures opened meanwhile."""
     samples = conversations()

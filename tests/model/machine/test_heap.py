@@ -55,6 +55,7 @@ needs_glibc = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_glibc
 def test_large_tensors_are_allocated_from_kept_memory():
     """Else the system fills their pages with zeroes at every step, which costs more than it."""

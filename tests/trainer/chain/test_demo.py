@@ -149,6 +149,7 @@ def test_weights_of_the_repository_stay_small():
     assert sum(path.stat().st_size for path in files) < 10.5e6  # they count twice in a clone
 
 
+@pytest.mark.slow
 def test_language_model_of_the_repository_knows_scenes_told_in_words(tmp_path):
     """To the loss that BENCHMARKS.md states, within its tolerance."""
     one, texts = tmp_path / "one.jsonl", tmp_path / "heldout_text.jsonl"

@@ -36,6 +36,7 @@ def assert_close(found, expected):
         torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
 
 
+@pytest.mark.slow
 def test_a_compiled_module_keeps_its_names_and_results():
     layer, rows = nn.Linear(3, 4), torch.randn(2, 3)
     names, expected = list(layer.state_dict()), layer(rows)

@@ -58,6 +58,7 @@ def copy_of(cache: Path, folder: Path) -> Path:
     return folder / "cache"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [20, pytest.param(200, marks=pytest.mark.full)])
 def test_losses_are_those_without_the_cache(num_steps, assets, noise, tmp_path, monkeypatch):
     """Data, draws and validation too, and after the making no picture is touched."""
@@ -98,6 +99,7 @@ def test_int8_is_near_and_is_not_resumed_as_float16(assets, noise, cached, tmp_p
     assert "--cache_dtype of the features is 'int8'" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flipped", "torn", "foreign"])
 def test_a_damaged_entry_is_computed_anew(damage, assets, noise, cached, tmp_path, capfd):
     cache = copy_of(cached[0], tmp_path)
@@ -178,6 +180,7 @@ def test_a_disk_that_is_too_small_is_said_first(assets, noise, tmp_path, monkeyp
     assert "bound them by --cache_gb" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_broken_pictures_stay_bad_samples(assets, noise, tmp_path, capfd):
     data, images, num = make_noise_records(tmp_path / "data", num_records=110)
     (images / "0_0.png").write_bytes((images / "0_0.png").read_bytes()[:90])
@@ -205,6 +208,7 @@ def test_pictures_in_parquet_are_found_by_their_bytes(assets, noise, cached, tmp
     assert "compute" not in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_resumes_with_equal_bits(assets, noise, cached, tmp_path, monkeypatch):
     flags = {
         "cache_vision_features": cached[0],

@@ -18,6 +18,7 @@ def data(tmp_path_factory):
     return make_records(tmp_path_factory.mktemp("records"), num_records=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -67,6 +68,7 @@ def test_less_is_kept_for_the_backward_pass(assets, data, tmp_path, monkeypatch)
     assert kept[1] < kept[0] / 2
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_with_one(assets, data, tmp_path):
     found = []
     for number, ranks in ((0, 1), (1, 2)):

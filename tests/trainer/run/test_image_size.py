@@ -14,6 +14,7 @@ from trainer import train_pretrain_vlm
 SIDE = 64  # of a tower made for 32 with patches of 8: 64 image tokens in place of 16
 
 
+@pytest.mark.slow
 def test_size_follows_the_weight(assets, tmp_path, capsys):
     data, images = make_records(tmp_path, num_records=8)
     cache = tmp_path / "features"
