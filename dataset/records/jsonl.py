@@ -12,7 +12,7 @@ from dataset.records.base import Records
 from dataset.records.conversation import BadRecordError, decode, parse_json
 from dataset.records.data_file import check_text
 from dataset.records.images import open_images
-from dataset.records.index_file import Index, kept_index
+from dataset.records.index_file import Index, is_mapped, kept_index
 
 SCAN_CHUNK_BYTES = 1 << 18
 SHORT_LINE_BYTES = 8  # longer lines are not checked for white space
@@ -55,7 +55,7 @@ class JsonlRecords(Records):
         return self._fd.read(int(length))
 
     def __getstate__(self) -> dict[str, Any]:
-        index = None if isinstance(self._index, np.memmap) else self._index
+        index = None if is_mapped(self._index) else self._index
         return self.__dict__ | {"_fd": None, "_fd_owner": None, "_index": index}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

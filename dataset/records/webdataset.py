@@ -16,7 +16,7 @@ import numpy as np
 from dataset.records.base import Records
 from dataset.records.conversation import BadRecordError, decode, parse_json
 from dataset.records.images import check_size, open_images
-from dataset.records.index_file import Index, kept_index
+from dataset.records.index_file import Index, is_mapped, kept_index
 
 JSON, PICTURE, OTHER = range(3)  # kinds of members
 WIDTH = 4  # of an index: a member's sample, offset, size and kind
@@ -38,15 +38,24 @@ class TarRecords(Records):
         super().__init__(data_path, images, fix_image_count=fix_image_count)
         self._fd: BufferedReader | None = None
         self._fd_owner: int | None = None  # process id: each process opens the file for itself
-        self._members = kept_index(data_path, self._make_index, kind="tar", width=WIDTH)
+        self._members = self._find_index()
         if not len(self._members):
             raise ValueError(f"{data_path}: no records in it")
+
+    def _find_index(self) -> Index:
+        return kept_index(self.data_path, self._make_index, kind="tar", width=WIDTH)
 
     def _make_index(self) -> Index:
         return np.array(list(tar_members(self.data_path)), dtype=np.int64).reshape(-1, WIDTH)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_fd": None, "_fd_owner": None}
+        members = None if is_mapped(self._members) else self._members
+        return self.__dict__ | {"_fd": None, "_fd_owner": None, "_members": members}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if state["_members"] is None:  # it is mapped again, not sent
+            self._members = self._find_index()
 
     def __len__(self) -> int:
         return int(self._members[-1, 0]) + 1
