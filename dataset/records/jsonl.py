@@ -16,6 +16,7 @@ from dataset.records.index_file import Index, is_mapped, kept_index
 
 SCAN_CHUNK_BYTES = 1 << 18
 SHORT_LINE_BYTES = 8  # longer lines are not checked for white space
+LONGEST_BYTES = 1 << 26  # of a record; a hole in a sparse file may be a line of terabytes
 WIDTH = 3  # of an index: where a record begins, its length in bytes, its line
 
 
@@ -72,6 +73,11 @@ class JsonlRecords(Records):
 
     def _raw(self, index: int, *, where: str) -> Mapping[str, Any]:
         start, length, _ = self._index[index]
+        if length > LONGEST_BYTES:
+            raise BadRecordError(
+                f"{where}: of {length / 2**20:,.0f} MiB, and a record may have "
+                f"{LONGEST_BYTES >> 20}; mend or delete it"
+            )
         raw = parse_json(decode(self._read(start, length), where=where), where=where)
         if not isinstance(raw, dict):
             raise BadRecordError(f"{where}: a record must be a JSON object")

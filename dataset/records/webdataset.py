@@ -19,6 +19,7 @@ from dataset.records.images import check_size, open_images
 from dataset.records.index_file import Index, is_mapped, kept_index
 
 JSON, PICTURE, OTHER = range(3)  # kinds of members
+LONGEST_END = 1 << 16  # of zeros, that are looked at
 WIDTH = 4  # of an index: a member's sample, offset, size and kind
 PICTURE_SUFFIXES = {"jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"}
 NO_FILE = "._"  # begins what macOS adds beside a file
@@ -111,9 +112,25 @@ def tar_members(path: Path) -> Iterator[tuple[int, int, int, int]]:
                 if (folder, stem) != last_key:
                     sample, last_key = sample + 1, (folder, stem)
                 yield sample, member.offset_data, member.size, kind_of(suffixes)
+            check_end(path, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{path}: not a readable tar file ({error}); unpack what is in it") from (
             None
+        )
+
+
+def check_end(path: Path, start: int) -> None:
+    """Raise ValueError unless a tar has its end, blocks of zeros, where its last member ends:
+    tarfile takes a damaged header, and a file that is cut off between two members, for the end."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        end = file.read(LONGEST_END)
+    if len(end) < tarfile.BLOCKSIZE:
+        raise ValueError(f"{path} is cut off; fetch it again")
+    if end.strip(b"\0"):
+        raise ValueError(
+            f"{path}: what stands behind byte {start} cannot be read: it is damaged, or two tars "
+            "were joined by `cat`, which `tar --concatenate` does rightly"
         )
 
 
