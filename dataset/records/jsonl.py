@@ -14,7 +14,7 @@ from dataset.records.data_file import check_text
 from dataset.records.images import open_images
 from dataset.records.index_file import Index, is_mapped, kept_index
 
-SCAN_CHUNK_BYTES = 1 << 18
+SCAN_CHUNK_BYTES = 1 << 20
 SHORT_LINE_BYTES = 8  # longer lines are not checked for white space
 LONGEST_BYTES = 1 << 26  # of a record; a hole in a sparse file may be a line of terabytes
 WIDTH = 3  # of an index: where a record begins, its length in bytes, its line
@@ -92,7 +92,11 @@ def index_lines(path: Path) -> Index:
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(buffer.data):
             np.equal(buffer[:size], ord("\n"), out=is_break[:size])
-            ends.append(np.flatnonzero(is_break[:size]) + (base + 1))
+            # Breaks are rare: where they are is found in an eighth of the time among packed bits.
+            packed = np.packbits(is_break[:size])
+            eights = np.flatnonzero(packed != 0)
+            found = np.flatnonzero(np.unpackbits(packed[eights]).view(bool))
+            ends.append(8 * eights[found // 8] + found % 8 + (base + 1))
             base += size
     bounds = np.concatenate([np.zeros(1, dtype=np.int64), *ends])
     if bounds[-1] != base:
