@@ -31,7 +31,7 @@ LOCAL = struct.Struct("<4s5H3L2H")  # before a member's data, with name and extr
 LONGEST_COMMENT = 1 << 16
 HEAD_BYTES = 512  # read of an entry at first
 FULL_16, FULL_32 = 0xFFFF, 0xFFFFFFFF  # say that the real number stands elsewhere
-IS_ENCRYPTED, IS_UTF8 = 0x1, 0x800  # bits of an entry's flags
+NOT_READ, IS_UTF8 = 0x61, 0x800  # bits of an entry's flags: two kinds of encryption, a patch
 ENCODINGS = ("utf-8", "gbk", "cp437")
 WIDTH = 2  # of the index: a name's hash, where its entry is in the file
 
@@ -148,6 +148,7 @@ class ZipMembers:
         name = head[ENTRY.size : ENTRY.size + fields[10]]
         extra = head[ENTRY.size + fields[10] : ENTRY.size + fields[10] + fields[11]]
         info = zipfile.ZipInfo("member")
+        info.orig_filename = name.decode("latin-1")  # its bytes, whatever their encoding
         info.flag_bits, info.compress_type, info.CRC = fields[3], fields[4], fields[7]
         sizes = wide_numbers((fields[9], fields[8], fields[16]), extra)
         info.file_size, info.compress_size, info.header_offset = sizes
@@ -159,12 +160,14 @@ class ZipMembers:
         Raises:
             Exception: what the library of its compression raises on damaged data.
         """
-        if info.flag_bits & IS_ENCRYPTED:
-            raise ValueError("it is encrypted")
+        if info.flag_bits & NOT_READ:
+            raise ValueError("it is encrypted, or a patch")
         start = info.header_offset + self._shift
         local = LOCAL.unpack(self._read(start, LOCAL.size))
         if local[0] != b"PK\3\4":
             raise ValueError("no member begins where the directory says")
+        if self._read(start + LOCAL.size, local[9]) != info.orig_filename.encode("latin-1"):
+            raise ValueError("the member has another name than the directory says")
         file = self._opened()
         file.seek(start + LOCAL.size + local[9] + local[10])
         content = zipfile.ZipExtFile(file, "r", info).read()

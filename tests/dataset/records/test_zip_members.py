@@ -125,7 +125,7 @@ def test_an_encrypted_member_is_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[content.index(b"PK\1\2") + 8] |= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="a.jpg in a.zip cannot be read .it is encrypted"):
+    with pytest.raises(ValueError, match="a.jpg in a.zip cannot be read .it is encrypted, or"):
         ImageZip(path).read("a.jpg")
 
 
