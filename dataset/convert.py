@@ -23,7 +23,6 @@ import os
 import shutil
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -37,12 +36,12 @@ from dataset.converting.output import (
     PlainRecord,
     StorePicture,
     into_folder,
-    into_zip,
     json_lines,
     write_parquet,
 )
 from dataset.converting.parts import Converter, make_parts, only_run, prepare_folder
 from dataset.converting.pictures import DEFAULT_QUALITY, Resizing
+from dataset.converting.zip_writer import ZipWriter
 from dataset.examining.faults import Fault, FaultBook
 from dataset.examining.text_report import fault_lines
 from dataset.fetching.whole_folder import whole_folder
@@ -182,8 +181,8 @@ def image_store(place: Path) -> Iterator[StorePicture]:
             yield into_folder(folder)
         return
     with tempfile.TemporaryFile(dir=place.parent) as spool:
-        with zipfile.ZipFile(spool, "w") as archive:
-            yield into_zip(archive)
+        with ZipWriter(spool) as archive:
+            yield archive.add
         spool.seek(0)
         with staged_write(place, lambda file: shutil.copyfileobj(spool, file)):
             pass

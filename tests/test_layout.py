@@ -68,6 +68,7 @@ COMMANDS = {
     "dataset/check_published.py": f"{MODEL} model/evaluation dataset/fetching",
     "dataset/prompt_picture.py": f"{MODEL} dataset dataset/records",
     "dataset/doctor.py": f"{MODEL} model/evaluation {DATASET} dataset/examining dataset/converting",
+    "dataset/benchmark_layouts.py": "model/machine dataset/records dataset/converting",
     "dataset/convert.py": f"{MODEL} model/evaluation dataset/examining dataset/converting "
     "dataset/fetching",
     "dataset/synthetic/__main__.py": "",

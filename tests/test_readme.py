@@ -9,7 +9,7 @@ from support.scripts import ROOT
 
 import eval_vlm
 import web_demo
-from dataset import check_published, convert, doctor, download, prompt_picture
+from dataset import benchmark_layouts, check_published, convert, doctor, download, prompt_picture
 from dataset.synthetic import __main__ as synthetic
 from model.export import __main__ as export
 from trainer import benchmark, demo, photos, plot, stages, train_clip_tiny, train_tokenizer
@@ -42,6 +42,7 @@ PARSERS = {
     "dataset/synthetic": synthetic.parse_args,
     "dataset/prompt_picture.py": prompt_picture.parse_args,
     "dataset/doctor.py": doctor.parse_args,
+    "dataset/benchmark_layouts.py": benchmark_layouts.parse_args,
     "dataset/convert.py": convert.parse_args,
     "eval_vlm.py": eval_vlm.parse_args,
     "model/export": export.parse_args,

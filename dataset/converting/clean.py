@@ -2,14 +2,14 @@
 
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
 
-from dataset.converting.output import PlainRecord, into_zip, json_lines, plain_record, write_parquet
+from dataset.converting.output import PlainRecord, json_lines, plain_record, write_parquet
+from dataset.converting.zip_writer import ZipWriter
 from dataset.examining.survey import Examined
 
 # Writes a file whole or not at all: its path, and what writes its content.
@@ -48,8 +48,8 @@ def write_clean(path: Path, found: Examined, atomic_write: AtomicWrite) -> None:
     with tempfile.TemporaryFile() as lines:
 
         def write_images(file: IO[bytes]) -> None:
-            with zipfile.ZipFile(file, "w") as archive:
-                lines.writelines(json_lines(clean_records(found), into_zip(archive)))
+            with ZipWriter(file) as archive:
+                lines.writelines(json_lines(clean_records(found), archive.add))
 
         atomic_write(clean_images_path(path), write_images)
         lines.seek(0)

@@ -3,8 +3,11 @@
 A file of gigabytes takes 24 bytes an element here, and one broken element costs no other.
 """
 
+from __future__ import annotations
+
 import mmap
 import re
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +73,9 @@ def index_arrays(path: Path) -> dict[str | None, JsonArray]:
     return arrays
 
 
-def _scan(content: mmap.mmap) -> tuple[dict[str | None, list[tuple[int, int]]], set[str | None]]:
+def _scan(content: mmap.mmap) -> tuple[dict[str | None, array[int]], set[str | None]]:
     """Places of elements by array, and the arrays in which the file ends."""
-    found: dict[str | None, list[tuple[int, int]]] = {}
+    found: dict[str | None, array[int]] = {}
     depth, inner = 0, -1  # inner: the depth within the array that is being read
     name: str | None = None
     key: bytes | None = None
@@ -88,12 +91,12 @@ def _scan(content: mmap.mmap) -> tuple[dict[str | None, list[tuple[int, int]]], 
             if mark == b"[" and inner < 0 and depth == (1 if key is None else 2):
                 name = None if key is None else key.strip(b'"').decode("utf-8", "replace")
                 inner, start = depth, token.end()
-                found[name] = []
+                found[name] = array("q")
             continue
         if depth == inner and mark in b",]}":
             span = _stripped(content, start, token.start())
             if span[0] < span[1]:
-                found[name].append(span)
+                found[name].extend(span)
             start = token.end()
         if mark in b"]}":
             if depth == inner:

@@ -24,6 +24,7 @@ from dataset.records.conversation import (
     check_tags,
     count_tags,
 )
+from dataset.records.layout import find_pictures, find_turns, join_parts, list_pictures
 from dataset.records.parquet_pages import ParquetPages
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -83,14 +84,17 @@ class ShareGpt(JsonLayout):
     def record(self, index: int) -> PlainRecord:
         where = self.where(index)
         fields = check_object(self.elements[index], where=where)
-        field = "conversations" if "conversations" in fields else "messages"
-        messages = check_conversation(fields.get(field), where=where)
-        kind = "image" if fields.get("image") else "images"
-        names = image_names(fields.get(kind), where=where)
+        field, turns = find_turns(fields, where=where)
+        turns, own_pictures = join_parts(turns, where=where)
+        messages = check_conversation(turns, where=where)
+        kind, value = find_pictures(fields, ("image", "images"))
+        if isinstance(value, str) and "," in value and not self.pictures.exists(value):
+            value = [name.strip() for name in value.split(",")]
+        names = list_pictures(value or own_pictures, name=kind, where=where)
         others = {k: v for k, v in fields.items() if k not in (field, kind)}
-        check_stray(others, fields[field], names, read=kind, where=where)
+        check_stray(others, turns, names, read=kind, where=where)
         check_tags(messages, names, where=where)
-        pictures = [self.pictures.read(name) for name in names]
+        pictures = [self.pictures.read(str(name)) for name in names]
         return PlainRecord(plain_messages(messages), pictures)
 
 
@@ -260,16 +264,6 @@ def ask(question: Any, answer: Any, *, where: str) -> list[Message]:
     messages = check_conversation(turns, where=where)
     check_tags(messages, ["the picture"], where=where)
     return messages
-
-
-def image_names(value: Any, *, where: str) -> list[str]:
-    """One name or a list of names; none where the field is absent or empty."""
-    names = [value] if isinstance(value, str) else value
-    if names in (None, "", []) or names == [""]:
-        return []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise BadRecordError(f"{where}: 'image' must be a file name or a list of them")
-    return names
 
 
 def _encoded(image: Any, *, where: str) -> bytes:

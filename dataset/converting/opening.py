@@ -20,9 +20,12 @@ from dataset.converting.layouts import (
 from dataset.converting.pictures import SourcePictures
 from dataset.converting.table_rows import CsvCaptions
 from dataset.examining.sources import Sources
+from dataset.records.layout import TURN_FIELDS
+from dataset.records.reader import DATASETS_FILES, PARQUET_SUFFIXES
 
+SHARD_SUFFIXES = (*PARQUET_SUFFIXES, ".tar", ".arrow")
 LAYOUTS = {
-    "own": "this project's JSON lines or Parquet",
+    "own": "what training reads: JSON lines, Parquet, WebDataset tars, folders of datasets",
     "llava": "a JSON array with conversations (LLaVA, ShareGPT) or messages",
     "coco": "COCO captions: a JSON object with images and annotations",
     "vqa": "VQA v2: a JSON object with questions, the answers by --annotations",
@@ -50,7 +53,7 @@ class Source:
 
 
 def open_sources(paths: Sequence[Path], source: Callable[[Path], Source], layout: str) -> Joined:
-    """Several sources as one; a folder of Parquet files counts as its files.
+    """Several sources as one; a folder of Parquet files or tars counts as its files.
 
     Args:
         layout: one of `LAYOUTS`, or "auto".
@@ -62,9 +65,18 @@ def open_sources(paths: Sequence[Path], source: Callable[[Path], Source], layout
     return Joined([open_layout(source(file), layout) for file in files])
 
 
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder was written by `datasets.save_to_disk`."""
+    return any((path / name).is_file() for name in DATASETS_FILES)
+
+
 def _files_of(path: Path) -> list[Path]:
-    if path.is_dir() and (shards := sorted(path.glob("*.parquet"))):
-        return shards
+    if not path.is_dir() or is_saved_dataset(path):
+        return [path]
+    for pattern in ("*", "*/*"):
+        shards = sorted(p for p in path.glob(pattern) if p.suffix.lower() in SHARD_SUFFIXES)
+        if shards:
+            return shards
     return [path]
 
 
@@ -76,7 +88,7 @@ def open_layout(source: Source, layout: str) -> Layout:
     if not path.is_dir() and not path.is_file():
         raise ValueError(f"{path} is a FIFO or device; name a file or a folder")
     found = _recognise(path) if layout == "auto" else layout
-    if path.is_dir() != (found == "folder"):
+    if path.is_dir() != (found == "folder" or found == "own" and is_saved_dataset(path)):
         kind = "a folder" if path.is_dir() else "a file"
         raise ValueError(f"{path} is {kind}, which cannot hold {LAYOUTS[found]}")
     if found == "folder":
@@ -97,16 +109,16 @@ def _recognise(path: Path) -> str:
     """The layout of a source by its suffix, and its columns or fields."""
     suffix = path.suffix.lower()
     if path.is_dir():
-        return "folder"
+        return "own" if is_saved_dataset(path) else "folder"
     if suffix in (".csv", ".tsv"):
         return "csv"
-    if suffix == ".jsonl":
+    if suffix in (".jsonl", ".ndjson", ".tar", ".arrow"):
         return "own"
-    if suffix == ".parquet":
+    if suffix in PARQUET_SUFFIXES:
         columns = _columns(path)
         if {"images", "texts"} <= set(columns):
             return "finevision"
-        if {"conversations", "image_bytes"} <= set(columns):
+        if set(columns) & set(TURN_FIELDS):
             return "own"
         raise ValueError(
             f"{path}: columns {columns[:12]} are of no layout that is known; {_known()}"

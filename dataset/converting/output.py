@@ -6,7 +6,6 @@ records have is written once, and no name of a source leads anywhere.
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ SUFFIXES = {  # first bytes of a picture's file -> how its name ends
     b"GIF8": ".gif",
     b"BM": ".bmp",
 }
-ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # of every member, so that equal pictures give equal bytes
 GROUP_BYTES = 1 << 26  # of a Parquet file's row group, about
 
 StorePicture = Callable[[str, bytes], None]  # takes a name, each once, and the picture's bytes
@@ -60,12 +58,13 @@ def image_name(content: bytes) -> str:
 
 def json_lines(records: Iterable[PlainRecord], store: StorePicture) -> Iterator[bytes]:
     """The records as lines, each picture stored when it is first met."""
-    stored: set[str] = set()
+    stored: set[bytes] = set()
     for record in records:
         names = [image_name(content) for content in record.images]
         for name, content in zip(names, record.images, strict=True):
-            if name not in stored:
-                stored.add(name)
+            key = bytes.fromhex(name.partition(".")[0])  # less than half of what the name takes
+            if key not in stored:
+                stored.add(key)
                 store(name, content)
         fields: dict[str, Any] = {"conversations": record.messages}
         if names:
@@ -73,15 +72,6 @@ def json_lines(records: Iterable[PlainRecord], store: StorePicture) -> Iterator[
         if record.types:
             fields["types"] = list(record.types)
         yield json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def into_zip(archive: zipfile.ZipFile) -> StorePicture:
-    """Stores pictures as members that are not compressed: they are already."""
-
-    def store(name: str, content: bytes) -> None:
-        archive.writestr(zipfile.ZipInfo(name, date_time=ZIP_TIME), content)
-
-    return store
 
 
 def into_folder(folder: Path) -> StorePicture:

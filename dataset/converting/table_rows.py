@@ -30,11 +30,14 @@ class CsvCaptions:
     def __init__(self, path: Path, pictures: SourcePictures, prompt: str):
         self.path, self.pictures, self.prompt = path, pictures, prompt
         self.faults: list[Fault] = []
-        places = list(_rows(path, self._delimiter()))
-        header = self._parse(*places[0][:2], where=f"{path}:1") if places else []
+        numbers = itertools.chain.from_iterable(_rows(path, self._delimiter()))
+        places = np.fromiter(numbers, dtype=np.int64).reshape(-1, 3)
+        header = []
+        if len(places):
+            header = self._parse(int(places[0, 0]), int(places[0, 1]), where=f"{path}:1")
         self.image = _column(header, IMAGE_COLUMNS, path=path)
         self.caption = _column(header, CAPTION_COLUMNS, path=path)
-        self._places = np.array(places[1:], dtype=np.int64).reshape(-1, 3)
+        self._places = places[1:]
 
     def _delimiter(self) -> str:
         return "\t" if self.path.suffix.lower() == ".tsv" else ","

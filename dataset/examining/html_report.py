@@ -16,19 +16,22 @@ body{margin:0;background:var(--ground);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Noto Sans CJK SC",sans-serif}
 main{max-width:1120px;margin:0 auto;padding:28px 20px 60px}
 h1{font-size:26px;margin:0}h2{font-size:18px;margin:36px 0 12px}h2 small{color:var(--soft);
-font-weight:400;margin-left:8px}
+font-weight:400;margin-left:8px;white-space:nowrap}
 .files{color:var(--soft);overflow-wrap:anywhere;margin:2px 0 18px}
 .grid{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(128px,1fr))}
 .box,.card{background:#fff;border:1px solid var(--line);border-radius:10px;padding:14px 16px}
 .box b{display:block;font-size:24px;font-weight:600;font-variant-numeric:tabular-nums}
 .box span{color:var(--soft);font-size:13px}
 .box.bad b{color:#b42318}.box.good b{color:#1a7f37}
-.two{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(400px,1fr))}
+.two{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(400px,100%),1fr))}
 .card h3{margin:0 0 8px;font-size:15px}.card p{margin:6px 0 0;color:var(--soft);font-size:13px}
 table{border-collapse:collapse;width:100%}td{padding:5px 8px;border-top:1px solid var(--line);
 vertical-align:top}tr:first-child td{border-top:0}td.n{text-align:right;white-space:nowrap;width:1%;
 font-variant-numeric:tabular-nums}td.k{color:var(--soft);white-space:nowrap;width:1%;padding-right:18px}
-svg{display:block;width:100%;height:auto}
+td:first-child{padding-left:0}
+svg{display:block;width:100%;height:150px;border-bottom:1px solid var(--line)}
+.axis{display:flex;justify-content:space-between;color:var(--soft);font-size:12px;
+font-variant-numeric:tabular-nums;margin-top:3px}
 details{border-top:1px solid var(--line);padding:8px 0}details:first-child{border-top:0}
 summary{cursor:pointer;font-weight:600}summary em{font-style:normal;color:#b42318;margin-left:6px}
 .fault{font:13px/1.5 ui-monospace,Menlo,Consolas,monospace;overflow-wrap:anywhere;
@@ -47,7 +50,8 @@ margin-bottom:8px}
 margin-right:6px}
 .pairs{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(340px,1fr))}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:10px}.pair div{font-size:13px}
-@media(max-width:720px){.record,.two{grid-template-columns:1fr}}
+@media(max-width:720px){.record{grid-template-columns:1fr;gap:8px}
+.grid{grid-template-columns:1fr 1fr}.box:last-child:nth-child(odd){grid-column:1/-1}}
 """
 
 
@@ -135,24 +139,21 @@ def _chart(bars: Sequence[Sequence[int]], limit: int | None) -> str:
     """A histogram; bars at and above the limit are red."""
     if not bars:
         return ""
-    width, height, foot = 520, 150, 18
-    most, step = max(bar[2] for bar in bars), width / len(bars)
+    most, width = max(bar[2] for bar in bars), 100 / len(bars)
     shapes = []
     for i, (low, high, count) in enumerate(bars):
-        tall = (height - 8) * count / most
+        tall = 96 * count / most
         colour = "#d1495b" if limit is not None and low > limit else "#3b6fd4"
         shapes.append(
-            f'<rect x="{i * step + 0.5:.1f}" y="{height - tall:.1f}" width="{step - 1:.1f}" '
-            f'height="{tall:.1f}" rx="1.5" fill="{colour}">'
-            f"<title>{low} to {high - 1}: {count}</title></rect>"
+            f'<rect x="{i * width:.3f}" y="{100 - tall:.2f}" width="{width * 0.92:.3f}" '
+            f'height="{tall:.2f}" fill="{colour}">'
+            f"<title>{low:,} to {high - 1:,}: {count:,}</title></rect>"
         )
     first, last = bars[0][0], bars[-1][1] - 1
-    labels = f'<text x="0" y="{height + 14}">{first:,}</text>'
-    labels += f'<text x="{width}" y="{height + 14}" text-anchor="end">{last:,}</text>'
+    marks = "".join(f"<span>{first + (last - first) * i // 4:,}</span>" for i in range(5))
     return (
-        f'<svg viewBox="0 0 {width} {height + foot}" font-size="11" fill="#656d76" role="img">'
-        f'<line x1="0" x2="{width}" y1="{height}" y2="{height}" stroke="#d8dee4"/>'
-        f"{''.join(shapes)}{labels}</svg>"
+        '<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img">'
+        f'{"".join(shapes)}</svg><div class="axis">{marks}</div>'
     )
 
 

@@ -71,6 +71,10 @@ class ColumnRecords(Records):
         """The value of a column in a row; raises `BadRecordError`."""
         try:
             return self._cell(column, int(index))
+        except UnicodeDecodeError as error:
+            raise BadRecordError(
+                f"{self.where(index)}: column {column!r} is not UTF-8 ({error}); write it as UTF-8"
+            ) from error
         except ValueError as error:
             raise BadRecordError(f"{self.where(index)}: {error}") from error
 

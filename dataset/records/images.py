@@ -6,15 +6,17 @@ files. A picture's file may be of `MAX_IMAGE_BYTES`.
 
 import os
 import stat
+import struct
 import zipfile
-from collections import Counter
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from dataset.records.conversation import shorten
+from dataset.records.zip_members import ZipMembers
 
 MAX_IMAGE_BYTES = 1 << 28
+NUM_FOUND = 64
 AS_A_FILE = "is not in {} as a file"
 OUTSIDE = "leads out of {}, and nothing outside it is opened: copy it into the folder"
 
@@ -76,33 +78,26 @@ class ImageFolder:
 
 
 class ImageZip:
-    """Images as members of a zip file, read in place; each process opens it for itself."""
+    """Images as members of a zip file, read in place; raises ValueError for a damaged one."""
 
     def __init__(self, root: Path):
         self.root = root
-        self._opened_by: int | None = None  # process id
-        self._zip: zipfile.ZipFile | None = None
+        self._members = ZipMembers(root)
+        self._found: dict[str, zipfile.ZipInfo | None] = {}  # last, as names are asked for twice
 
-    def _open(self) -> zipfile.ZipFile:
-        if self._zip is None or self._opened_by != os.getpid():
-            try:
-                self._zip, self._opened_by = zipfile.ZipFile(self.root), os.getpid()
-            except (zipfile.BadZipFile, NotImplementedError) as error:
-                raise ValueError(f"{self.root}: not a readable zip file ({error})") from error
-        return self._zip
-
-    @cached_property
-    def _members(self) -> dict[str, str]:
-        """File name, with or without its folder inside the zip -> member. A name that occurs in
-        several folders is found only with its folder."""
-        members = [m for m in self._open().namelist() if not m.endswith("/")]
-        times = Counter(m.rsplit("/", 1)[-1] for m in members)
-        by_name = {m.rsplit("/", 1)[-1]: m for m in members}
-        unique = {name: member for name, member in by_name.items() if times[name] == 1}
-        return unique | {m: m for m in members}
+    def _find(self, name: str) -> zipfile.ZipInfo | None:
+        if name in self._found:
+            return self._found[name]
+        if len(self._found) >= NUM_FOUND:
+            self._found.clear()
+        try:
+            return self._found.setdefault(name, self._members.find(name))
+        except (struct.error, ValueError) as error:
+            raise ValueError(f"{self.root}: not a readable zip file ({error})") from error
 
     def exists(self, name: str) -> bool:
-        return name in self._members
+        """Whether a member has the name, or alone has it behind its folder."""
+        return self._find(name) is not None
 
     def why_not(self, name: str) -> str:
         """Why a name that does not exist cannot be read, to be put behind it in a sentence."""
@@ -111,10 +106,12 @@ class ImageZip:
     def read(self, name: str) -> bytes:
         """The bytes of a member; raises `ValueError` where it is damaged, encrypted or too large
         once unpacked."""
-        archive, member = self._open(), self._members[name]
-        check_size(archive.getinfo(member).file_size, name=name)
+        member = self._find(name)
+        if member is None:
+            raise ValueError(f"{shorten(name)} {self.why_not(name)}")
+        check_size(member.file_size, name=name)
         try:
-            return archive.read(member)  # no more than the size that was checked is unpacked
+            return self._members.read(member)
         except Exception as error:  # zlib, lzma, bz2 and struct each have errors of their own
             why = str(error) or type(error).__name__
             raise ValueError(
@@ -135,7 +132,7 @@ def check_size(num_bytes: int, *, name: str) -> None:
 
 
 def open_zip(root: Path) -> ImageZip:
-    """The images of a zip file; one object for all who name it, as its list of members is large."""
+    """The images of a zip file; one object for all who name it."""
     about = root.stat()
     return _open_zip(Path(os.path.abspath(root)), about.st_size, about.st_mtime_ns)
 
@@ -148,14 +145,24 @@ def _open_zip(root: Path, _size: int, _mtime_ns: int) -> ImageZip:
 def open_images(
     images_path: Path | None, *, flag: str = "--images_path"
 ) -> ImageFolder | ImageZip | None:
-    """The images of a folder or zip; for a missing folder, its name with `.zip` is tried."""
+    """The images of a folder or zip; for a missing folder, its name with `.zip` is tried.
+
+    Raises:
+        FileNotFoundError: neither is there. ValueError: the zip is damaged or cut off.
+    """
     if images_path is None:
         return None
     if images_path.is_dir():
         return ImageFolder(images_path)
     for path in (images_path, images_path.with_name(images_path.name + ".zip")):
-        if path.is_file() and zipfile.is_zipfile(path):
+        if path.is_file() and (zipfile.is_zipfile(path) or begins_as_zip(path)):
             return open_zip(path)
     raise FileNotFoundError(
         f"no images: {images_path} is neither a folder nor a zip file; name it by {flag}"
     )
+
+
+def begins_as_zip(path: Path) -> bool:
+    """Whether a file, perhaps cut off at its end, begins as zip files do."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\3\4"

@@ -15,6 +15,7 @@ Pages that refer to a dictionary are one block, since reading any of them unpack
 Source: https://parquet.apache.org/docs/file-format/ and parquet.thrift (the numbers of fields).
 """
 
+import contextlib
 import itertools
 import os
 from bisect import bisect_right
@@ -92,7 +93,9 @@ class ParquetPages:
         try:
             self._whole = pyarrow.parquet.ParquetFile(path, memory_map=True)
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: not a readable Parquet file ({error})") from None
+            raise ValueError(f"{path}: not a readable Parquet file ({why_not(path, error)})") from (
+                None
+            )
         self.schema = self._whole.schema_arrow
         self.num_rows = int(self._whole.metadata.num_rows)
         self._file = open(path, "rb")
@@ -310,6 +313,17 @@ class ParquetPages:
         return b"".join(
             (MAGIC, dictionary, pages, footer, len(footer).to_bytes(4, "little"), MAGIC)
         )
+
+
+def why_not(path: Path, error: Exception) -> str:
+    """Why a file cannot be read as Parquet."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(len(MAGIC))
+        if head == MAGIC:
+            return "it is cut off, or damaged at its end; fetch it again"
+        if head == b"vers":
+            return "a git-lfs pointer; run `git lfs pull`"
+    return str(error).partition("\n")[0]
 
 
 def is_divisible(kind: pyarrow.DataType) -> bool:

@@ -16,9 +16,10 @@ import numpy as np
 from dataset.records.base import Records
 from dataset.records.conversation import BadRecordError, decode, parse_json
 from dataset.records.images import check_size, open_images
-from dataset.records.index_file import Index, kept_index
+from dataset.records.index_file import Index, is_mapped, kept_index
 
 JSON, PICTURE, OTHER = range(3)  # kinds of members
+LONGEST_END = 1 << 16  # of zeros, that are looked at
 WIDTH = 4  # of an index: a member's sample, offset, size and kind
 PICTURE_SUFFIXES = {"jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"}
 NO_FILE = "._"  # begins what macOS adds beside a file
@@ -38,15 +39,24 @@ class TarRecords(Records):
         super().__init__(data_path, images, fix_image_count=fix_image_count)
         self._fd: BufferedReader | None = None
         self._fd_owner: int | None = None  # process id: each process opens the file for itself
-        self._members = kept_index(data_path, self._make_index, kind="tar", width=WIDTH)
+        self._members = self._find_index()
         if not len(self._members):
             raise ValueError(f"{data_path}: no records in it")
+
+    def _find_index(self) -> Index:
+        return kept_index(self.data_path, self._make_index, kind="tar", width=WIDTH)
 
     def _make_index(self) -> Index:
         return np.array(list(tar_members(self.data_path)), dtype=np.int64).reshape(-1, WIDTH)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_fd": None, "_fd_owner": None}
+        members = None if is_mapped(self._members) else self._members
+        return self.__dict__ | {"_fd": None, "_fd_owner": None, "_members": members}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if state["_members"] is None:  # it is mapped again, not sent
+            self._members = self._find_index()
 
     def __len__(self) -> int:
         return int(self._members[-1, 0]) + 1
@@ -102,9 +112,25 @@ def tar_members(path: Path) -> Iterator[tuple[int, int, int, int]]:
                 if (folder, stem) != last_key:
                     sample, last_key = sample + 1, (folder, stem)
                 yield sample, member.offset_data, member.size, kind_of(suffixes)
+            check_end(path, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{path}: not a readable tar file ({error}); unpack what is in it") from (
             None
+        )
+
+
+def check_end(path: Path, start: int) -> None:
+    """Raise ValueError unless a tar has its end, blocks of zeros, where its last member ends:
+    tarfile takes a damaged header, and a file that is cut off between two members, for the end."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        end = file.read(LONGEST_END)
+    if len(end) < tarfile.BLOCKSIZE:
+        raise ValueError(f"{path} is cut off; fetch it again")
+    if end.strip(b"\0"):
+        raise ValueError(
+            f"{path}: what stands behind byte {start} cannot be read: it is damaged, or two tars "
+            "were joined by `cat`, which `tar --concatenate` does rightly"
         )
 
 

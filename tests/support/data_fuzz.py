@@ -6,6 +6,7 @@ import random
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -166,19 +167,23 @@ def _reader(images: Path):
 def _is_good(line: bytes, read) -> bool:
     try:
         record = json.loads(line.decode())
-        names = record.get("image") or []
+        names = record.get("image") or record.get("images") or []
         names = names.split(", ") if isinstance(names, str) else names
-        strays = [key for key in record if key not in ("conversations", "image")]
-        return not strays and _is_conversation(record["conversations"], list(map(read, names)))
+        return _is_conversation(_turns_of(record), list(map(read, names)))
     except Exception:
         return False
+
+
+def _turns_of(record: dict) -> Any:
+    turns = record.get("conversations")
+    return record["messages"] if turns is None else turns
 
 
 def _is_good_row(row: dict) -> bool:
     try:
         images = row["image_bytes"] or []
         images = [images] if isinstance(images, bytes) else images
-        turns = row["conversations"]
+        turns = _turns_of(row)
         return _is_conversation(json.loads(turns) if isinstance(turns, str) else turns, images)
     except Exception:
         return False
@@ -187,6 +192,7 @@ def _is_good_row(row: dict) -> bool:
 def _is_conversation(turns: list[dict], images: list[bytes]) -> bool:
     roles = [turn.get("role", turn.get("from")) for turn in turns]
     texts = [turn.get("content", turn.get("value")) for turn in turns]
+    texts = ["".join(text) if isinstance(text, list) else text for text in texts]  # typed parts
     asked = "".join(t for r, t in zip(roles, texts, strict=True) if r not in ("assistant", "gpt"))
     for image in images:
         Image.open(io.BytesIO(image)).load()

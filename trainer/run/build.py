@@ -1,5 +1,6 @@
 """Owns what a stage's flags become: model with weights, data sets, loaders."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,12 @@ def make_datasets(
         warn(f"{dataset.data_path.name}: no usable record has a picture; only text is learnt from")
     if args.val_data_path is None:
         return dataset, None
-    return dataset, VLMDataset(args.val_data_path, args.val_images_path, processor, **options)
+    try:
+        return dataset, VLMDataset(args.val_data_path, args.val_images_path, processor, **options)
+    except (FileNotFoundError, ValueError) as error:  # the readers name the flags of training
+        message = re.sub(r"--(data_path|images_path)\b", r"--val_\1", str(error))
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(message) from error
 
 
 def make_text_datasets(

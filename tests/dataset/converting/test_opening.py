@@ -1,0 +1,56 @@
+"""If this fails, conversion refuses a layout that training reads, or makes other records of it."""
+
+import json
+
+import pytest
+from support.layouts import every_layout, in_parts
+from support.tiny_parts import conversation, make_records
+
+from dataset import convert
+from dataset.records.reader import open_records
+
+
+def contents_of(data, images) -> list:
+    records = open_records(data, images)
+    return [
+        (record.messages, [records.read_image(image) for image in record.images])
+        for record in (records[i] for i in range(len(records)))
+    ]
+
+
+def converted(folder, data, images) -> list:
+    argv = [data, "--to", folder / "out.parquet", "--num_processes", 1]
+    argv += ["--images_path", images] if images else []
+    assert convert.main([str(one) for one in argv]) == convert.DONE
+    return contents_of(folder / "out.parquet", None)
+
+
+def test_every_layout_of_training_is_converted(tmp_path):
+    layouts = every_layout(tmp_path, num_records=6)
+    del layouts["pattern"]  # the shell resolves it
+    wanted = contents_of(*layouts["folder"])
+    upper = tmp_path / "upper.PARQ"
+    upper.write_bytes((tmp_path / "a.parquet").read_bytes())
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    (tars / "0.tar").write_bytes((tmp_path / "a.tar").read_bytes())
+    for name, place in (layouts | {"upper": (upper, None), "tars": (tars, None)}).items():
+        folder = tmp_path / "out" / name.replace(" ", "_")
+        folder.mkdir(parents=True)
+        assert converted(folder, *place) == wanted, name
+
+
+@pytest.mark.parametrize("is_typed", [False, True])
+def test_arrays_with_names_in_a_text_or_in_typed_parts(is_typed, tmp_path):
+    _, images = make_records(tmp_path, num_records=2)
+    turns = conversation("<image><image>\nWhat?", "Circles.")["conversations"]
+    fields = {"conversations": turns, "image": "0_0.png, 0_1.png"}
+    if is_typed:
+        fields = {"messages": in_parts(turns)}
+        names = iter(("0_0.png", "0_1.png"))
+        for part in fields["messages"][0]["content"]:
+            part |= {"image": next(names)} if part["type"] == "image" else {}
+    (tmp_path / "a.json").write_text(json.dumps([fields], indent=1))
+    [(messages, pictures)] = converted(tmp_path, tmp_path / "a.json", images)
+    assert messages[0]["content"] == "<image><image>\nWhat?"
+    assert pictures == [(images / name).read_bytes() for name in ("0_0.png", "0_1.png")]
