@@ -30,7 +30,7 @@ SECOND = [
 ]
 THIRD = [
     ("trainer", "torchrun --nproc_per_node 2 train_pretrain_vlm.py"),
-    ("trainer", "python train_sft_vlm.py --epochs 2 --from_weight llm --use_compile 1"),
+    ("trainer", "python train_sft_vlm.py --epochs 2 --from_weight llm --use_compile 0"),
     (".", "python eval_vlm.py --load_from minimind-3v"),
 ]
 

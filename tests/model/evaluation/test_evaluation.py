@@ -3,8 +3,6 @@ depends on batches and ranks.
 """
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from PIL import Image
 from support.choice_files import write_tsv
 from support.painted import eval_flags
 from support.rank_group import RankGroup, run_main
-from support.scripts import ROOT, script_environment
 from support.tiny_parts import conversation
 
 import eval_vlm
@@ -108,19 +105,14 @@ def test_nothing_is_generated_unless_wanted(assets, painted, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_give_the_same_numbers(assets, painted, tmp_path, captions):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = eval_flags(
         assets, painted, data_path=painted / "captions.jsonl", json=tmp_path / "scores.json"
     )
-    process = subprocess.run(
-        [sys.executable, *torchrun, str(ROOT / "eval_vlm.py"), *flags],
-        env=script_environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.count("grounding gap") == process.stdout.count("weights: ") == 1
+    hook = (run_main, eval_vlm.main, flags)
+    with RankGroup(flags, tmp_path, world_size=2, hook=hook, name="scores") as group:
+        assert group.wait() == [0, 0], group.said()
+        said = "".join(path.read_text() for path in group.logs)
+    assert said.count("grounding gap") == said.count("weights: ") == 1
     two = json.loads((tmp_path / "scores.json").read_text())
     assert_close(two, captions)
     # Only one rank finds the fault, all of them end, and it is reported once.
