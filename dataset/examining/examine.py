@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from dataset.evaluation.language import detect_language
 from dataset.examining.faults import Fault
 from dataset.examining.likeness import (
+    LONGEST_TEXT,
     content_key,
     mean_colours,
     picture_hash,
@@ -28,14 +29,14 @@ from dataset.lm_dataset import IGNORE_INDEX, Processor, make_sample
 from dataset.records.conversation import Record
 
 LANGUAGES = ("en", "zh", "other")
-KEPT_PICTURES = 64  # neighbouring records often have the same picture: it is decoded once
+KEPT_PICTURES = 1 << 15  # looks at pictures, each half a KB: one that recurs is decoded once
 STAND_IN = torch.zeros(1, 1)  # in place of a picture, where only the prompt counts
 
 # Encoded bytes and the most pixels -> the picture as training decodes it; raises ValueError.
 OpenPicture = Callable[..., Image.Image]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PictureLook:
     """A picture: key of its bytes, size in pixels and bytes, and its signature."""
 
@@ -91,7 +92,7 @@ class Examiner(Dataset[Finding]):
     ):
         self.sources, self.processor, self.open_picture = sources, processor, open_picture
         self.max_length, self.max_pixels = max_length, max_pixels
-        self._looks: OrderedDict[tuple[int, str], PictureLook | Fault] = OrderedDict()
+        self._looks: OrderedDict[tuple[int, str] | int, PictureLook | Fault] = OrderedDict()
 
     def of(self, sources: Sources) -> "Examiner":
         """An examiner of other records, by the same measure."""
@@ -117,10 +118,12 @@ class Examiner(Dataset[Finding]):
             return Finding(index, fault=error.fault)
 
     def _look(self, index: int, image: str | bytes) -> PictureLook:
-        """Decode a picture; raises `FaultyRecordError`."""
-        if isinstance(image, bytes):
-            return self._decode(index, image)
-        key = (self.sources.locate(index)[0], image)
+        """What a picture is, decoded when it is first met; raises `FaultyRecordError`."""
+        key: tuple[int, str] | int
+        if isinstance(image, str):
+            key = self.sources.locate(index)[0], image
+        else:
+            key = content_key(image)
         if key not in self._looks:
             try:
                 self._looks[key] = self._decode(index, self.sources.read_image(index, image))
@@ -162,9 +165,10 @@ class Examiner(Dataset[Finding]):
                 )
         except Exception as error:  # chat templates raise errors of their own
             raise self.sources.fault(index, error) from error
+        said = [(m["role"], plain_text(m["content"])) for m in record.messages]
         answers = [m["content"] for m in record.messages if m["role"] == "assistant"]
-        answer = plain_text("\n".join(answers))
-        said = "\0".join(f"{m['role']}:{plain_text(m['content'])}" for m in record.messages)
+        answer = "".join(plain for role, plain in said if role == "assistant")[:LONGEST_TEXT]
+        conversation = "\0".join(f"{role}:{plain}" for role, plain in said)
         shown = ",".join(str(look.key) for look in looks)
         return Finding(
             index,
@@ -176,7 +180,7 @@ class Examiner(Dataset[Finding]):
             language=detect_language(*answers),
             has_system=record.messages[0]["role"] == "system",
             carries_tools=record.carries_tools,
-            key=content_key(f"{said}\1{shown}".encode("utf-8", "replace")),
+            key=content_key(f"{conversation}\1{shown}".encode("utf-8", "replace")),
             answer_key=content_key(answer.encode("utf-8", "replace")),
             signature=text_signature(answer).tobytes(),
             pictures=looks,

@@ -13,6 +13,8 @@ hash); Broder, On the resemblance and containment of documents, 1997 (MinHash).
 
 import hashlib
 import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,7 +56,7 @@ def mean_colours(picture: Image.Image) -> bytes:
 def plain_text(text: str) -> str:
     """Letters and digits alone, without case."""
     folded = unicodedata.normalize("NFKC", text[:LONGEST_TEXT]).casefold()
-    return "".join(c for c in folded if c.isalnum())
+    return "".join(filter(str.isalnum, folded))
 
 
 def text_signature(plain: str) -> Array:
@@ -67,16 +69,16 @@ def text_signature(plain: str) -> Array:
     return minima
 
 
-def near_pictures(hashes: Array, colours: Array) -> Array:
-    """Pairs of pictures that are alike.
+def near_pictures(hashes: Array, colours: Array) -> Iterator[Array]:
+    """Pairs of pictures that are alike, piece by piece; a pair may come in several.
 
     All that differ in up to three bits are found, and most with more; where over `WINDOW` pictures
     agree in each of the four quarters of their hashes, some are missed.
 
     Args:
         hashes: (N,) uint64. colours: (N, `COLOUR_BYTES`) uint8.
-    Returns:
-        (number of pairs, 2), each pair once, the smaller index first.
+    Yields:
+        (number of pairs, 2), the smaller index first; at most N at a time.
     """
 
     def are_near(left: Array, right: Array) -> Array:
@@ -88,7 +90,7 @@ def near_pictures(hashes: Array, colours: Array) -> Array:
     return _pairs_in_bands(bands, are_near)
 
 
-def near_texts(signatures: Array) -> Array:
+def near_texts(signatures: Array) -> Iterator[Array]:
     """Pairs of texts that are alike, by (N, `NUM_MINIMA`) uint16 signatures; as `near_pictures`.
 
     Of two texts with 80% in common nine in ten are found.
@@ -108,9 +110,8 @@ def _same_colours(left: Array, right: Array) -> Array:
     return is_same
 
 
-def _pairs_in_bands(bands: list[Array], are_near: Any) -> Array:
+def _pairs_in_bands(bands: list[Array], are_near: Any) -> Iterator[Array]:
     """Pairs that agree in a band and are near, found among neighbours in the sorted band."""
-    found = [np.zeros((0, 2), dtype=np.int64)]
     for band in bands:
         order = np.argsort(band, kind="stable")
         values = band[order]
@@ -120,9 +121,7 @@ def _pairs_in_bands(bands: list[Array], are_near: Any) -> Array:
                 break
             left, right = order[same], order[same + step]
             near = are_near(left, right)
-            found.append(np.stack([left[near], right[near]], axis=1))
-    pairs = np.sort(np.concatenate(found), axis=1)
-    return np.unique(pairs, axis=0)
+            yield np.sort(np.stack([left[near], right[near]], axis=1), axis=1)
 
 
 def find_in(hashes: Array, colours: Array, known_hashes: Array, known_colours: Array) -> Array:
@@ -143,17 +142,40 @@ def find_in(hashes: Array, colours: Array, known_hashes: Array, known_colours: A
     return found
 
 
-def count_groups(pairs: Array, num: int) -> tuple[int, int]:
-    """How many groups `pairs` join, and how many members these have together."""
-    parent = list(range(num)) if len(pairs) else []
+@dataclass(frozen=True)
+class Groups:
+    """What pairs join: how many groups, how many members these have together, and the first pairs,
+    (up to so many, 2), in rising order."""
 
-    def root(member: int) -> int:
-        while parent[member] != member:
-            parent[member] = parent[parent[member]]
-            member = parent[member]
-        return member
+    num_groups: int
+    num_members: int
+    first_pairs: Array
 
-    for left, right in pairs.tolist():
-        parent[root(right)] = root(left)
-    members = np.unique(pairs).tolist()
-    return len({root(member) for member in members}), len(members)
+
+def join_pairs(pieces: Iterable[Array], num: int, *, most: int) -> Groups:
+    """The groups of `num` things. No more than a piece of the pairs is in memory: where all things
+    are alike, there are 64 pairs a thing.
+
+    Args:
+        pieces: of pairs, as `near_pictures` yields them. most: pairs that are named.
+    """
+    root = np.arange(num)
+    is_member = np.zeros(num, dtype=bool)
+    first = np.zeros(0, dtype=np.int64)
+    for pairs in pieces:
+        is_member[pairs] = True
+        _join(root, pairs)
+        first = np.unique(np.concatenate([first, pairs[:, 0] * num + pairs[:, 1]]))[:most]
+    num_groups = len(np.unique(root[is_member]))
+    return Groups(num_groups, int(is_member.sum()), np.stack(np.divmod(first, max(1, num)), axis=1))
+
+
+def _join(root: Array, pairs: Array) -> None:
+    """Make the smallest member of what `pairs` join the root of all its members."""
+    left, right = root[pairs[:, 0]], root[pairs[:, 1]]
+    while (differs := left != right).any():
+        left, right = left[differs], right[differs]
+        np.minimum.at(root, np.maximum(left, right), np.minimum(left, right))
+        while (root[root] != root).any():
+            root[:] = root[root]
+        left, right = root[left], root[right]

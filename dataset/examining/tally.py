@@ -18,7 +18,7 @@ from dataset.examining.likeness import (
     COLOUR_BYTES,
     NUM_MINIMA,
     Array,
-    count_groups,
+    join_pairs,
     near_pictures,
     near_texts,
 )
@@ -188,7 +188,7 @@ def summarise(tally: Tally, *, max_length: int, batch_size: int) -> dict[str, An
 def _images(tally: Tally) -> dict[str, Any]:
     table, distinct = tally.pictures, tally.pictures.distinct()
     pairs = near_pictures(distinct.hashes, distinct.colours)
-    num_groups, num_members = count_groups(pairs, len(distinct))
+    alike = join_pairs(pairs, len(distinct), most=MOST_FREQUENT)
     sizes = Counter(zip(table.width, table.height, strict=True)).most_common(MOST_FREQUENT)
     num_images = as_numpy(tally.num_images)
     return {
@@ -199,10 +199,10 @@ def _images(tally: Tally) -> dict[str, Any]:
         "height": percentiles(as_numpy(table.height)),
         "bytes": percentiles(as_numpy(table.num_bytes)),
         "most_frequent_sizes": [[w, h, n] for (w, h), n in sizes],
-        "near_duplicate_groups": num_groups,
-        "near_duplicates": num_members,
+        "near_duplicate_groups": alike.num_groups,
+        "near_duplicates": alike.num_members,
         # Records of the pairs, to be shown.
-        "near_pairs": distinct.records[pairs[:MOST_FREQUENT]].tolist(),
+        "near_pairs": distinct.records[alike.first_pairs].tolist(),
     }
 
 
@@ -210,16 +210,15 @@ def _answers(tally: Tally) -> dict[str, Any]:
     keys = as_numpy(tally.answer_key)
     _, first, counts = np.unique(keys, return_index=True, return_counts=True)
     signatures = bytes_as(tally.signatures, np.uint16).reshape(-1, NUM_MINIMA)[first]
-    pairs = near_texts(signatures)
-    num_groups, num_members = count_groups(pairs, len(first))
+    alike = join_pairs(near_texts(signatures), len(first), most=MOST_FREQUENT)
     records = as_numpy(tally.record)[first]
     most = np.argsort(-counts, kind="stable")[:MOST_FREQUENT]
     return {
         "distinct": len(first),
         "repeated": len(keys) - len(first),
-        "near_duplicate_groups": num_groups,
-        "near_duplicates": num_members,
+        "near_duplicate_groups": alike.num_groups,
+        "near_duplicates": alike.num_members,
         # Record and number of the most frequent answers; records of the pairs: to be shown.
         "most_frequent": [[int(records[i]), int(counts[i])] for i in most if counts[i] > 1],
-        "near_pairs": records[pairs[:MOST_FREQUENT]].tolist(),
+        "near_pairs": records[alike.first_pairs].tolist(),
     }

@@ -2,6 +2,7 @@
 misses a fault or names it at another line, or lets records of a held-out set pass.
 """
 
+import io
 import json
 
 import numpy as np
@@ -11,6 +12,8 @@ from support.smooth import smooth_picture
 from support.tiny_parts import conversation, make_records
 
 from dataset import doctor
+from dataset.examining.examine import Examiner
+from dataset.examining.sources import Sources
 from dataset.lm_dataset import IGNORE_INDEX, VLMDataset
 from model.vision_tower import load_image_processor, load_vision_config
 from model.vlm_processor import VLMProcessor, load_tokenizer
@@ -285,3 +288,32 @@ def test_workers_find_the_same(tmp_path, assets, diagnose):
         assert status == 1
         figures.append(json.loads(path.read_text()))
     assert figures[0] == figures[1] and figures[0]["records"] == 100
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_each_picture_is_decoded_once_however_far_apart_its_records_are(
+    is_named, tmp_path, processor
+):
+    """Work for a record does not grow with the number of records: it is counted, not timed."""
+    num_pictures, calls = 100, []
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(num_pictures):
+        Image.new("RGB", (9, 9), (number, 255 - number, 7)).save(images / f"{number}.png")
+    names = [f"{number % num_pictures}.png" for number in range(3 * num_pictures)]
+    lines = [conversation("<image> What?", "A dot.", image=name) for name in names]
+    data = write_lines(tmp_path / "data.jsonl", lines)
+
+    def open_counted(content, *, max_pixels):
+        calls.append(content)
+        return Image.open(io.BytesIO(content))
+
+    examiner = Examiner(
+        Sources([data], [images]), processor, open_counted, max_length=640, max_pixels=100
+    )
+    if is_named:
+        looked = [look for index in range(len(examiner)) for look in examiner[index].pictures]
+    else:
+        looked = [examiner._look(0, (images / name).read_bytes()) for name in names]
+    assert len(calls) == num_pictures
+    assert len({look.key for look in looked}) == num_pictures and len(looked) == len(names)
