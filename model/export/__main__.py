@@ -2,6 +2,7 @@
 
     python -m model.export --weight sft_vlm --to llava --out out/llava
     python -m model.export --weight sft_vlm --to transformers --out out/own
+    python -m model.export --weight sft_vlm --to onnx --out out/onnx
     python -m model.export --weight llm --to llama --out out/llama
     python -m model.export --weight llm --to gguf --gguf_type q8_0 --out out/gguf
     python -m model.export --load_from out/llava --to pth --out out/back/sft_vlm_512.pth
@@ -10,7 +11,8 @@
 
 llava (linear projection, generation 2) and internvl (MLP projection, generation 3) are stock
 classes of transformers, llama and qwen3 the language model alone (with experts: Qwen2-MoE and
-Qwen3-MoE). gguf is the language model for llama.cpp and Ollama. transformers is any
+Qwen3-MoE). gguf is the language model for llama.cpp and Ollama. onnx is
+tower, embedding and decoder for onnxruntime. transformers is any
 model by our own classes, whose code lies in the folder. pth reads any folder of transformers with
 --load_from. --push shows what would go to Hugging Face's hub, with a model card, and sends it where
 --yes says so; without --to it is the export that lies at --out.
@@ -27,6 +29,7 @@ from model.export.gguf_file import TYPES, write_gguf
 from model.export.hub import HUBS, Target, check_target, plan, push
 from model.export.names import PREFIXES
 from model.export.new_folder import check_new_folder, new_folder
+from model.export.onnx_graphs import write_onnx
 from model.export.remote import write_remote
 from model.export.scores import find_scores
 from model.export.source import load_source
@@ -36,7 +39,7 @@ from model.machine.device import memory_guard
 from model.machine.terminal import Terminated, one_line, sigterm_as_ctrl_c
 from model.options import NATIVE, OnceParser, add_model_arguments, parse_bool, parse_path
 
-REMOTE, GGUF, PTH = "transformers", "gguf", "pth"
+REMOTE, GGUF, ONNX, PTH = "transformers", "gguf", "onnx", "pth"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser)
     parser.set_defaults(device="cpu", dtype="float32")
     add = parser.add_argument
-    add("--to", choices=(*PREFIXES, GGUF, REMOTE, PTH), help="format / 格式")
+    add("--to", choices=(*PREFIXES, GGUF, ONNX, REMOTE, PTH), help="format / 格式")
     out_help = "new folder; for pth the weight's file / 新目录；pth 则为权重文件"
     add("--out", required=True, type=parse_path, help=out_help)
     type_help = "of gguf's matrices; default: f16 / GGUF 矩阵的格式"
@@ -90,6 +93,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--yes, --force, --private and --hub are of --push USER/NAME")
     if args.push is not None and args.to == PTH:
         raise ValueError("--push sends a folder, and --to pth makes one file; take another format")
+    if args.to == ONNX and args.dtype != "float32":
+        raise ValueError("--to onnx writes float32; leave --dtype out")
     if args.to in (None, PTH) and (args.license or args.scores):
         raise ValueError("--license and --scores are of an export's model card: give --to FORMAT")
     if args.push is not None:
@@ -120,11 +125,13 @@ def export(args: argparse.Namespace) -> str:
         write_pth(loading, out)
         return f"{out}: the weight of {args.load_from}"
     check_new_folder(out)
-    source = load_source(loading, with_vision=args.to in (*VISION_FORMATS, REMOTE))
+    source = load_source(loading, with_vision=args.to in (*VISION_FORMATS, ONNX, REMOTE))
     scores = find_scores(source.path, args.scores)
     with new_folder(out) as folder:
         if args.to == REMOTE:
             name = write_remote(source, folder, dtype=args.dtype)
+        elif args.to == ONNX:
+            name = write_onnx(source, folder)
         elif args.to == GGUF:
             name = write_gguf(source, folder, kind=args.gguf_type or TYPES[0])
         else:

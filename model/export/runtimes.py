@@ -57,6 +57,47 @@ In MiniMind-V itself, from a copy of this repository (`FOLDER`):
 ```bash
 python -m model.export --load_from FOLDER --to pth --out out/WEIGHT
 ```"""
+ONNX = """\
+In a copy of this repository, with `pip install onnxruntime transformers pillow`:
+
+```python
+import json
+
+import numpy as np
+from onnxruntime import InferenceSession
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer
+
+see, embed, decode = (
+    InferenceSession(f"{name}.onnx") for name in ("vision_encoder", "embed_tokens", "decoder")
+)
+tokenizer, processor = AutoTokenizer.from_pretrained("."), AutoImageProcessor.from_pretrained(".")
+config = json.load(open("minimind.json"))["config"]
+image = Image.open("picture.png").convert("RGB")
+pixels = processor(images=[image], return_tensors="np")["pixel_values"]
+(features,) = see.run(None, {"pixel_values": pixels})
+
+placeholder = config["image_special_token"] * (features.shape[1] // len(config["image_ids"]))
+messages = [{"role": "user", "content": f"{placeholder}\\nWhat is in the picture?"}]
+prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+ids = np.array([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+(states,) = embed.run(None, {"input_ids": ids})
+states[np.isin(ids, config["image_ids"])] = features.reshape(-1, features.shape[-1])
+
+mask, answer = np.ones_like(ids), []
+past = {
+    one.name: np.zeros((1, one.shape[1], 0, one.shape[3]), np.float32)
+    for one in decode.get_inputs()[2:]
+}
+while len(answer) < 64 and answer[-1:] != [tokenizer.eos_token_id]:
+    inputs = {"inputs_embeds": states, "attention_mask": mask}
+    logits, *present = decode.run(None, inputs | past)
+    answer.append(int(logits[0, -1].argmax()))
+    past = dict(zip(past, present))
+    mask = np.append(mask, [[1]], axis=1)
+    (states,) = embed.run(None, {"input_ids": np.array([answer[-1:]])})
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```"""
 TOWER_IMPORT, TOWER = (
     ", SiglipVisionConfig",
     ', vision_config=SiglipVisionConfig.from_pretrained("NAME")',
@@ -75,6 +116,7 @@ RUNTIMES = {
     "llama": Runtime("transformers", TEXT),
     "qwen3": Runtime("transformers", TEXT),
     "gguf": Runtime("gguf", GGUF),
+    "onnx": Runtime("onnx", ONNX),
 }
 
 
