@@ -27,6 +27,7 @@ from pathlib import Path
 from model.export.card import UNKNOWN, CardFacts, write_card
 from model.export.gguf_file import TYPES, write_gguf
 from model.export.hub import HUBS, Target, check_target, plan, push
+from model.export.mmproj_file import write_mmproj
 from model.export.names import PREFIXES
 from model.export.new_folder import check_new_folder, new_folder
 from model.export.onnx_graphs import write_onnx
@@ -57,6 +58,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", required=True, type=parse_path, help=out_help)
     type_help = "of gguf's matrices; default: f16 / GGUF 矩阵的格式"
     add("--gguf_type", choices=TYPES, help=type_help)
+    add(
+        "--mmproj",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="gguf: tower and projection too / 同时写出视觉塔与投影",
+    )
     add(
         "--projector_gelu",
         type=parse_bool,
@@ -113,11 +122,11 @@ def export(args: argparse.Namespace) -> str:
         raise ValueError("--projector_gelu is of --to llava")
     if args.projector_gelu and args.dtype != "float32":
         raise ValueError(
-            "--projector_gelu adds 16 to what the projector computes, which only float32 bears; "
+            "--projector_gelu adds 512 to what the projector computes, which only float32 bears; "
             "leave --dtype out"
         )
-    if args.gguf_type and args.to != GGUF:
-        raise ValueError("--gguf_type is of --to gguf")
+    if (args.gguf_type or args.mmproj) and args.to != GGUF:
+        raise ValueError(f"{'--gguf_type' if args.gguf_type else '--mmproj'} is of --to gguf")
     if args.to == PTH:
         if args.load_from == NATIVE:
             raise ValueError("--to pth needs the folder to read: --load_from FOLDER")
@@ -125,7 +134,8 @@ def export(args: argparse.Namespace) -> str:
         write_pth(loading, out)
         return f"{out}: the weight of {args.load_from}"
     check_new_folder(out)
-    source = load_source(loading, with_vision=args.to in (*VISION_FORMATS, ONNX, REMOTE))
+    sees = args.mmproj or args.to in (*VISION_FORMATS, ONNX, REMOTE)
+    source = load_source(loading, with_vision=sees)
     scores = find_scores(source.path, args.scores)
     with new_folder(out) as folder:
         if args.to == REMOTE:
@@ -133,7 +143,10 @@ def export(args: argparse.Namespace) -> str:
         elif args.to == ONNX:
             name = write_onnx(source, folder)
         elif args.to == GGUF:
-            name = write_gguf(source, folder, kind=args.gguf_type or TYPES[0])
+            kind = args.gguf_type or TYPES[0]
+            name = write_gguf(source, folder, kind=kind)
+            if args.mmproj:
+                name += f" and {write_mmproj(source, folder, kind=kind)}"
         else:
             name = write_stock(
                 source,

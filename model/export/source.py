@@ -76,7 +76,7 @@ def load_source(args: argparse.Namespace, *, with_vision: bool) -> Source:
         metadata = _metadata(model, tokenizer, loaded.path)
         return Source(loaded.path, model.config, state, tokenizer, metadata, vision, model)
     text = MiniMindForCausalLM(text_config(model.config))
-    state = _text_tensors(state)
+    state = text_tensors(state)
     text.load_state_dict(state)
     metadata = _metadata(text, tokenizer, loaded.path)
     return Source(loaded.path, text.config, state, tokenizer, metadata, None, text)
@@ -102,13 +102,14 @@ def _load_language_model(args: argparse.Namespace) -> Source:
     model = MiniMindForCausalLM(
         MiniMindConfig(**{name: value for name, value in fields.items() if name in TEXT_FIELDS})
     )
-    load_weights(model, _text_tensors(weight.state), path=path, may_lack_projection=True)
+    load_weights(model, text_tensors(weight.state), path=path, may_lack_projection=True)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     metadata = _metadata(model, tokenizer, path)
     return Source(path, model.config, tensors, tokenizer, metadata, None, model)
 
 
-def _text_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def text_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the language model alone."""
     vision = (PROJECTION_PREFIX, VISION_PREFIX)
     return {name: tensor for name, tensor in state.items() if not name.startswith(vision)}
 
