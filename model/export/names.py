@@ -35,8 +35,8 @@ SHARED_GATE = ".mlp.shared_expert_gate.weight"
 SHARED_DOWN = f"{STOCK_SHARED}down_proj.weight"
 # LLaVA's second layer, which ours lacks.
 IDENTITY_WEIGHT, IDENTITY_BIAS = f"{PROJECTOR}linear_2.weight", f"{PROJECTOR}linear_2.bias"
-# GELU(x + 512) - 512 is x, within 6e-5 in float32, wherever x > -500; a trained projector's features
-# reach -170.
+# GELU(x + 512) - 512 is x, within 6e-5 in float32, wherever x > -500; a trained projector's
+# features reach -170.
 GELU_SHIFT = 512.0
 
 
