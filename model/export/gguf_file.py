@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from model.export.names import to_stock
-from model.export.source import Source
+from model.export.source import Source, text_tensors
 from model.model_minimind import MiniMindConfig
 
 TYPES = ("f16", "q8_0", "f32")
@@ -56,7 +56,7 @@ def write_gguf(source: Source, folder: Path, *, kind: str) -> str:
     names = gguf.get_tensor_name_map(
         gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers
     )
-    for name, tensor in to_stock(source.state, architecture).items():
+    for name, tensor in to_stock(text_tensors(source.state), architecture).items():
         values = in_order(name, tensor.float().numpy(), config)
         found = names.get_name(name, try_suffixes=(".weight",))
         assert found is not None, name

@@ -35,7 +35,9 @@ SHARED_GATE = ".mlp.shared_expert_gate.weight"
 SHARED_DOWN = f"{STOCK_SHARED}down_proj.weight"
 # LLaVA's second layer, which ours lacks.
 IDENTITY_WEIGHT, IDENTITY_BIAS = f"{PROJECTOR}linear_2.weight", f"{PROJECTOR}linear_2.bias"
-GELU_SHIFT = 16.0  # GELU(x + 16) - 16 is x within float32 wherever |x| < 10
+# GELU(x + 512) - 512 is x, within 6e-5 in float32, wherever x > -500; a trained projector's
+# features reach -170.
+GELU_SHIFT = 512.0
 
 
 def to_stock(

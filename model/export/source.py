@@ -42,6 +42,7 @@ class Source:
     state: all tensors by our names, the tower's under `vision_encoder.`, float32 on the CPU.
     metadata: what `--to pth` puts beside the weight again.
     vision: None for the language model alone.
+    model: what `state` is of; with its tower where there is `vision`.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Source:
     tokenizer: PreTrainedTokenizerBase
     metadata: Metadata
     vision: Vision | None
+    model: MiniMindForCausalLM
 
 
 def load_source(args: argparse.Namespace, *, with_vision: bool) -> Source:
@@ -72,12 +74,12 @@ def load_source(args: argparse.Namespace, *, with_vision: bool) -> Source:
         assert model.vision_encoder is not None and model.image_processor is not None
         vision = Vision(model.vision_encoder.config, model.image_processor)
         metadata = _metadata(model, tokenizer, loaded.path)
-        return Source(loaded.path, model.config, state, tokenizer, metadata, vision)
+        return Source(loaded.path, model.config, state, tokenizer, metadata, vision, model)
     text = MiniMindForCausalLM(text_config(model.config))
-    state = _text_tensors(state)
+    state = text_tensors(state)
     text.load_state_dict(state)
     metadata = _metadata(text, tokenizer, loaded.path)
-    return Source(loaded.path, text.config, state, tokenizer, metadata, None)
+    return Source(loaded.path, text.config, state, tokenizer, metadata, None, text)
 
 
 def text_config(config: VLMConfig) -> MiniMindConfig:
@@ -100,14 +102,14 @@ def _load_language_model(args: argparse.Namespace) -> Source:
     model = MiniMindForCausalLM(
         MiniMindConfig(**{name: value for name, value in fields.items() if name in TEXT_FIELDS})
     )
-    load_weights(model, _text_tensors(weight.state), path=path, may_lack_projection=True)
+    load_weights(model, text_tensors(weight.state), path=path, may_lack_projection=True)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    return Source(
-        path, model.config, tensors, tokenizer, _metadata(model, tokenizer, path), vision=None
-    )
+    metadata = _metadata(model, tokenizer, path)
+    return Source(path, model.config, tensors, tokenizer, metadata, None, model)
 
 
-def _text_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def text_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the language model alone."""
     vision = (PROJECTION_PREFIX, VISION_PREFIX)
     return {name: tensor for name, tensor in state.items() if not name.startswith(vision)}
 

@@ -19,13 +19,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 from huggingface_hub import close_session
+from support.hub_uploads import UploadRequests, Uploads
 
 from dataset import download
 from dataset.fetching import assets as manifest
 from dataset.fetching import hub as network
 
 COMMIT = "c" * 40  # what a branch stands for
-LARGE = (".pth", ".parquet", ".zip", ".safetensors", ".bin")  # kept by Git LFS
+LARGE = (".pth", ".parquet", ".zip", ".safetensors", ".bin", ".gguf", ".onnx")  # kept by Git LFS
 
 PARQUET = random.Random(0).randbytes(300_000)
 CONFIG = b'{"model_type": "clip"}\n'
@@ -46,6 +47,8 @@ class FakeHub:
         self.stalls: dict[str, int] = {}  # bytes after which an answer waits for `release`
         self.release = threading.Event()
         self.without_range = False
+        self.uploads = Uploads()
+        self.first_commit = COMMIT
         self.packs = False  # answers come gzip-encoded though they were asked for as they are
         hub = self
 
@@ -81,7 +84,7 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(UploadRequests, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     owner: FakeHub
 
@@ -96,6 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
         match words:
             case ["api", "models" | "datasets", owner, name, "revision", revision]:
                 self.huggingface_listing(f"{owner}/{name}", revision)
+            case ["api", "models", owner, name]:
+                assert self.query == {"blobs": "true"}
+                self.huggingface_listing(f"{owner}/{name}", "main")
             case ["api", "v1", "models", owner, name, "repo", "files"]:
                 self.modelscope_listing(f"{owner}/{name}")
             case ["api", "v1", "datasets", owner, name, "repo", "tree"]:
@@ -115,13 +121,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def huggingface_listing(self, repo: str, revision: str) -> None:
         if repo not in self.owner.files:
-            self.send_text(404, json.dumps({"error": "Repository not found"}))
+            self.send_json(404, {"error": "Repository not found"}, code="RepoNotFound")
             return
         siblings = []
         for name, data in self.owner.files[repo].items():
             blob = b"blob %d\0" % len(data) + data
             entry = {"rfilename": name, "size": len(data), "blobId": _hex("sha1", blob)}
-            if name.endswith(LARGE):
+            if self.is_large(name):
                 entry["blobId"] = "f" * 40  # the pointer's, not the content's
                 entry["lfs"] = {
                     "sha256": _hex("sha256", data),
@@ -129,8 +135,11 @@ class _Handler(BaseHTTPRequestHandler):
                     "pointerSize": 134,
                 }
             siblings.append(entry)
-        commit = revision if len(revision) == 40 else COMMIT
+        commit = revision if len(revision) == 40 else self.owner.uploads.head(repo, COMMIT)
         self.send_text(200, json.dumps({"id": repo, "sha": commit, "siblings": siblings}))
+
+    def is_large(self, name: str) -> bool:
+        return name.endswith(LARGE)
 
     def modelscope_listing(self, repo: str) -> None:
         if repo not in self.owner.files:

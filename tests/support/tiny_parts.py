@@ -52,7 +52,9 @@ def make_tokenizer(folder: Path, *, texts=TOKENIZER_TEXT, vocab_size: int = 400)
     ).save_pretrained(folder)
 
 
-def make_tower(folder: Path, *, image_size: int, patch_size: int, hidden_size: int = 24) -> None:
+def make_tower(
+    folder: Path, *, image_size: int, patch_size: int, hidden_size: int = 24, num_layers: int = 1
+) -> None:
     """A CLIP vision tower with seeded random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -60,7 +62,7 @@ def make_tower(folder: Path, *, image_size: int, patch_size: int, hidden_size: i
             CLIPVisionConfig(
                 hidden_size=hidden_size,
                 intermediate_size=32,
-                num_hidden_layers=1,
+                num_hidden_layers=num_layers,
                 num_attention_heads=2,
                 image_size=image_size,
                 patch_size=patch_size,
