@@ -202,7 +202,8 @@ def _without_values(
 ) -> MiniMindForCausalLM:
     """A copy whose tensors have no values, its tower as training has it; in a `FakeTensorMode`."""
     light = {id(p) for module in light_modules(model) for p in module.parameters()}
-    memo: dict[int, Any] = {}
+    # The steps of 8-bit pixels are a small table of numbers; the estimate begins behind them.
+    memo: dict[int, Any] = {id(getattr(model, "pixel_steps", None)): None}
     for tensor in (*model.parameters(), *model.buffers()):
         kind = getattr(torch, dtype) if id(tensor) in light else tensor.dtype
         blank = torch.empty(tensor.shape, dtype=kind, device=device)
