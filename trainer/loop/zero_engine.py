@@ -282,6 +282,7 @@ class ZeroEngine:
         if self._tower is not None:
             copy._modules.pop(TOWER, None)
             object.__setattr__(copy, TOWER, self._tower)
+            copy.pixel_steps = self.module.pixel_steps
         with self._gather(list(self.module.parameters())):
             copy.load_state_dict(self.module.state_dict())
         return copy
