@@ -35,6 +35,8 @@ from trainer.chain.photo_steps import (
 from trainer.chain.running import INTERRUPTED, check_settings
 from trainer.measuring.matrix_rate import matrix_rate
 
+PROMPT = "<image> Describe the picture in one sentence."  # as the captions were asked for
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Flags of the command line."""
@@ -75,7 +77,7 @@ def print_next_steps(photos: Photos) -> None:
 
     print(f"""
 Talk to it:
-  your photos  {command("eval_vlm.py")} --image_dir FOLDER
+  your photos  {command("eval_vlm.py", "--prompt", PROMPT)} --image_dir FOLDER
   chat         {command("eval_vlm.py", "--chat")}
   web page     {command("web_demo.py", "--examples", photos.examples)}""")
 

@@ -1,6 +1,24 @@
-"""Offers readers and comparisons of training states."""
+"""Offers readers and comparisons of training states, and runs that are left in the middle."""
 
 import torch
+
+from trainer.loop import train_loop
+
+
+def leave_at(patch, step: int) -> None:
+    """Ctrl-C in front of a step of every run from now on.
+
+    Args:
+        patch: a `MonkeyPatch`, whose `undo` ends that.
+    """
+    go_on = train_loop.optimizer_step
+
+    def leave(run, *rest):
+        if run.progress.step == step:
+            raise KeyboardInterrupt
+        return go_on(run, *rest)
+
+    patch.setattr(train_loop, "optimizer_step", leave)
 
 
 def saved(folder, pattern: str):

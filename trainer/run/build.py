@@ -141,7 +141,8 @@ def read_pixel_steps(processor: BaseImageProcessor, *, device: torch.device) -> 
     if steps is None:
         warn(
             "the tower's preprocessing has steps that are not known here, so its library takes "
-            "them picture by picture: same numbers, slower loading"
+            "them picture by picture: same numbers, slower loading; --exact_preprocessing 1 asks "
+            "for that, without this warning"
         )
     return steps
 

@@ -94,6 +94,7 @@ def test_whole_chain_runs_and_finds_what_is_done(assets, tmp_path, capfd, monkey
     assert weight["taught"] == PHOTOS_TAUGHT
     shown = {question["picture"] for question in PHOTOS_TAUGHT["questions"]}
     assert shown < {path.name for path in (folder / "examples").iterdir()}
+    assert "--prompt '<image> Describe the picture in one sentence.' --weight" in out
     assert f"--examples {folder / 'examples'}" in out
     assert len(own.encode(" red", add_special_tokens=False)) == 1, "it knows the captions' words"
     assert command.main(argv) == 0

@@ -14,6 +14,7 @@ import torch
 from support.noise import entry_bytes, make_noise_records, num_entries, shards_of, slow_tower
 from support.rank_group import RankGroup, run_ranks
 from support.scripts import train_flags
+from support.states import leave_at
 from support.tiny_parts import make_tower
 
 from dataset.records.images import ImageFolder
@@ -217,14 +218,7 @@ def test_resumes_with_equal_bits(assets, noise, cached, tmp_path, monkeypatch):
         "dtype": "bfloat16",
     }
     train(assets, tmp_path / "whole", noise, **flags)
-    step = train_loop.optimizer_step
-
-    def leave(run, *rest):
-        if run.progress.step == 5:
-            raise KeyboardInterrupt
-        return step(run, *rest)
-
-    monkeypatch.setattr(train_loop, "optimizer_step", leave)
+    leave_at(monkeypatch, 5)
     train(assets, tmp_path / "cut", noise, status=130, **flags)
     monkeypatch.undo()
     train(assets, tmp_path / "cut", noise, from_resume=1, **flags)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from support.noise import make_noise_records
 from support.scripts import train_flags
-from support.states import assert_same_state, saved
+from support.states import assert_same_state, leave_at, saved
 from support.tiny_parts import make_tower
+from transformers import CLIPImageProcessorPil
 
 from trainer import train_pretrain_vlm
-from trainer.loop import train_loop
 from trainer.run import build
 
 FAST = {"num_hidden_layers": 2, "learning_rate": 0.003, "batch_size": 5}
@@ -159,14 +159,7 @@ def test_a_resumed_run_has_equal_bits(flags, assets, tower, noise, tmp_path, mon
     flags = {"dropout": 0.1, "epochs": 2, "save_interval": 2} | flags
     whole = argv_of(assets, tower, tmp_path / "whole", noise, **flags)
     assert train_pretrain_vlm.main(whole) == 0
-    step = train_loop.optimizer_step
-
-    def leave(run, *rest):
-        if run.progress.step == 5:
-            raise KeyboardInterrupt
-        return step(run, *rest)
-
-    monkeypatch.setattr(train_loop, "optimizer_step", leave)
+    leave_at(monkeypatch, 5)
     assert train_pretrain_vlm.main(argv_of(assets, tower, tmp_path / "cut", noise, **flags)) == 130
     monkeypatch.undo()
     flags.pop("exact_preprocessing", None)  # the pixels are the same, so it may be left out
@@ -174,3 +167,11 @@ def test_a_resumed_run_has_equal_bits(flags, assets, tower, noise, tmp_path, mon
     assert train_pretrain_vlm.main(again) == 0
     states = [saved(tmp_path / side / "checkpoints", "*.pth") for side in ("whole", "cut")]
     assert_same_state(*states)
+
+
+def test_steps_that_are_not_known_are_told_with_a_way_to_say_so(capfd):
+    device = torch.device("cpu")
+    assert build.read_pixel_steps(CLIPImageProcessorPil(do_resize=False), device=device) is None
+    assert "--exact_preprocessing 1" in capfd.readouterr().err
+    assert build.read_pixel_steps(CLIPImageProcessorPil(), device=device) is not None
+    assert capfd.readouterr().err == ""
