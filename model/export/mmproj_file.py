@@ -76,15 +76,18 @@ def write_mmproj(source: Source, folder: Path, *, kind: str) -> str:
 
 def _check_computable(own: VLMConfig, tower: PreTrainedConfig, *, path: Path) -> None:
     """Raise ValueError where llama.cpp's graph computes something else."""
+    width, inner, activation = (  # a tower of another kind may have none of these
+        getattr(tower, name, None) for name in ("hidden_size", "intermediate_size", "hidden_act")
+    )
     needed = {
         "projector": (own.projector, "linear"),
         "vision tower": (tower.model_type, "clip_vision_model"),
         "token_merge": (own.token_merge, 1),
         "keep_cls": (own.keep_cls, False),
         "image_size": (own.image_size or image_side(tower), image_side(tower)),
-        "hidden_act": (tower.hidden_act in ("quick_gelu", "gelu"), True),
+        "hidden_act": (activation in ("quick_gelu", "gelu"), True),
         # Where they are equal llama.cpp takes the two matrices of an MLP for each other.
-        "MLP as wide as the tower": (tower.intermediate_size == tower.hidden_size, False),
+        "MLP as wide as the tower": (inner == width, False),
     }
     for what, (value, wanted) in needed.items():
         if value != wanted:

@@ -9,6 +9,7 @@ D hidden, V vocabulary, G heads of keys and values, K head dim; B, P, T and I ma
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,18 +112,21 @@ def write_onnx(source: Source, folder: Path) -> str:
             f"{source.path} has experts, which --to onnx does not write; take --to transformers"
         )
     _check_packages()
-    for graph in graphs(source):
-        torch.onnx.export(
-            graph.module.eval(),
-            graph.inputs,
-            folder / f"{graph.name}.onnx",
-            dynamo=True,
-            dynamic_shapes=graph.free,
-            external_data=False,
-            verbose=False,
-            input_names=graph.in_names,
-            output_names=graph.out_names,
-        )
+    with warnings.catch_warnings():  # of what PyTorch's own exporter will have to change
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for graph in graphs(source):
+            torch.onnx.export(
+                graph.module.eval(),
+                graph.inputs,
+                folder / f"{graph.name}.onnx",
+                dynamo=True,
+                dynamic_shapes=graph.free,
+                external_data=False,
+                verbose=False,
+                input_names=graph.in_names,
+                output_names=graph.out_names,
+            )
     assert source.vision is not None
     source.tokenizer.save_pretrained(folder)
     source.vision.image_processor.save_pretrained(folder)

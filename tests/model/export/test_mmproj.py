@@ -1,11 +1,14 @@
 """If this fails, llama.cpp's CLIP graph would make other features of a picture than the weight."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from support.exporting import Kit, export, make_kit, make_kits
 from support.tiny_parts import make_tower
 from support.tiny_vlm import picture
+from support.towers import TOWERS, make_tower_of
 
 from model.export.__main__ import main
 from model.export.mmproj_file import MMPROJ_FILE
@@ -138,3 +141,18 @@ def test_what_it_would_not_compute_is_one_line(name, flags, line, kits, tmp_path
     err = capsys.readouterr().err
     assert err.startswith("error: ") and line in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tower", ["efficientnet", "convnextv2", "vit"])
+def test_tower_of_another_kind_is_one_line(tower, assets, tmp_path, capsys):
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+    make_tower_of(tower, tmp_path / "assets" / "tower")
+    shutil.copytree(assets / "tokenizer", tmp_path / "assets" / "tokenizer")
+    width = TOWERS[tower][-1]
+    kit = make_kit(tmp_path, tmp_path / "assets", vision_hidden_size=width)
+    out = tmp_path / "out"
+    capsys.readouterr()  # of making the tower
+    assert main([*kit.flags, "--to", "gguf", "--mmproj", "--out", str(out)]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "has vision tower" in err and "take --to transformers" in err
+    assert not out.exists()
