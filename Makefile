@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A machine without an NVIDIA GPU takes PyTorch's CPU build: 0.2 GB instead of 3 GB.
 CPU_TORCH := torch==2.13.0+cpu
-# Tests that run at once; each is a thread or two.
-JOBS ?= 2
+# Tests that run at once; each is a thread or two, and many wait.
+JOBS ?= 3
+# Hundreds of processes start here: what Python has compiled is kept.
+export PYTHONDONTWRITEBYTECODE :=
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: setup test test-quick test-all test-gpu test-cuda-build check-published lint demo \

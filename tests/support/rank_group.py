@@ -6,22 +6,41 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from support.scripts import free_port
 
 from trainer import train_pretrain_vlm, train_sft_vlm
 from trainer.loop import train_loop
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["support.rank_group"])
+# What the programs import, some of it late: each start would pay for it anew.
+PRELOADED = (
+    "support.rank_group",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.image_processing_pil_clip",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "pyarrow.parquet",
+    "eval_vlm",
+    "model.serving.web.page",
+)
+CONTEXT.set_forkserver_preload(list(PRELOADED))
 TESTS = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join((str(TESTS.parent), str(TESTS)))  # for that process
 TIMEOUT_S = 900  # generous: machines that run tests are busy
+
+
+def begin_as_python_does() -> None:
+    """Undo what a process inherits from the one it was forked from: its data workers too would be
+    forked from a process that first imports everything.
+    """
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    torch.set_num_threads(1)
 
 
 def run_rank(argv: list[str], environment: dict, log: Path, hook) -> None:
@@ -32,7 +51,7 @@ def run_rank(argv: list[str], environment: dict, log: Path, hook) -> None:
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ.update(environment)
-    torch.set_num_threads(1)
+    begin_as_python_does()
     if hook is not None:
         hook[0](*hook[1:])
     sys.exit(train_pretrain_vlm.main(argv))
@@ -46,9 +65,7 @@ class RankGroup:
     """
 
     def __init__(self, argv: list, folder: Path, *, world_size: int, hook=None, name: str = "run"):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.store = torch.distributed.TCPStore(
             "127.0.0.1", port, is_master=True, wait_for_workers=False
         )

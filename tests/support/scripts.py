@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -65,6 +66,12 @@ def start_cold(*words, env=None, **options) -> subprocess.Popen:
     """Start Python with the script."""
     env = script_environment() | (env or {})
     return subprocess.Popen(cold_command(*words), env=env, **options)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def cold_command(script: str, *arguments) -> list[str]:

@@ -20,8 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 
-import torch
-from support.rank_group import CONTEXT
+from support.rank_group import CONTEXT, begin_as_python_does
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_MODULE = "-m"
@@ -43,7 +42,7 @@ def _become(words: list[str], environment: dict, cwd: str, ends: list[Connection
     sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
     sys.stdout, sys.stderr = (open(n, "w", 1, encoding="utf-8", closefd=False) for n in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    torch.set_num_threads(1)
+    begin_as_python_does()
     try:
         if words[0] == RUN_MODULE:
             sys.argv = words[1:]

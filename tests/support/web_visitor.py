@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.scripts import start_cold
+from support.scripts import free_port, start_cold
 from support.tiny_parts import make_tokenizer, make_tower
 from support.tiny_vlm import make_loaded, save_tiny
 from support.warm import Program
@@ -78,12 +78,6 @@ def model_flags(folder: Path) -> list[str]:
         "device": "cpu",
     }
     return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -20,6 +20,7 @@ PANELS = (  # field, title, axis, logarithmic
 )
 
 FEW_POINTS = 40  # up to here every point is marked
+NUM_LEGEND_COLUMNS = 2
 SMOOTH_SHARE = 0.05  # of the points: the width of the running mean's window
 
 
@@ -99,8 +100,11 @@ def draw_curve(
 def draw_runs(runs: dict[str, list[dict[str, Any]]]) -> "Figure":
     """A matplotlib figure with a panel for each of `PANELS` and a curve for each named run."""
     from matplotlib.figure import Figure  # half a second, so only where a picture is drawn
+    from matplotlib.ticker import LogFormatter
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7))
+    below = 0.1 + 0.03 * math.ceil(len(runs) / NUM_LEGEND_COLUMNS)  # for the legend
+    figure.subplots_adjust(left=0.07, right=0.98, top=0.95, bottom=below, hspace=0.32, wspace=0.18)
     for axes, (field, title, unit, is_log) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         drawn = [
             draw_curve(axes, figures, field, label=name, color=f"C{i}")
@@ -121,7 +125,10 @@ def draw_runs(runs: dict[str, list[dict[str, Any]]]) -> "Figure":
             continue
         positive = any(v > 0 for figures in runs.values() for v in points(figures, field)[1])
         axes.set(xlabel="optimizer step", ylabel=unit)
-        axes.set_yscale("log" if is_log and positive else "linear")
+        if is_log and positive:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles: dict[str, Any] = {}
@@ -129,7 +136,11 @@ def draw_runs(runs: dict[str, list[dict[str, Any]]]) -> "Figure":
         lines, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, lines, strict=True))
     figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=2, frameon=False
+        list(handles.values()),
+        list(handles),
+        loc="lower center",
+        ncols=NUM_LEGEND_COLUMNS,
+        frameon=False,
     )
     return figure
 

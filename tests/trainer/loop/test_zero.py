@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.rank_group import RankGroup, run_ranks
-from support.scripts import ROOT, script_environment, train_flags
+from support.scripts import ROOT, free_port, script_environment, train_flags
 from support.third_generation import make_assets3
 from support.tiny_parts import make_records
 
@@ -160,7 +160,7 @@ def test_deepspeed_launcher_starts_the_ranks(assets, tmp_path, data):
             sys.executable,
             str(launcher),
             "--master_port",
-            "29517",
+            str(free_port()),
             "--num_gpus=2",
             str(ROOT / "trainer" / "train_sft_vlm.py"),
             *flags,
@@ -224,7 +224,7 @@ def test_what_cannot_run_ends_in_one_line(
             "RANK": "0",
             "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29519",
+            "MASTER_PORT": str(free_port()),
         }.items():
             monkeypatch.setenv(name, value)
     if config is not None and not config.endswith(".json"):
@@ -256,7 +256,7 @@ def test_auto_of_other_projects_files_means_the_flags(assets, tmp_path, monkeypa
         "RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29521",
+        "MASTER_PORT": str(free_port()),
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
