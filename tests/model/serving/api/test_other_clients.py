@@ -1,13 +1,30 @@
 """If this fails, the clients that people use beside the official one are refused, or told something
-else, by `web_demo.py --api`, with their defaults: LangChain's and LiteLLM's.
+else, by `web_demo.py --api`, with their defaults: LangChain's, LiteLLM's and Open WebUI's.
 
 They are no part of the requirements; the tests run where they are installed:
 
     pip install "langchain-openai>=1.7,<2" "litellm>=1.110,<2"
+
+Open WebUI has an environment of its own, for it fixes the versions of what both need:
+
+    python3 -m venv webui && webui/bin/pip install "open-webui>=0.12,<0.13"
+    OPEN_WEBUI=webui/bin/open-webui pytest tests/model/serving/api/test_other_clients.py
 """
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 import pytest
 from support.api_site import MODEL, data_url, endless_engine, parts, served_thread
+from support.scripts import free_port
 from support.tiny_vlm import picture
 
 from model.generation.engine import VLMEngine, ask
@@ -15,6 +32,7 @@ from model.generation.sampling import Sampling
 
 pytestmark = [pytest.mark.full, pytest.mark.slow]
 HOW = 'not installed: pip install "langchain-openai>=1.7,<2" "litellm>=1.110,<2"'
+START_S = 180  # Open WebUI makes its database first
 PLAIN = Sampling(24, temperature=0)  # the server's, which clients do not name
 
 
@@ -97,3 +115,65 @@ def test_litellm(engine, address):
         prompt="a circle", **asked | {"model": f"text-completion-openai/{MODEL}"}
     )
     assert text.choices[0].text
+
+
+@contextlib.contextmanager
+def open_webui(address: str, folder: Path):
+    """Open WebUI with this server as its only one, and no other setting about it; gives a function
+    that asks it: path and JSON -> text."""
+    command = os.environ.get("OPEN_WEBUI") or shutil.which("open-webui")
+    if command is None:
+        pytest.skip('not installed: pip install "open-webui>=0.12,<0.13", in its own environment')
+    port = free_port()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {
+        "OPENAI_API_BASE_URL": address,
+        "OPENAI_API_KEY": "none",
+        "ENABLE_OLLAMA_API": "False",
+        "WEBUI_AUTH": "False",  # whoever asks is its administrator
+        "OFFLINE_MODE": "True",
+        "DATA_DIR": str(folder),
+    }
+    token = ""
+
+    def asked(path: str, body: dict | None = None) -> str:
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}")
+        request.add_header("Content-Type", "application/json")
+        request.add_header("Authorization", f"Bearer {token}")
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(request, data, timeout=START_S) as reply:
+            return reply.read().decode()
+
+    words = [command, "serve", "--host", "127.0.0.1", "--port", str(port)]
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            words, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline_s = time.monotonic() + START_S
+        while not token:
+            said = (folder / "log.txt").read_text()[-2000:]
+            assert process.poll() is None and time.monotonic() < deadline_s, said
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                who = {"email": "", "password": ""}
+                token = json.loads(asked("/api/v1/auths/signin", who))["token"]
+            time.sleep(0.5)
+        yield asked
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_open_webui(engine, address, tmp_path):
+    with open_webui(address, tmp_path) as asked:
+        assert [model["id"] for model in json.loads(asked("/api/models"))["data"]] == [MODEL]
+        for ours, images, theirs in conversation(engine):
+            expected = text_of(engine, ours, images)
+            body = {"model": MODEL, "messages": theirs, "stream": False}
+            reply = json.loads(asked("/api/chat/completions", body))
+            assert reply["choices"][0]["message"]["content"] == expected
+            assert reply["usage"]["completion_tokens"] == 24
+            lines = asked("/api/chat/completions", body | {"stream": True}).splitlines()
+            events = [line.removeprefix("data: ") for line in lines if line.startswith("data: {")]
+            deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+            assert "".join(delta.get("content") or "" for delta in deltas) == expected
