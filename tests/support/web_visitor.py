@@ -208,7 +208,8 @@ class Visitor:
         return seen
 
     def stop(self) -> None:
-        self.page.locator("#box .stop-button").click()
+        # Answers move the page at every word, for which a click would wait until they end.
+        self.page.locator("#box .stop-button").click(force=True)
 
     def regenerate(self) -> None:
         self.page.locator("#chat [data-minimind=retry]").click()

@@ -11,7 +11,7 @@ from zipfile import is_zipfile
 
 from model.machine.atomic_file import atomic_write
 from trainer.chain.photo_settings import MODEL, NUM_BEAMS, RECIPE, TOKENIZER, TOWER, WEIGHT, Photos
-from trainer.chain.running import Word, flags, run_script
+from trainer.chain.running import Word, flags, run_script, scores_of
 from trainer.chain.taught import PHOTOS_TAUGHT, add_taught
 
 ALL = 10**9  # answers to generate: one for every photo and language
@@ -134,7 +134,6 @@ def train(photos: Photos) -> None:
 def evaluate(photos: Photos) -> dict[str, Any]:
     """Score the held-back photos, unless this weight's scores on these are there; returns them."""
     data, images = records(photos, "val")
-    path = photos.out / "scores.json"
     options: dict[str, Word] = {
         "weight": photos.weight,
         "vision_model_path": photos.tower,
@@ -144,29 +143,5 @@ def evaluate(photos: Photos) -> dict[str, Any]:
         "num_beams": NUM_BEAMS,
         "num_generate": ALL,
         "batch_size": 32,
-        "json": path,
     }
-    known = photos.out / "scored.json"  # what the scores are of
-    current = {name: str(value) for name, value in options.items()} | {
-        f"{name}_sha256": _sha256(Path(file))
-        for name, file in (("weight", photos.weight), ("data", data), ("images", images))
-    }
-    if _read_json(known) == current and (scores := _read_json(path)):
-        return scores
-    run_script("eval_vlm.py", *flags(options))
-    text = json.dumps(current, indent=1, ensure_ascii=False)
-    atomic_write(known, partial(_write_text, text))
-    return _read_json(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """What a file holds; {} where it is missing or damaged, so that it is made anew."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
+    return scores_of(options, path=photos.out / "scores.json", run=run_script)

@@ -1,10 +1,11 @@
 """Owns what every chain does: it runs scripts of the repository, in a folder of one setting."""
 
+import hashlib
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -47,6 +48,36 @@ def run_script(*words: Word) -> None:
 def flags(values: Mapping[str, Word]) -> list[Word]:
     """`--name value` for each entry, in order."""
     return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def scores_of(options: dict[str, Word], *, path: Path, run: Callable[..., None]) -> dict[str, Any]:
+    """The scores that `eval_vlm.py` writes to `path` with these flags; if it holds what the same
+    flags gave for the same files, nothing is run.
+
+    Args:
+        options: flags; the files among them count by their content.
+        run: `run_script`.
+    """
+    known = path.with_name("scored.json")  # what the scores are of
+    current = {name: str(value) for name, value in options.items()}
+    for name, value in options.items():
+        if isinstance(value, Path) and value.is_file():
+            with value.open("rb") as file:
+                current[f"{name}_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    if _read_json(known) == current and (scores := _read_json(path)):
+        return scores
+    run("eval_vlm.py", *flags(options | {"json": path}))
+    text = json.dumps(current, indent=1, ensure_ascii=False)
+    atomic_write(known, lambda file: file.write(text.encode()))
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What a file holds; {} where it is missing or damaged, so that it is made anew."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from model.generations import MODEL_DIR
 from model.machine.paths import OUT_DIR, ROOT
 from model.vision_tower import VISION_DIR
-from trainer.chain.running import Word, flags, run_script
+from trainer.chain.running import Word, flags, run_script, scores_of
 from trainer.chain.settings import LLM, SIZES, TEXT_STAGES, TOWER, VLM, Chain, TextStage
 from trainer.chain.taught import TAUGHT, add_taught
 
@@ -136,18 +136,14 @@ def train(chain: Chain) -> None:
 
 
 def evaluate(chain: Chain) -> dict[str, Any]:
-    """Score the held-out questions; returns the scores."""
-    path = chain.out / "scores.json"
-    options = {
+    """Score the held-out questions, unless this weight's scores are there; returns them."""
+    options: dict[str, Word] = {
         "weight": chain.out / f"{VLM}.pth",
         "vision_model_path": chain.tower,
         "data_path": chain.data / "heldout.jsonl",
         "images_path": chain.data / "heldout_images",
-        "json": path,
     }
-    run_script("eval_vlm.py", *flags(options))
-    scores: dict[str, Any] = json.loads(path.read_text())
-    return scores
+    return scores_of(options, path=chain.out / "scores.json", run=run_script)
 
 
 def publish(chain: Chain) -> None:
