@@ -36,7 +36,7 @@ from trainer.chain.settings import (
 
 SCRIPT = "trainer/train_pretrain_vlm.py"
 TIMEOUT_S = 120
-FEW = ["--num_pretrain", "16", "--num_train", "32", "--num_heldout", "24"]
+FEW = ["--num_pretrain", "16", "--num_train", "32", "--num_heldout", "12"]
 
 
 def run_quickly(*words) -> None:
