@@ -18,8 +18,11 @@ from support.scripts import SHARED
 from support.tiny_parts import make_tokenizer, make_tower
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A shell starts what runs in the background with Ctrl-C ignored, and all its children inherit it.
+# A shell starts what runs in the background with Ctrl-C ignored, nohup what it runs with SIGHUP
+# ignored, and all its children inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # tiny models are faster so, and runs side by side do not fight
 
 
