@@ -20,7 +20,7 @@ PANELS = (  # field, title, axis, logarithmic
 )
 
 FEW_POINTS = 40  # up to here every point is marked
-NUM_LEGEND_COLUMNS = 2
+NUM_LEGEND_COLUMNS, LEGEND_ROW = 2, 0.22  # inches
 SMOOTH_SHARE = 0.05  # of the points: the width of the running mean's window
 
 
@@ -102,9 +102,11 @@ def draw_runs(runs: dict[str, list[dict[str, Any]]]) -> "Figure":
     from matplotlib.figure import Figure  # half a second, so only where a picture is drawn
     from matplotlib.ticker import LogFormatter
 
-    figure = Figure(figsize=(11, 7))
-    below = 0.1 + 0.03 * math.ceil(len(runs) / NUM_LEGEND_COLUMNS)  # for the legend
-    figure.subplots_adjust(left=0.07, right=0.98, top=0.95, bottom=below, hspace=0.32, wspace=0.18)
+    legend = LEGEND_ROW * math.ceil(len(runs) / NUM_LEGEND_COLUMNS)  # inches, below the panels
+    height = 6.8 + legend
+    figure = Figure(figsize=(11, height))
+    top, bottom = 1 - 0.35 / height, (0.7 + legend) / height
+    figure.subplots_adjust(left=0.07, right=0.98, top=top, bottom=bottom, hspace=0.32, wspace=0.18)
     for axes, (field, title, unit, is_log) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         drawn = [
             draw_curve(axes, figures, field, label=name, color=f"C{i}")

@@ -72,7 +72,9 @@ def test_whole_chain_from_zero_runs_finds_what_is_done_and_publishes(chains_in, 
         figures = (chains_in / "zero" / f"{stage.name}_128_metrics.jsonl").read_text()
         assert '"val_loss"' in figures
     assert demo.main([*argv, "--publish", "1"]) == 0
-    assert "Epoch:[" not in capfd.readouterr().out  # nothing is trained twice
+    again = capfd.readouterr().out
+    assert "Epoch:[" not in again and "$ python eval_vlm.py" not in again  # nothing is done twice
+    assert "grounding gap" in again
     assert (chains_in / "vision_model" / TOWER / "config.json").is_file()
     assert (chains_in / "out" / f"{VLM}.pth").is_file()
 

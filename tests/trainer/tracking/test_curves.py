@@ -105,6 +105,15 @@ def test_a_complete_run_draws_its_curves(assets, tmp_path):
     assert all(num_pixels(out, BLUE, box) for box in panels(out))
 
 
+def test_a_hundred_runs_find_room_below_the_panels():
+    runs = {f"run {i}": [{"step": s, "loss": 1 / s} for s in (1, 2)] for i in range(100)}
+    figure = curves.draw_runs(runs)
+    figure.draw_without_rendering()
+    lowest = min(axes.get_tightbbox().y0 for axes in figure.axes)
+    legend = figure.legends[0].get_window_extent()
+    assert legend.y0 >= 0 and legend.y1 <= lowest
+
+
 @pytest.mark.slow
 def test_a_run_is_complete_without_matplotlib(assets, tmp_path):
     broken = tmp_path / "broken" / "matplotlib"

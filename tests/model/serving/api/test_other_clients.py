@@ -144,7 +144,7 @@ def open_webui(address: str, folder: Path):
         with urllib.request.urlopen(request, data, timeout=START_S) as reply:
             return reply.read().decode()
 
-    words = [command, "serve", "--host", "127.0.0.1", "--port", str(port)]
+    words = [os.path.abspath(command), "serve", "--host", "127.0.0.1", "--port", str(port)]
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
             words, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
