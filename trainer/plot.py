@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from model.machine.paths import OUT_DIR
 from model.options import OnceParser
 from trainer.tracking.curves import METRICS_SUFFIX, write_curves
