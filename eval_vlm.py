@@ -69,7 +69,7 @@ SLOWEST_RANK = timedelta(hours=12)  # timeout of the ranks that wait for the slo
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OnceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser, can_quantize=True)
+    add_model_arguments(parser, only_answers=True)
     add_describe_arguments(parser)
     add_sampling_arguments(parser)
     parser.set_defaults(max_new_tokens=None)

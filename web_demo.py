@@ -36,7 +36,7 @@ NAME_A_WEIGHT = {
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OnceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser, can_quantize=True)
+    add_model_arguments(parser, only_answers=True)
     add_sampling_arguments(parser)
     parser.set_defaults(seed=None)  # asking again means another answer
     add = parser.add_argument

@@ -101,22 +101,32 @@ def parse_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, can_quantize: bool = False) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, only_answers: bool = False) -> None:
     """The flags that name a model and the device it runs on; all commands that answer share them.
 
     `model.weights.build_model.load_model` reads them.
 
     Args:
-        can_quantize: the command only answers: the weights may be rounded for it.
+        only_answers: add the ways to answer faster, which only commands that answer have.
     """
     _add_weight_arguments(parser)
     _add_input_format_arguments(parser)
     _add_device_arguments(parser)
-    if can_quantize:
-        parser.add_argument(
+    if only_answers:
+        add = parser.add_argument
+        add(
             "--quantize",
             choices=("int8",),
             help="language model's weights in 8 bits: faster on CPUs / 权重量化，CPU 上更快",
+        )
+        add(
+            "--compile",
+            type=parse_bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="compile the step of a token at the first answer (a minute or more); for GPUs: on "
+            "CPUs it is slower / 编译解码步骤，适合 GPU，CPU 上更慢",
         )
 
 

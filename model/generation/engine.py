@@ -6,6 +6,7 @@ the same answer everywhere.
 
 import argparse
 import copy
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -51,13 +52,21 @@ class VLMEngine:
     def __init__(self, loaded: LoadedModel):
         self.model, self.processor = loaded.model, loaded.processor
         self.path, self.can_see = loaded.path, loaded.can_see
-        self._step = TokenStep(self.model)
+        self._step = TokenStep(self.model, compile=loaded.compile)
         self.context = Context(self.processor, max_tokens=self.model.config.max_position_embeddings)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "VLMEngine":
         """Load the model that the flags name, strictly; raises as `load_model` does."""
-        return cls(load_model(args))
+        loaded = load_model(args)
+        if loaded.compile:
+            print(
+                "note: the first answer compiles the step of a token: a minute or more / "
+                "第一个回答需先编译，一分钟以上",
+                file=sys.stderr,
+                flush=True,
+            )
+        return cls(loaded)
 
     def batched(self, num_rows: int) -> "VLMEngine":
         """The same model, whose single answers of `stream`, `choices` and `complete` are decoded

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model.attention import Attention, RMSNorm, rope_tables
 from model.feed_forward import FeedForward, MoEFeedForward
 from model.generation.shelves import Past
+from model.machine.compiling import compiled
 from model.machine.int8 import Int8Linear
 from model.model_minimind import DecoderLayer
 from model.model_vlm import MiniMindVLM
@@ -22,13 +23,22 @@ FIRST_POSITIONS = 1024  # of the rotation tables
 
 
 class TokenStep:
-    """The model's next logits after one more token; safe to share between threads."""
+    """The model's next logits after one more token; safe to share between threads.
 
-    def __init__(self, model: MiniMindVLM):
+    Args:
+        compile: compile what lies between one layer's attention and the next's, at the first token
+            of one row and at the first of several.
+    """
+
+    def __init__(self, model: MiniMindVLM, *, compile: bool = False):
         self._config = model.config
         self._embed, self._lm_head = model.model.embed_tokens, model.lm_head
         self._layers = [_Layer(layer) for layer in model.model.layers]
         self._norm = _Norm(model.model.norm)
+        if compile:
+            for layer in self._layers:
+                layer.into_attention = compiled(layer.into_attention)  # type: ignore[method-assign]
+                layer.behind_attention = compiled(layer.behind_attention)  # type: ignore[method-assign]
         self._rope: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, tokens: Tensor, past: Past) -> Tensor:
@@ -38,8 +48,9 @@ class TokenStep:
         hidden = self._embed(tokens)[:, None]  # (B, 1, D)
         rope = self._rotations(past, like=hidden)
         for index, layer in enumerate(self._layers):
-            hidden = hidden + layer.attend(layer.before_attention(hidden), rope, past, index)
-            hidden = hidden + layer.mix(layer.before_mlp(hidden))
+            query, pair = layer.into_attention(hidden, rope)
+            mixed = past.attend(index, query, pair, scaling=layer.scaling)
+            hidden = layer.behind_attention(hidden, mixed)
         logits: Tensor = self._lm_head(self._norm(hidden))
         return logits[:, -1]
 
@@ -75,23 +86,22 @@ class _Layer:
 
     def __init__(self, layer: DecoderLayer):
         attention = layer.self_attn
-        self.before_attention = _Norm(layer.input_layernorm)
-        self.before_mlp = _Norm(layer.post_attention_layernorm)
+        self._before_attention = _Norm(layer.input_layernorm)
+        self._before_mlp = _Norm(layer.post_attention_layernorm)
         self._project, self._out = _projection_of(attention), _call_of(attention.o_proj)
         self._norms = (attention.q_norm, attention.k_norm)
-        self._width, self._scaling = attention.head_dim, attention.scaling
+        self._width, self.scaling = attention.head_dim, attention.scaling
         self._per_group = attention.num_key_value_groups
-        self.mix = _mix_of(layer.mlp)
+        self._mix = _mix_of(layer.mlp)
 
-    def attend(
+    def into_attention(
         self,
         hidden: Tensor,  # (B, 1, D)
         rope: tuple[Tensor, Tensor],  # 2 x (B, 1, K)
-        past: Past,
-        index: int,
-    ) -> Tensor:  # (B, 1, D)
-        """Each row's newest token attends to its own text."""
-        heads = self._project(hidden).view(len(hidden), -1, self._width)  # (B, H + 2 G, K)
+    ) -> tuple[Tensor, Tensor]:  # (B, G, H / G, K), (B, 2, G, K)
+        """Each row's queries, and its keys and values in one."""
+        heads = self._project(self._before_attention(hidden))
+        heads = heads.view(len(hidden), -1, self._width)  # (B, H + 2 G, K)
         num_groups = heads.shape[1] // (self._per_group + 2)
         turned = heads.narrow(1, 0, heads.shape[1] - num_groups)  # all but the values
         query, pair = heads.split_with_sizes((num_groups * self._per_group, 2 * num_groups), 1)
@@ -99,14 +109,13 @@ class _Layer:
             query.copy_(self._norms[0](query))
             pair[:, :num_groups] = self._norms[1](pair[:, :num_groups])
         swapped = turned.roll(self._width // 2, -1)
-        torch.addcmul(turned * rope[0], swapped, rope[1], out=turned)
-        mixed = past.attend(
-            index,
-            query.unflatten(1, (num_groups, self._per_group)),  # (B, G, H / G, K)
-            pair.unflatten(1, (2, num_groups)),
-            scaling=self._scaling,
-        )
-        return self._out(mixed.reshape(len(heads), 1, -1))
+        turned.mul_(rope[0]).addcmul_(swapped, rope[1])
+        return query.unflatten(1, (num_groups, self._per_group)), pair.unflatten(1, (2, num_groups))
+
+    def behind_attention(self, hidden: Tensor, mixed: Tensor) -> Tensor:  # (B, 1, D)
+        """The layer's output, from its input and what each head has gathered."""
+        hidden = hidden + self._out(mixed.reshape(len(hidden), 1, -1))
+        return hidden + self._mix(self._before_mlp(hidden))
 
 
 def _projection_of(attention: Attention) -> Callable[[Tensor], Tensor]:

@@ -3,11 +3,14 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
+Inputs = ParamSpec("Inputs")
+Output = TypeVar("Output")
 C_COMPILERS = ("g++", "clang++", "gcc", "clang", "cl")
 
 
@@ -38,3 +41,10 @@ def compile_modules(modules: Iterable[nn.Module]) -> None:
     """
     for module in modules:
         module.compile(dynamic=True)
+
+
+def compiled(function: Callable[Inputs, Output]) -> Callable[Inputs, Output]:
+    """The function by one kernel for all numbers of rows but one, and another for a single row;
+    each is compiled when it is first needed."""
+    kernel: Callable[Inputs, Output] = torch.compile(function, dynamic=True)
+    return kernel

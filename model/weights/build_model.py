@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from model.generations import DEFAULT_GENERATION, GENERATIONS
+from model.machine.compiling import check_compiler
 from model.machine.device import (
     check_dtype,
     choose_device,
@@ -64,12 +65,18 @@ class InputFlags(Protocol):
 
 @dataclass
 class LoadedModel:
-    """A model ready for inference; `can_see` is False if its weight had no projection."""
+    """A model ready for inference.
+
+    Args:
+        can_see: False if its weight had no projection.
+        compile: whether to compile what decoding does over and over.
+    """
 
     model: MiniMindVLM
     processor: VLMProcessor
     path: Path
     can_see: bool
+    compile: bool = False
 
 
 @memory_guard("free some of it, choose a smaller weight or --dtype, or use --device cpu")
@@ -85,6 +92,14 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
     quantize = getattr(args, "quantize", None)  # a flag of some commands
     if quantize:
         check_int8(device, dtype)
+    does_compile = getattr(args, "compile", False)
+    if does_compile:
+        check_compiler(device)
+        if quantize:
+            raise ValueError(
+                "--compile and --quantize do not go together: int8 layers are kernels already; "
+                "leave --compile out"
+            )
     flags = {name: getattr(args, name) for name in CONFIG_FLAGS}
     loaded = _load_native(args, flags) if args.load_from == NATIVE else _load_folder(args, flags)
     check_special_tokens(
@@ -95,6 +110,7 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
     loaded.model.eval().requires_grad_(False).to(device, getattr(torch, dtype))
     if quantize:
         quantize_int8(loaded.model)
+    loaded.compile = does_compile
     return loaded
 
 

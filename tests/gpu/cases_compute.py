@@ -10,7 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.feed_forward import MoEFeedForward
 from model.generation.engine import VLMEngine, ask
+from model.generation.key_values import KeyValues
 from model.generation.sampling import Sampling
+from model.generation.token_step import TokenStep
+from model.machine.compiling import check_compiler
 from model.machine.device import OutOfMemory, has_grouped_mm, memory_guard
 from model.weights.build_model import LoadedModel
 
@@ -166,6 +169,29 @@ def left_padded(room: Room, *, use_moe: bool, dtype: str) -> str:
     return f"{sum(equal)} of {len(equal)} answers are the same, logits off by {worst:.1e}"
 
 
+@torch.inference_mode()
+def compiled_steps(room: Room) -> str:
+    """`--compile 1` of the answering commands: the same logits, and its time, for one row."""
+    try:
+        check_compiler(room.device)
+    except ValueError as error:
+        raise Skip(str(error)) from error
+    dtype = room.dtypes[0]
+    model, _ = room.model(**(tiny(room) if room.is_rehearsal else {}))
+    model.eval().requires_grad_(False).to(getattr(torch, dtype))
+    ids = torch.randint(300, 600, (1, 64), generator=torch.Generator().manual_seed(0))
+    ids, logits, figures = ids.to(room.device), [], []
+    for does_compile in (False, True):
+        step = TokenStep(model, compile=does_compile)
+        past = KeyValues(model(ids, use_cache=True).cache, [64], max_new_tokens=400)
+        logits.append(step(ids[:, 0], past))
+        figures.append(room.milliseconds(partial(step, ids[:, 0], past), times=200))
+    worst = share_off(logits[1], logits[0])
+    assert worst < 5 * TOLERANCE[dtype], f"logits off by {worst:.1e}"
+    plain_ms, compiled_ms = figures
+    return f"{plain_ms:.2f} ms a token plain, {compiled_ms:.2f} compiled; off by {worst:.1e}"
+
+
 def tiny(room: Room) -> dict:
     """Few layers: with such wide weights, many make every difference large."""
     return {"num_hidden_layers": 2, "hidden_size": room.sizes[0][0] if room.is_rehearsal else 256}
@@ -217,6 +243,7 @@ def cases(room: Room) -> list[Case]:
             for dtype in dtypes
         ),
         Case("decoding without and with cuDNN's attention", decoding_pace),
+        Case("compiled steps of a token against plain ones", compiled_steps),
         Case("grouped products against plain ones", partial(grouped, is_lonely=False)),
         Case("an expert without a token", partial(grouped, is_lonely=True)),
         Case("out of memory is one line", no_room),

@@ -108,3 +108,5 @@ def test_other_number_formats_are_refused(command, capfd):
     assert command.main(["--device", "cpu", "--dtype", "bfloat16", "--quantize", "int8"]) == 1
     err = capfd.readouterr().err
     assert "--quantize int8 computes with float32" in err and err.rstrip().count("\n") <= 1
+    assert command.main(["--device", "cpu", "--quantize", "int8", "--compile", "1"]) == 1
+    assert "--compile and --quantize do not go together" in capfd.readouterr().err

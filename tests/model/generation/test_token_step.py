@@ -2,11 +2,13 @@
 the model's own forward pass.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from support.tiny_parts import TINY_MODEL
 
-from model.generation import key_values
+from model.generation import key_values, token_step
 from model.generation.key_values import KeyValues
 from model.generation.token_step import TokenStep
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -88,3 +90,34 @@ def test_bfloat16_is_as_near_as_its_rounding(generation):
     wanted = torch.stack([from_scratch(model, row, ids, mask, 1) for row in range(len(ids))])
     assert logits.dtype == torch.bfloat16
     assert (logits - wanted).abs().max() <= 0.03 * wanted.abs().max()
+
+
+# What is compiled is traced in one piece; the full form also builds the kernels. The chosen experts
+# depend on the values, so that a mixture is traced in several.
+TRACED = partial(torch.compile, dynamic=True, fullgraph=True, backend="eager")
+
+
+@pytest.mark.parametrize("fields", [{}, {"generation": 3}], ids=["dense", "third"])
+def test_compiled_steps_are_traced_in_one_piece(fields, monkeypatch):
+    monkeypatch.setattr(token_step, "compiled", TRACED)
+    assert_compiled_is_plain(fields)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS.keys())
+def test_compiled_steps_say_the_same(fields):
+    assert_compiled_is_plain(fields)
+
+
+@torch.inference_mode()
+def assert_compiled_is_plain(fields):
+    torch.compiler.reset()
+    model = make_model(torch.float32, **fields)
+    plain, fast = TokenStep(model), TokenStep(model, compile=True)
+    for lengths in ((6,), LENGTHS, (4, 4)):
+        ids, mask = make_text(lengths)
+        pasts = [begin(model, ids, mask) for _ in range(2)]
+        for new in range(NUM_NEW):
+            tokens = ids[:, mask.shape[1] + new]
+            wanted, found = plain(tokens, pasts[0]), fast(tokens, pasts[1])
+            torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
