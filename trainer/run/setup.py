@@ -201,7 +201,7 @@ def prepare(stage: Stage, args: TrainArgs, ranks: Ranks) -> tuple[Parts, RunStat
         metadata=metadata,
         identity=identity,
         lora=lora,
-        former_identity={"data": parts.dataset.former_fingerprint[:16]},
+        former_identity={"data": lambda: parts.dataset.former_fingerprint[:16]},
     )
 
 

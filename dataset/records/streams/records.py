@@ -28,6 +28,7 @@ from dataset.records.streams.remote import Remote, Shard, StreamError, Wanted, a
 from dataset.records.streams.units import Unit, UnitStore, check_kinds, is_parquet
 
 COUNTED = 512  # shards whose footers are read before the first step; of more, a sample
+COMPARED = 64  # shards whose size and tag stand for all, where these are not all asked about
 IN_FLIGHT = 3  # windows that are here at once: being finished, being taken, being fetched
 
 
@@ -51,6 +52,7 @@ class StreamRecords(Records):
         self.address, self._options = address, options
         remote = Remote(address)
         self.shards = remote.shards()
+        self._were_all_asked = self.shards.is_known
         check_kinds(self.shards)
         cache = ShardCache(options.folder, max_bytes=int(options.cache_gb * 2**30))
         self._store = UnitStore(remote, cache, open_file)
@@ -86,18 +88,24 @@ class StreamRecords(Records):
         What is asked for depends on seed and shards alone, not on what the cache knows: the number
         must stay the same when a run goes on.
         """
-        is_cheap = all(map(is_parquet, self.shards))
+        is_cheap = all(map(is_parquet, self.shards.names))
         limit = COUNTED if is_cheap else self._options.window
         numbers = self.plan.shard_order(0)
         is_counted = len(numbers) <= limit
         if not is_counted:
             numbers = numbers[: COUNTED // 4 if is_cheap else 1]
+        asked = self.shards.ask(numbers)
         found = at_once(self.units_of, numbers)
         num_rows = sum(unit.num_rows for units in found for unit in units)
         if is_counted:
             return num_rows, True
-        num_bytes = sum(self.shards[number].size for number in numbers)
-        return round(num_rows / num_bytes * sum(shard.size for shard in self.shards)), False
+        num_bytes = sum(shard.size for shard in asked)
+        if self.shards.is_known:
+            total = sum(shard.size for shard in self.shards.ask(range(len(self.shards))))
+        else:
+            some = self.shards.ask(self._some)
+            total = sum(shard.size for shard in some) * len(self.shards) / len(some)
+        return round(num_rows / num_bytes * total), False
 
     def __len__(self) -> int:
         return self.num_samples
@@ -178,7 +186,7 @@ class StreamRecords(Records):
     def where(self, index: int) -> str:
         """ "shard:record", without a look into the shard."""
         number, row = index >> ROW_BITS, index & ((1 << ROW_BITS) - 1)
-        return f"{self.shards[number].name}:record {row}"
+        return f"{Address(self.shards.urls[number]).name}:record {row}"
 
     def __getitem__(self, index: int) -> Record:
         reader, row = self._place(index)
@@ -188,14 +196,27 @@ class StreamRecords(Records):
         reader, row = self._place(index)
         return reader._raw(row, where=where)
 
+    @property
+    def _some(self) -> list[int]:
+        """Numbers of shards that stand for all, where there are too many to ask about each."""
+        num_shards = len(self.shards)
+        return [place * (num_shards - 1) // (COMPARED - 1) for place in range(COMPARED)]
+
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the shards by name, size and tag."""
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(f"{shard.name} {shard.size} {shard.tag}\n".encode())
-        return digest.hexdigest()
+        """Identifies the shards by name, size and tag; of very many, size and tag of some."""
+        if self._were_all_asked:
+            return self.former_fingerprint
+        digest = hashlib.sha256("\n".join(self.shards.names).encode())
+        return _digest(digest, self.shards.ask(self._some))
 
     @property
     def former_fingerprint(self) -> str:
-        return self.fingerprint
+        """The fingerprint in states of earlier versions, which asked about every shard."""
+        return _digest(hashlib.sha256(), self.shards.ask(range(len(self.shards))))
+
+
+def _digest(digest: "hashlib._Hash", shards: list[Shard]) -> str:
+    for shard in shards:
+        digest.update(f"{shard.name} {shard.size} {shard.tag}\n".encode())
+    return digest.hexdigest()

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # between two tries
 PAUSES_IF_GONE = 3  # of them, for a shard that the server does not have
 CONNECT_S, SILENCE_S = 20.0, 60.0  # after which a connection counts as dead
 AT_ONCE = 32  # requests about shards
+MOST_ASKED = 512  # shards that are all asked about before the first step
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 TAGS = ("ETag", "etag", "blob_id", "sha256", "md5", "Last-Modified", "LastModified", "mtime",
         "created")  # fmt: skip
@@ -51,6 +52,39 @@ class Shard:
     def name(self) -> str:
         """The last part of the address, for messages."""
         return Address(self.url).name
+
+
+class Shards:
+    """The shards of an address, by number. Of very many that are named one by one, each is asked
+    about when it is first needed, so that a run starts as soon with a million as with a thousand.
+    """
+
+    def __init__(self, remote: "Remote", urls: Sequence[str], known: Mapping[int, Shard]):
+        self.urls = list(urls)
+        self._remote, self._known = remote, dict(known)
+
+    @property
+    def names(self) -> list[str]:
+        """The last part of each address."""
+        return [Address(url).name for url in self.urls]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all have been asked about."""
+        return len(self._known) == len(self.urls)
+
+    def __len__(self) -> int:
+        return len(self.urls)
+
+    def __getitem__(self, number: int) -> Shard:
+        return self.ask([number])[0]
+
+    def ask(self, numbers: Sequence[int]) -> list[Shard]:
+        """Several of them, asked about at once."""
+        unknown = [number for number in numbers if number not in self._known]
+        found = at_once(lambda number: self._remote.about(self.urls[number]), unknown)
+        self._known.update(zip(unknown, found, strict=True))
+        return [self._known[number] for number in numbers]
 
 
 class Remote:
@@ -93,8 +127,8 @@ class Remote:
     def _path(self, url: str) -> str:
         return str(self.files._strip_protocol(url))
 
-    def shards(self) -> list[Shard]:
-        """The shards of the address, in the order of braces, then of names.
+    def shards(self) -> Shards:
+        """The shards of the address: those of patterns, in the order of names, then the others.
 
         Raises:
             StreamError: there is none, or one cannot be asked about.
@@ -107,23 +141,27 @@ class Remote:
                 found += self._matching(url)
             else:
                 single.append(url)
-        found += at_once(self._about, single)
-        if not found:
+        if not found and not single:
             raise StreamError(f"{self.address}: nothing there matches it")
-        return found
+        urls = [*(shard.url for shard in found), *single]
+        shards = Shards(self, urls, dict(enumerate(found)))
+        if len(shards) <= MOST_ASKED:
+            shards.ask(range(len(shards)))
+        return shards
 
     def _matching(self, url: str) -> list[Shard]:
         entries = patiently(lambda: self.files.glob(self._path(url), detail=True), url=url)
         scheme = self.address.scheme
         if scheme.startswith("http"):  # a listing in HTML names no sizes
-            return at_once(self._about, sorted(entries))
+            return at_once(self.about, sorted(entries))
         return [
             self._shard(f"{scheme}://{name.lstrip('/') if scheme != 'file' else name}", entry)
             for name, entry in sorted(entries.items())
             if entry.get("type") != "directory"
         ]
 
-    def _about(self, url: str) -> Shard:
+    def about(self, url: str) -> Shard:
+        """What the server says of a shard."""
         return self._shard(url, patiently(lambda: self.files.info(self._path(url)), url=url))
 
     def _shard(self, url: str, info: dict[str, Any]) -> Shard:

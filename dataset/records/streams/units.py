@@ -25,7 +25,7 @@ import pyarrow.parquet
 
 from dataset.records.base import Records
 from dataset.records.streams.cache import FACTS, ShardCache
-from dataset.records.streams.remote import Remote, Shard, StreamError, Wanted, always
+from dataset.records.streams.remote import Remote, Shard, Shards, StreamError, Wanted, always
 
 UNIT_BYTES = 1 << 26
 VERSION = 1  # of how shards are cut into units
@@ -73,7 +73,7 @@ class UnitStore:
             facts = json.loads(place.read_bytes())
             return [Unit(u["first_row"], u["num_rows"], tuple(map(tuple, u["spans"])))
                     for u in facts["units"]]  # fmt: skip
-        units = self._parquet_units(shard) if is_parquet(shard) else [self._whole(shard)]
+        units = self._parquet_units(shard) if is_parquet(shard.name) else [self._whole(shard)]
         text = json.dumps({"url": shard.url, "units": [asdict(unit) for unit in units]})
         write_whole(place, text.encode())
         return units
@@ -200,16 +200,16 @@ def span_of(group: pyarrow.parquet.RowGroupMetaData) -> Span:
     return min(starts), max(ends)
 
 
-def is_parquet(shard: Shard) -> bool:
+def is_parquet(name: str) -> bool:
     """Whether a shard is read by its footer."""
-    return shard.name.lower().endswith(PARQUET_SUFFIXES)
+    return name.lower().endswith(PARQUET_SUFFIXES)
 
 
-def check_kinds(shards: list[Shard]) -> None:
+def check_kinds(shards: Shards) -> None:
     """Raise StreamError for a shard whose name says no kind that is read."""
-    for shard in shards:
-        if not shard.name.lower().endswith(SUFFIXES):
-            raise StreamError(f"{shard.url}: no shard that can be read; they end in "
+    for url, name in zip(shards.urls, shards.names, strict=True):
+        if not name.lower().endswith(SUFFIXES):
+            raise StreamError(f"{url}: no shard that can be read; they end in "
                               f"{', '.join(SUFFIXES)}")  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from dataset.records.address import Address, StreamOptions
 from dataset.records.mixing import parse_sources
 from dataset.records.reader import open_records
 from dataset.records.streams import cache, remote, units
+from dataset.records.streams import records as stream_records
 from trainer.loop.stream_order import StreamBatches
 from trainer.ranks.group import Ranks
 
@@ -124,6 +125,31 @@ def test_shards_that_are_not_counted_repeat_nothing_before_all_were_taken(layout
         assert len(set(taken[turn * num_records : (turn + 1) * num_records])) == num_records
     other = opened(url, tmp_path / "other", images=images)
     assert ids_of(other, 3, 7) == taken[3 * len(records) :][7:]
+
+
+def test_of_very_many_shards_few_are_asked_about(server, layouts, tmp_path, monkeypatch):
+    """And their sizes still say when one was changed, where it is among those compared."""
+    needs_aiohttp()
+    lines = layouts["ms-swift"][0].read_text().splitlines()
+    num_shards, images = 200, layouts["ms-swift"][1]
+    server.files = {f"s-{n:03}.jsonl": f"{lines[n % 24]}\n".encode() for n in range(num_shards)}
+    url = f"{server.url}/s-{{000..{num_shards - 1}}}.jsonl"
+    whole = opened(url, tmp_path / "cache", images=images)
+    assert len({name for _, name, _ in server.requests}) == num_shards
+    monkeypatch.setattr(remote, "MOST_ASKED", 100)
+    server.requests.clear()
+    records = opened(url, tmp_path / "cache", images=images)
+    own = records.fingerprint
+    asked = {name for _, name, _ in server.requests}
+    assert len(asked) <= stream_records.COMPARED + 2 and {"s-000.jsonl", "s-199.jsonl"} <= asked
+    assert "about" in records.summary and abs(len(records) - num_shards) < 40
+    assert ids_of(records)[:50] == ids_of(whole)[:50]
+    assert contents(records, ids_of(records)[:9]) == contents(whole, ids_of(whole)[:9])
+    assert records.former_fingerprint == whole.fingerprint == whole.former_fingerprint != own
+    again = pickle.loads(pickle.dumps(opened(url, tmp_path / "other", images=images)))
+    assert again.fingerprint == own and ids_of(again, 1, 30) == ids_of(records, 1, 30)
+    server.files["s-199.jsonl"] += b"\n"
+    assert opened(url, tmp_path / "cache", images=images).fingerprint != own
 
 
 def test_cache_stays_within_its_bound(layouts, tmp_path):
