@@ -32,6 +32,7 @@ class Batch:
     bad_samples: list[BadSample] = field(default_factory=list)
     num_truncated: int = 0
     target_sources: Tensor | None = None  # of a mixture, (N,): at `target_positions`
+    target_weights: Tensor | None = None  # of each loss, (N,): at `target_positions`
 
     def pin_memory(self) -> "Batch":
         self.inputs = {
@@ -39,6 +40,8 @@ class Batch:
         }
         if self.target_sources is not None:
             self.target_sources = self.target_sources.pin_memory()
+        if self.target_weights is not None:
+            self.target_weights = self.target_weights.pin_memory()
         return self
 
     def inputs_on(self, device: torch.device) -> dict[str, Any]:

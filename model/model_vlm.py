@@ -305,6 +305,20 @@ class MiniMindVLM(MiniMindForCausalLM):
             ValueError: no tower for images, features of another shape, or both without
                 `has_features`.
         """
+        patches = self.patches_of(
+            images, vision_features=vision_features, has_features=has_features
+        )
+        features: Tensor = self.vision_proj(patches)
+        return features
+
+    def patches_of(
+        self,
+        images: Tensor | None,
+        *,
+        vision_features: Tensor | None = None,
+        has_features: Tensor | None = None,
+    ) -> Tensor:
+        """As `encode_images`, before the projection: (I + J, G * G, V)."""
         weight = next(self.vision_proj.parameters())
         parts = []
         if vision_features is not None:
@@ -318,8 +332,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             if has_features is None:
                 raise ValueError("pixel_values and vision_features together need has_features")
             patches = torch.cat(parts)[_reading_order(has_features, num_features=len(parts[0]))]
-        features: Tensor = self.vision_proj(patches)
-        return features
+        return patches
 
     def _look_at(self, images: Tensor) -> Tensor:
         if self.vision_encoder is None:

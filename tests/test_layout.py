@@ -51,7 +51,8 @@ ALLOWED = {
     "trainer/tracking": "model/machine trainer/train_args.py trainer/ranks",
     "trainer/loop": f"{MODEL} trainer/train_args.py trainer/ranks trainer/tracking",
     "trainer/saving": f"{MODEL} {TRAINER}",
-    "trainer/run": f"{MODEL} model/vision/features.py {DATASET} dataset/features {TRAINER}",
+    "trainer/run": f"{MODEL} model/vision/features.py model/generation model/evaluation {DATASET} "
+    f"dataset/features dataset/evaluation {TRAINER}",
     "trainer/chain": f"{MODEL} model/generation dataset/synthetic dataset/records trainer/tracking",
     "trainer/measuring": f"{MODEL} {DATASET} {TRAINER} trainer/run "
     "trainer/measuring/matrix_rate.py",
@@ -75,6 +76,7 @@ COMMANDS = {
     "model/export/__main__.py": MODEL,
     "trainer/train_pretrain_vlm.py": "trainer/stages.py trainer/run",
     "trainer/train_sft_vlm.py": "trainer/stages.py trainer/run",
+    "trainer/train_scst_vlm.py": "trainer/stages.py trainer/run",
     "trainer/train_llm.py": "trainer/stages.py trainer/run",
     "trainer/benchmark.py": f"{MODEL} {TRAINER} trainer/stages.py trainer/measuring "
     "trainer/measuring/matrix_rate.py trainer/run",

@@ -52,4 +52,21 @@ SFT = Stage(
     third={"learning_rate": 5e-6, "max_seq_len": 768, "freeze_llm": 1, "save_interval": 1000},
 )
 
-STAGES = {stage.name: stage for stage in (LLM, PRETRAIN, SFT)}
+SCST = Stage(
+    name="scst",
+    title="SCST",
+    data_kind="sft",
+    has_rewards=True,
+    defaults={
+        "epochs": 1,
+        "batch_size": 16,
+        "learning_rate": 1e-5,
+        "max_seq_len": 768,
+        "freeze_llm": 0,
+        "from_weight": "sft_vlm",
+        "save_weight": "scst_vlm",
+        "wandb_project": "MiniMind-V-SCST",
+    },
+)
+
+STAGES = {stage.name: stage for stage in (LLM, PRETRAIN, SFT, SCST)}

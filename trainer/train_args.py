@@ -39,6 +39,7 @@ class Stage:
     title: str
     data_kind: Literal["pretrain", "sft", "text"]  # which records; text has no default files
     defaults: dict[str, Any]
+    has_rewards: bool = False  # the model's own answers are learnt, by how good they are
     third: dict[str, Any] = field(default_factory=dict)  # where generation 3's recipe differs
 
     def recipe(self, generation: int) -> dict[str, Any]:
@@ -115,6 +116,16 @@ class TrainArgs:
         "text stage: every token, or a conversation's answers / 文本阶段监督范围",
         "all",
         choices=LOSS_ON,
+    )
+    num_answers: int = flag(
+        "self-critical stage: answers drawn to each prompt / 自批评阶段：每个提示抽取的回答数",
+        5,
+        low=2,
+    )
+    answer_weight: float = flag(
+        "self-critical stage: weight of the records' own answers / 自批评阶段：数据中回答的权重",
+        0.5,
+        low=0.0,
     )
     data_path: Path | Address | Mixture = flag(
         "records: a file, folder or 'pattern' of JSONL, JSON, Parquet, Arrow or tar, or shards at "
@@ -311,12 +322,25 @@ def parse_args(stage: Stage, argv: list[str] | None, *, description: str) -> Tra
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.check()
+    if stage.has_rewards:
+        check_rewards(args)
     if args.wandb_run_name is None:
         args.wandb_run_name = (
             f"MiniMind-V-{stage.title}-Epoch-{args.epochs}-BatchSize-"
             f"{args.batch_size}-LearningRate-{args.learning_rate}"
         )
     return args
+
+
+def check_rewards(args: TrainArgs) -> None:
+    """Raise ValueError for what does not go with the model's own answers and their rewards."""
+    if args.deepspeed:
+        raise ValueError("--deepspeed: this stage draws answers by whole weights; drop it")
+    if args.reads_stream():
+        raise ValueError(
+            "--data_path: rewards take a pass over the records, so this stage reads none of "
+            "another machine; download them first"
+        )
 
 
 def parse_freeze(text: str) -> int:

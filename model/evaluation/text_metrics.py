@@ -92,6 +92,29 @@ def _corpus_bleu(
     return scores
 
 
+def sentence_bleu(answer: str, references: list[str]) -> float:
+    """BLEU-4 of one answer (0 to 1) over `words`, with one more hit and one more n-gram counted for
+    each n above 1, so that an answer without a common 4-gram is not worth 0.
+
+    Source: Lin and Och, "ORANGE: a Method for Evaluating Automatic Evaluation Metrics for Machine
+    Translation" (2004).
+    """
+    tokens, others = words(answer), [words(text) for text in references]
+    most: list[Counter[Gram]] = [Counter() for _ in range(NUM_NGRAMS)]
+    for other in others:
+        for counts, own in zip(most, _ngrams(other), strict=True):
+            counts |= own  # the largest count of any reference
+    logs = 0.0
+    for n, counts in enumerate(_ngrams(tokens)):
+        more = float(n > 0)
+        hits = sum(min(count, most[n][gram]) for gram, count in counts.items()) + more
+        if not hits:
+            return 0.0
+        logs += math.log(hits / (counts.total() + more))
+    nearest = min((abs(len(other) - len(tokens)), len(other)) for other in others)[1]
+    return math.exp(logs / NUM_NGRAMS + min(0.0, 1 - nearest / len(tokens)))
+
+
 def chrf(answers: list[str], references: list[list[str]]) -> float:
     """chrF2 of a corpus, as sacrebleu gives it (0 to 100)."""
     from sacrebleu.metrics import CHRF

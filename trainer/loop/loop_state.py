@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from trainer.loop.engine import Engine
-from trainer.loop.steps import Batches
+from trainer.loop.steps import Batches, MicroBatch
 from trainer.loop.zero_engine import ZeroEngine
 from trainer.ranks.group import Ranks
 from trainer.ranks.signals import StopSignal
@@ -52,6 +53,15 @@ class StepResult:
     source_sums: Tensor | None = None  # of a mixture; see source_losses.py
 
 
+class Objective(Protocol):
+    """Makes of a batch what is learnt from it."""
+
+    def __call__(self, batch: Any, epoch: int) -> MicroBatch: ...
+
+    def take_reward(self) -> float | None:
+        """The mean reward since the last call, of this rank."""
+
+
 @dataclass
 class Run:
     """Everything the loop needs.
@@ -68,6 +78,7 @@ class Run:
     save: Callable[[], None]
     num_samples: int
     args: TrainArgs
+    objective: Objective | None = None  # None: the data's own answers are learnt as they stand
     source_names: list[str] = field(default_factory=list)  # of a mixture
     progress: Progress = field(default_factory=Progress)
     window: LogWindow = field(default_factory=LogWindow)

@@ -1,4 +1,4 @@
-"""Owns the loss of each source of a mixture, taken from the logits of a step that is run anyhow.
+"""Owns losses of single tokens, taken from the logits of a step: weighted, and by source.
 
 Shapes: N supervised tokens of a batch, V vocabulary, S sources.
 """
@@ -7,7 +7,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.model_minimind import MiniMindOutput
 from trainer.loop.steps import MicroBatch
+
+
+def token_losses(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """The loss of each supervised token: (N,).
+
+    Args:
+        logits: (N, V) at the batch's `target_positions`.
+        inputs: of the batch, on the device of the logits.
+    """
+    targets = F.pad(inputs["labels"][:, 1:], (0, 1)).flatten()[inputs["target_positions"]]
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def loss_sum(output: MiniMindOutput, inputs: dict[str, Tensor], batch: MicroBatch) -> Tensor:
+    """The sum of a batch's losses, each times its weight where there are weights."""
+    if batch.target_weights is None:
+        assert output.loss is not None
+        return output.loss * batch.num_supervised
+    assert output.logits is not None
+    weights = batch.target_weights.to(output.logits.device, non_blocking=output.logits.is_cuda)
+    return (token_losses(output.logits, inputs) * weights).sum()
 
 
 @torch.no_grad()
@@ -24,8 +46,7 @@ def source_sums(
     if batch.target_sources is None or not len(logits):
         return sums.flatten()
     sources = batch.target_sources.to(logits.device, non_blocking=logits.is_cuda)
-    targets = F.pad(inputs["labels"][:, 1:], (0, 1)).flatten()[inputs["target_positions"]]
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    losses = token_losses(logits, inputs)
     sums[0].index_add_(0, sources, losses)
     sums[1].index_add_(0, sources, torch.ones_like(losses))
     return sums.flatten()

@@ -35,6 +35,7 @@ class MicroBatch(Protocol):
     num_truncated: int
     sample_names: list[str]
     target_sources: Tensor | None
+    target_weights: Tensor | None
 
     @property
     def bad_samples(self) -> Sequence[BadSample]: ...

@@ -18,7 +18,7 @@ from trainer.loop.left_out import check_bad_samples, check_finite
 from trainer.loop.loading import DataFault
 from trainer.loop.loop_state import Run, StepResult
 from trainer.loop.schedule import get_lr
-from trainer.loop.source_losses import source_sums
+from trainer.loop.source_losses import loss_sum, source_sums
 from trainer.loop.steps import Agreement, MicroBatch, Share, agree, shares_of
 from trainer.loop.validation import validation_loss
 from trainer.ranks.group import warn
@@ -74,6 +74,8 @@ def train_step(run: Run, share: Share) -> bool:
     """Take a step, and log and save what is due; False if a stop signal ends the epoch early."""
     progress = run.progress
     run.window.wait_s += share.wait_s
+    if run.objective is not None and share.is_whole:
+        share.batches = [run.objective(b, progress.epoch) for b in share.batches]
     counts, agreed = count_step(run, share)
     run.is_stopping = agreed.is_stopping
     if not agreed.has_data:
@@ -154,14 +156,14 @@ def optimizer_step(run: Run, micro_batches: list[MicroBatch], counts: dict[str, 
             with autocast(run.device, run.args.dtype):
                 inputs = batch.inputs_on(run.device)
                 output = run.engine.model(**inputs)
-            loss_sum = output.loss * batch.num_supervised
+            own_sum = loss_sum(output, inputs, batch)
             aux_sum = balance.aux_sum(output, batch)
             if num_sources:
                 sums[2:] += source_sums(output.logits, inputs, batch, num_sources=num_sources)
             del output  # its logits would take memory during the backward pass
-            loss = loss_sum / max(counts["supervised"], 1) + aux_sum / max(counts["sequences"], 1)
+            loss = own_sum / max(counts["supervised"], 1) + aux_sum / max(counts["sequences"], 1)
             run.engine.backward(loss * world_size)
-        own = torch.stack((loss_sum, aux_sum)).detach()
+        own = torch.stack((own_sum, aux_sum)).detach()
         is_finite.append(own.isfinite().all())
         sums[:2] += own
     sums = run.ranks.device_sum(sums)
@@ -190,11 +192,15 @@ def log_window(run: Run) -> None:
         run.is_warned = True
         warn_of_no_gradient(run)
     run.window = LogWindow()
+    if run.objective is not None:
+        figures["reward"] = run.objective.take_reward()
     lr = run.engine.optimizer.param_groups[0]["lr"]
     num_steps = -(-run.num_samples // run.samples_per_step)
     step_in_epoch = -(-progress.samples_in_epoch // run.samples_per_step)
     loss = "-" if figures["loss"] is None else f"{figures['loss']:.4f}"
     aux = f" aux_loss:{figures['aux_loss']:.4f}" if figures["aux_loss"] else ""
+    if figures.get("reward") is not None:
+        loss += f" reward:{figures['reward']:.4f}"
     of_sources = "".join(
         f" {name}:{figures[f'loss/{name}']:.4f}"
         for name in run.source_names

@@ -34,6 +34,7 @@ from trainer.loop.stream_order import StreamBatches
 from trainer.ranks.group import Logger, Ranks, warn
 from trainer.ranks.signals import StopSignal
 from trainer.run import preflight
+from trainer.run.rewards import AnswerRewards, read_rewards
 from trainer.train_args import Stage, TrainArgs
 
 # Share of --rank_timeout that data workers get for a batch: the rest is time to save.
@@ -50,6 +51,7 @@ class Parts:
     """The model that a stage trains, and its data.
 
     pixel_steps: what becomes of 8-bit pixels; None where the data gives the tower's numbers.
+    rewards: of answers, in a stage that learns by them.
     """
 
     model: MiniMindForCausalLM
@@ -57,6 +59,7 @@ class Parts:
     dataset: Dataset
     val_dataset: Dataset | None
     pixel_steps: PixelSteps | None = None
+    rewards: AnswerRewards | None = None
 
 
 def build(stage: Stage, args: TrainArgs, *, device: torch.device) -> Parts:
@@ -68,7 +71,8 @@ def build(stage: Stage, args: TrainArgs, *, device: torch.device) -> Parts:
     draws = read_draws(args, generation=model.config.generation)
     steps = processor.pixel_steps
     datasets = make_datasets(stage, args, processor, draws=draws)
-    return Parts(model, processor.tokenizer, *datasets, steps)
+    rewards = read_rewards(datasets[0]) if stage.has_rewards else None
+    return Parts(model, processor.tokenizer, *datasets, steps, rewards)
 
 
 @dataclass(frozen=True)
@@ -262,6 +266,16 @@ class Loaders:
         order, size = np.arange(len(dataset)), self.args.batch_size
         return self._load(dataset, rank_batches(order, start=0, batch_size=size, ranks=self.ranks))
 
+    @property
+    def collator(self) -> VLMCollator:
+        """Makes a batch of samples."""
+        return VLMCollator(
+            pad_token_id=self.pad,
+            pad_multiple=pad_multiple(self.ranks.device),
+            packs=self.args.pack,
+            at_side=self.pixel_steps.at_side if self.pixel_steps else None,
+        )
+
     def _load(
         self, dataset: Dataset, batches: Sampler[list[int]], *, supply: Supply | None = None
     ) -> Loader:
@@ -269,15 +283,7 @@ class Loaders:
         return Loader(
             dataset,
             batches,
-            collate=GroupingCollator(
-                VLMCollator(
-                    pad_token_id=self.pad,
-                    pad_multiple=pad_multiple(self.ranks.device),
-                    packs=args.pack,
-                    at_side=self.pixel_steps.at_side if self.pixel_steps else None,
-                ),
-                num_groups=args.length_groups,
-            ),
+            collate=GroupingCollator(self.collator, num_groups=args.length_groups),
             num_workers=args.num_workers,
             pin_memory=self.ranks.device.type == "cuda",
             seed=args.seed,

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from model.machine.compiling import check_compiler, compile_modules
 from model.machine.device import out_of_memory_line, training_dtype
+from model.model_vlm import MiniMindVLM
 from trainer.loop import zero_engine as zero
 from trainer.loop.engine import Engine, lighten_tower, wrap_for_ranks
 from trainer.loop.loading import DataFault
@@ -38,6 +39,7 @@ from trainer.run.features import keep_features
 from trainer.run.identity import metadata_and_identity
 from trainer.run.output import surviving_output
 from trainer.run.report import INTERRUPTED, print_header, report_end
+from trainer.run.self_critical import SelfCritical
 from trainer.saving.lock import lock_path, run_lock
 from trainer.saving.lora import Lora
 from trainer.saving.run_paths import RunPaths, run_paths
@@ -286,6 +288,7 @@ def make_run(state: RunState, parts: Parts, metrics: Metrics, stop: StopSignal) 
         val_batches = partial(loaders.validation, parts.val_dataset)
     return Run(
         engine=state.engine,
+        objective=make_objective(state, parts, loaders),
         ranks=ranks,
         metrics=metrics,
         stop=stop,
@@ -296,6 +299,26 @@ def make_run(state: RunState, parts: Parts, metrics: Metrics, stop: StopSignal) 
         source_names=[part.name for part in getattr(parts.dataset, "parts", None) or ()],
         args=args,
         progress=state.progress,
+    )
+
+
+def make_objective(state: RunState, parts: Parts, loaders: Loaders) -> SelfCritical | None:
+    """What is learnt from a batch, in a stage with rewards."""
+    if parts.rewards is None:
+        return None
+    model, tokenizer, args = state.model, parts.tokenizer, state.args
+    assert isinstance(model, MiniMindVLM)
+    return SelfCritical(
+        model,
+        parts.rewards,
+        collate=loaders.collator,
+        decode=partial(tokenizer.decode, skip_special_tokens=True),
+        end_id=tokenizer.eos_token_id,
+        num_answers=args.num_answers,
+        answer_weight=args.answer_weight,
+        seed=args.seed,
+        dtype=args.dtype,
+        device=state.ranks.device,
     )
 
 

@@ -13,6 +13,7 @@ from model.evaluation.text_metrics import (
     chrf,
     jieba_bleu,
     papers_bleu,
+    sentence_bleu,
     vqa_accuracy,
     words,
 )
@@ -119,3 +120,14 @@ def test_vqa_accuracy():
     # Ten people, three said so: left out are 3 of them (2 others agree) or 7 (3 do).
     assert vqa_accuracy("cat", ["cat"] * 3 + ["dog"] * 7) == pytest.approx((3 * 2 / 3 + 7) / 10)
     assert vqa_accuracy("cat", ["cat", "dog"]) == pytest.approx(0.5)
+
+
+def test_bleu_of_a_sentence_is_sacrebleus():
+    references = ["a dog runs on the grass", "the brown dog is running"]
+    metric = sacrebleu.BLEU(
+        tokenize="none", smooth_method="add-k", smooth_value=1, effective_order=False
+    )
+    for answer in ("a dog is running", "a dog runs on the grass", "grass", "the the the the"):
+        expected = metric.sentence_score(answer, references).score / 100
+        assert sentence_bleu(answer, references) == pytest.approx(expected)
+    assert sentence_bleu("", references) == sentence_bleu("cats", references) == 0
