@@ -32,6 +32,7 @@ def parse_train(stage):
 PARSERS = {
     "trainer/train_pretrain_vlm.py": parse_train(stages.PRETRAIN),
     "trainer/train_sft_vlm.py": parse_train(stages.SFT),
+    "trainer/train_scst_vlm.py": parse_train(stages.SCST),
     "trainer/train_llm.py": parse_train(stages.LLM),
     "trainer/benchmark.py": benchmark.parse_args,
     "trainer/demo.py": demo.parse_args,

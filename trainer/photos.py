@@ -6,8 +6,10 @@
     python trainer/photos.py --num_cut 500 --out out/choices
 
 `make photos` is the second command. The tower, which has seen ImageNet's photos, is frozen; its
-features are computed once and kept. The run ends with a table beside published figures, the
-picture `report.png` and the commands to go on with. What a run finds done, it does not do again.
+features are computed once and kept. The captions are learnt first, then the model's own answers by
+how well they agree with the captions (`train_scst_vlm.py`). The run ends with a table beside
+published figures, the picture `report.png` and the commands to go on with. What a run finds done,
+it does not do again.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from trainer.chain.photo_steps import (
     cut_records,
     evaluate,
     fetch_tower,
+    learn_from_answers,
     train,
     train_tokenizer,
 )
@@ -91,6 +94,7 @@ def run_chain(photos: Photos) -> int:
             cut_records(photos)
         train_tokenizer(photos)
         train(photos)
+        learn_from_answers(photos)
         scores = evaluate(photos)
         print_table(scores)
         write_report(photos, scores)

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from dataset.records.images import open_images
 from model.machine.atomic_file import atomic_write
-from trainer.chain.photo_settings import MODEL, NUM_BEAMS, WEIGHT, Photos
+from trainer.chain.photo_settings import CAPTIONS_WEIGHT, MODEL, NUM_BEAMS, WEIGHT, Photos
 from trainer.chain.photo_steps import records
 from trainer.chain.taught import photo_name
 from trainer.tracking.curves import METRICS_SUFFIX, draw_curve, read_metrics
@@ -121,15 +121,14 @@ def _write(content: bytes, file: IO[bytes]) -> None:
 
 
 def _draw_curves(figure: Any, grid: Any, photos: Photos) -> None:
-    path = photos.out / f"{WEIGHT}_{MODEL['hidden_size']}{METRICS_SUFFIX}"
-    metrics = read_metrics(path)
     half = COLUMNS // 2
-    for place, (field, title, unit) in enumerate((
-        ("loss", "training loss", "nats per supervised token"),
-        ("lr", "learning rate", ""),
+    for place, (weight, field, title, unit) in enumerate((
+        (CAPTIONS_WEIGHT, "loss", "training loss on the captions", "nats per supervised token"),
+        (WEIGHT, "reward", "then: reward of its own answers", "CIDEr-D + 8 BLEU-4"),
     )):  # fmt: skip
+        path = photos.out / f"{weight}_{MODEL['hidden_size']}{METRICS_SUFFIX}"
         axes = figure.add_subplot(grid[0, place * half : (place + 1) * half])
-        draw_curve(axes, metrics, field)
+        draw_curve(axes, read_metrics(path), field)
         axes.set(title=title, xlabel="optimizer step", ylabel=unit)
 
 

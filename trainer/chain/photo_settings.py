@@ -12,6 +12,7 @@ from trainer.chain.running import Word
 DATA = ROOT / "dataset" / "flickr8k"  # where `dataset/download.py flickr8k` puts it
 TOWER = VISION_DIR / "efficientnet-lite0"
 WEIGHT = "photos"  # its name, without the width
+CAPTIONS_WEIGHT = "photos_sft"  # that it begins with: what learning the captions gave
 SEED = 42
 NUM_BEAMS = 3
 
@@ -43,6 +44,15 @@ RECIPE: dict[str, Word] = {
     "epochs": 3,
     "pack": 1,
 }
+# Then it learns from its own answers; a fifth of the records is two prompts of each photo.
+REWARDS: dict[str, Word] = {
+    "batch_size": 32,
+    "learning_rate": 3e-4,
+    "warmup_steps": 10,
+    "epochs": 1,
+    "pack": 1,
+}
+PROMPTS_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,11 @@ class Photos:
         return self.out / f"{WEIGHT}_{MODEL['hidden_size']}.pth"
 
     @property
+    def captions_weight(self) -> Path:
+        """What the captions alone have taught."""
+        return self.out / f"{CAPTIONS_WEIGHT}_{MODEL['hidden_size']}.pth"
+
+    @property
     def tokenizer(self) -> Path:
         """Where whoever loads the weight looks for its tokenizer."""
         return self.out / OWN_TOKENIZER_DIR
@@ -98,6 +113,7 @@ class Photos:
             "model": MODEL,
             "tokenizer": TOKENIZER,
             "recipe": recipe,
+            "rewards": REWARDS | {"share": PROMPTS_SHARE},
             "num_cut": self.num_cut,
             "num_beams": NUM_BEAMS,
         }

@@ -10,7 +10,18 @@ from typing import IO, Any
 from zipfile import is_zipfile
 
 from model.machine.atomic_file import atomic_write
-from trainer.chain.photo_settings import MODEL, NUM_BEAMS, RECIPE, TOKENIZER, TOWER, WEIGHT, Photos
+from trainer.chain.photo_settings import (
+    CAPTIONS_WEIGHT,
+    MODEL,
+    NUM_BEAMS,
+    PROMPTS_SHARE,
+    RECIPE,
+    REWARDS,
+    TOKENIZER,
+    TOWER,
+    WEIGHT,
+    Photos,
+)
 from trainer.chain.running import Word, flags, run_script, scores_of
 from trainer.chain.taught import PHOTOS_TAUGHT, add_taught
 
@@ -106,29 +117,48 @@ def train_tokenizer(photos: Photos) -> None:
 
 def train(photos: Photos) -> None:
     """The language model and the projection, from nothing; a complete run ends at once."""
-    data, images = records(photos, "train")
+    data, _ = records(photos, "train")
     options: dict[str, Word] = {
         **MODEL,
         **RECIPE,
         "epochs": photos.epochs,
         "data_path": data,
-        "images_path": images,
+        "from_weight": "none",
+        "save_weight": CAPTIONS_WEIGHT,
         "tokenizer_path": photos.tokenizer,
+    }
+    run_script("trainer/train_sft_vlm.py", *flags(options | _common(photos)))
+
+
+def learn_from_answers(photos: Photos) -> None:
+    """Its own answers, by how well they agree with the captions; a complete run ends at once."""
+    data, _ = records(photos, "train")
+    options: dict[str, Word] = {
+        **REWARDS,
+        "data_path": f"{data}:{PROMPTS_SHARE}",
+        "from_weight": photos.captions_weight,
+        "save_weight": WEIGHT,
+        "hidden_size": MODEL["hidden_size"],
+    }
+    run_script("trainer/train_scst_vlm.py", *flags(options | _common(photos)))
+    add_taught(photos.weight, PHOTOS_TAUGHT)
+
+
+def _common(photos: Photos) -> dict[str, Word]:
+    """What both trainings are given."""
+    return {
+        "images_path": records(photos, "train")[1],
         "vision_model_path": photos.tower,
         "cache_vision_features": photos.features,
-        "from_weight": "none",
         "freeze_llm": 0,
         "save_dir": photos.out,
         "checkpoint_dir": photos.out,
-        "save_weight": WEIGHT,
         "seed": photos.seed,
         "log_interval": 50,
         "save_interval": 500,
         "num_workers": 1,
         "from_resume": 1,
     }
-    run_script("trainer/train_sft_vlm.py", *flags(options))
-    add_taught(photos.weight, PHOTOS_TAUGHT)
 
 
 def evaluate(photos: Photos) -> dict[str, Any]:

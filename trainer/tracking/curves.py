@@ -18,7 +18,8 @@ PANELS = (  # field, title, axis, logarithmic
     ("grad_norm", "gradient norm, before clipping", "", True),
     ("lr", "learning rate", "", False),
 )
-
+# Takes the place of the validation loss where a run has rewards and no such loss.
+REWARD_PANEL = ("reward", "reward of drawn answers", "", False)
 FEW_POINTS = 40  # up to here every point is marked
 NUM_LEGEND_COLUMNS, LEGEND_ROW = 2, 0.22  # inches
 SMOOTH_SHARE = 0.05  # of the points: the width of the running mean's window
@@ -107,7 +108,10 @@ def draw_runs(runs: dict[str, list[dict[str, Any]]]) -> "Figure":
     figure = Figure(figsize=(11, height))
     top, bottom = 1 - 0.35 / height, (0.7 + legend) / height
     figure.subplots_adjust(left=0.07, right=0.98, top=top, bottom=bottom, hspace=0.32, wspace=0.18)
-    for axes, (field, title, unit, is_log) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    fields = {field for figures in runs.values() for one in figures for field in one}
+    has_rewards = "reward" in fields and "val_loss" not in fields
+    panels = [REWARD_PANEL if has_rewards and p[0] == "val_loss" else p for p in PANELS]
+    for axes, (field, title, unit, is_log) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         drawn = [
             draw_curve(axes, figures, field, label=name, color=f"C{i}")
             for i, (name, figures) in enumerate(runs.items())

@@ -17,7 +17,7 @@ from typing import Any
 from model.weights.metadata import Metadata
 
 MAX_SUGGESTIONS = 4  # as many as a telephone shows without scrolling
-TOLD_STAGES = ("llm", "pretrain", "sft")
+TOLD_STAGES = {"llm": "llm", "pretrain": "pretrain", "sft": "sft", "scst": "sft"}
 Text = Callable[..., str]  # `text.text`
 
 
@@ -68,7 +68,7 @@ class Taught:
             return text("taught_blind", language)
         about = self.about.get(language)
         if about is None:
-            stage = self.stage if self.stage in TOLD_STAGES else "unknown"
+            stage = TOLD_STAGES.get(self.stage, "unknown")
             return text(f"taught_{stage}", language)
         names = [text(f"language_{n}", language) for n in self.languages if n in ("en", "zh")]
         spoken = (

@@ -54,7 +54,7 @@ def make_photos(folder, *, num_train=24, num_val=12):
 
 def run_quickly(*words) -> None:
     """Training in float32: many a CPU takes several times as long for bfloat16."""
-    run_step(*words, *(("--dtype", "float32") if "train_sft" in words[0] else ()))
+    run_step(*words, *(("--dtype", "float32") if "trainer/train_s" in words[0] else ()))
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_whole_chain_runs_and_finds_what_is_done(assets, tmp_path, capfd, monkey
         "12 held-back photos", "English", "Chinese", "gap to another photo",
         "right caption likeliest (chance", "with another's photo", "CIDEr-D", "jieba's words",
         "NeuralTalk", "57.9 38.3 24.5 16.0", "21.3", "eval_vlm.py --chat", "web_demo.py",
-        "Epoch:[2/2](3/3)",
+        "Epoch:[2/2](3/3)", "rewards: CIDEr-D and BLEU-4 against", "reward:",
     ):  # fmt: skip
         assert text in out, text
     folder = tmp_path / "out"
