@@ -35,8 +35,10 @@ class Batch:
     target_weights: Tensor | None = None  # of each loss, (N,): at `target_positions`
 
     def pin_memory(self) -> "Batch":
+        """What is on the CPU, in place."""
         self.inputs = {
-            k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in self.inputs.items()
+            k: v.pin_memory() if isinstance(v, Tensor) and v.is_cpu else v
+            for k, v in self.inputs.items()
         }
         if self.target_sources is not None:
             self.target_sources = self.target_sources.pin_memory()

@@ -15,7 +15,7 @@ from support.tiny_vlm import GREEDY, conversations, make_loaded
 
 from model.generation.engine import VLMEngine
 from model.machine.device import prepare_device
-from trainer import train_pretrain_vlm
+from trainer import train_pretrain_vlm, train_scst_vlm
 from trainer.loop import train_loop
 from trainer.run import report
 
@@ -203,6 +203,20 @@ def test_training_there_gives_the_numbers_of_the_cpu(gpu, assets, tmp_path):
         weights.append(saved(tmp_path / device / "out", "*.pth"))
     for name, there in weights[0].items():
         torch.testing.assert_close(there, weights[1][name], rtol=2e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("use_moe", [0, 1], ids=["dense", "moe"])
+def test_learning_from_answers_there_gives_the_numbers_of_the_cpu(use_moe, gpu, assets, tmp_path):
+    data = make_records(tmp_path / "data", num_records=8)
+    found = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        flags = {"device": device, "use_moe": use_moe, "pack": 1, "learning_rate": 1e-3}
+        argv = train_flags(assets, out, *data, epochs=1, log_interval=1, **flags)
+        assert train_scst_vlm.main(argv) == 0
+        found[device] = saved(out / "checkpoints", "*_resume.pth")["model"]
+    for name, tensor in found["cpu"].items():
+        torch.testing.assert_close(found["cuda"][name], tensor, atol=1e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(
