@@ -14,7 +14,7 @@ TOWER = VISION_DIR / "efficientnet-lite0"
 WEIGHT = "photos"  # its name, without the width
 CAPTIONS_WEIGHT = "photos_sft"  # that it begins with: what learning the captions gave
 SEED = 42
-NUM_BEAMS = 3
+NUM_BEAMS = 5
 
 MODEL: dict[str, Word] = {
     "hidden_size": 192,

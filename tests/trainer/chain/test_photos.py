@@ -76,7 +76,7 @@ def test_whole_chain_runs_and_finds_what_is_done(assets, tmp_path, capfd, monkey
     folder = tmp_path / "out"
     assert Image.open(folder / "report.png").size > (800, 800)
     scores = json.loads((folder / "scores.json").read_text())
-    assert scores["decoding"]["num_beams"] == 3
+    assert scores["decoding"]["num_beams"] == 5
     assert len(scores["generated"]) == 24  # every photo, in both languages
     for language in ("en", "zh"):
         assert scores["languages"][language]["num_generated"] == 12
