@@ -22,13 +22,19 @@ class AnswerRewards:
     Args:
         answers: of each record, where it stands, its pictures and its answer.
     Raises:
-        ValueError: no language has answers about two pictures, which CIDEr-D needs.
+        ValueError: no language has answers about two pictures, which CIDEr-D needs, or two records
+            are called the same.
     """
 
     def __init__(self, answers: Iterable[tuple[str, tuple[str, ...], str]]):
         self._keys: dict[str, Key] = {}
         self._references: dict[Key, list[str]] = {}
         for where, about, text in answers:
+            if where in self._keys:
+                raise ValueError(
+                    f"--data_path: two records are called {where}, so their rewards cannot be told "
+                    "apart; rename one of the files"
+                )
             key = about, detect_language(text)
             self._keys[where] = key
             self._references.setdefault(key, []).append(text + END)
@@ -58,7 +64,7 @@ class AnswerRewards:
         return where in self._keys and self._keys[where][1] in self._ciders
 
     def of(self, where: str, answer: str, *, is_whole: bool) -> float:
-        """The reward of an answer to the first question of a record; 0 to about 20.
+        """The reward of an answer to the first question of a record; 0 to 18.
 
         Args:
             is_whole: whether it came to its end.

@@ -216,9 +216,10 @@ def test_two_ranks_take_the_step_of_one(assets, captions, loaded, tmp_path):
         ({"deepspeed": "ds_zero2.json"}, "--deepspeed: this stage draws answers"),
         ({"num_answers": 1}, "--num_answers 1 is too small; the least is 2"),
         ({"data_path": "hf://datasets/user/name/*.parquet"}, "another machine"),
+        ({"data_path": "twice"}, "two records are called data_0.jsonl:1"),
         ({"data_path": "one.jsonl"}, "no language has answers about two of them"),
     ],
-    ids=["deepspeed", "one answer", "stream", "one picture"],
+    ids=["deepspeed", "one answer", "stream", "same names", "one picture"],
 )
 def test_what_cannot_be_is_one_line(flags, says, assets, captions, loaded, tmp_path, capsys):
     save_tiny(loaded, tmp_path / "start_32.pth")
@@ -226,8 +227,14 @@ def test_what_cannot_be_is_one_line(flags, says, assets, captions, loaded, tmp_p
         path = tmp_path / "one.jsonl"
         path.write_text(captions[0].read_text().splitlines()[0] + "\n")
         flags = {"data_path": path}
+    if flags.get("data_path") == "twice":
+        other = tmp_path / "other" / captions[0].name
+        other.parent.mkdir()
+        other.write_bytes(captions[0].read_bytes())
+        flags = {"data_path": [captions[0], other]}
     argv = train_flags(assets, tmp_path / "out", *captions, from_weight=tmp_path / "start_32.pth")
-    argv += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    for name, value in flags.items():
+        argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     if "data_path" in flags:
         place = argv.index("--data_path")
         del argv[place : place + 2]
