@@ -11,7 +11,7 @@ from trainer.loop.sample_order import SkipBatchSampler
 from trainer.loop.schedule import get_lr
 from trainer.ranks.group import Logger, init_distributed_mode, is_main_process
 from trainer.run.build import init_vlm_model
-from trainer.saving.state_file import FormerIdentity, load_state, save_state
+from trainer.saving.state_file import load_state, save_state
 
 __all__ = [
     "Logger",
@@ -30,7 +30,7 @@ def vlm_checkpoint(
     state: dict[str, Any] | None = None,
     *,
     identity: dict[str, Any],
-    former_identity: FormerIdentity | None = None,
+    former_identity: dict[str, Any] | None = None,
     is_first: bool = False,
 ) -> dict[str, Any] | None:
     """Save a training state, or load one with `state=None`; see `save_state` and `load_state`."""

@@ -116,19 +116,25 @@ def saving_needs(
     return needs
 
 
-def report_memory(model: MiniMindForCausalLM, ranks: Ranks, args: TrainArgs) -> None:
+def report_memory(
+    model: MiniMindForCausalLM, ranks: Ranks, args: TrainArgs, *, num_rows: int
+) -> None:
     """Print the estimated memory of a step by what takes it, for samples of an image and a short
-    answer; where it is surely little, that alone, for the estimate takes seconds."""
+    answer; where it is surely little, that alone, for the estimate takes seconds.
+
+    Args:
+        num_rows: of a micro-step: the samples, and the answers drawn to them.
+    """
     num_image_tokens = getattr(model.config, "num_image_tokens", 0)
     num_tokens = min(args.max_seq_len, (num_image_tokens or 512) + 64)
-    where = f"on {ranks.device.type} for {args.batch_size} samples of about {num_tokens} tokens"
-    if upper_bound_gib(model, batch_size=args.batch_size, num_tokens=num_tokens) < 1:
+    where = f"on {ranks.device.type} for {num_rows} samples of about {num_tokens} tokens"
+    if upper_bound_gib(model, batch_size=num_rows, num_tokens=num_tokens) < 1:
         Logger(f"estimated memory: less than 1 GiB {where}")
         return
     processor = getattr(model, "image_processor", None)
     is_seen = processor is not None and args.cache_folder() is None
     shape = StepShape(
-        -(-args.batch_size // args.length_groups),
+        -(-num_rows // args.length_groups),
         num_tokens,
         max(1, num_tokens - num_image_tokens),
         measure(processor).side if is_seen else None,

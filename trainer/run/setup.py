@@ -203,7 +203,7 @@ def prepare(stage: Stage, args: TrainArgs, ranks: Ranks) -> tuple[Parts, RunStat
         metadata=metadata,
         identity=identity,
         lora=lora,
-        former_identity={"data": lambda: parts.dataset.former_fingerprint[:16]},
+        former_identity={"data": parts.dataset.former_fingerprint[:16]},
     )
 
 
@@ -272,7 +272,8 @@ def check_run(args: TrainArgs, ranks: Ranks, parts: Parts, paths: RunPaths) -> N
     )
     for dataset in filter(None, (parts.dataset, parts.val_dataset)):
         preflight.check_records(dataset, on_bad_sample=args.on_bad_sample, seed=args.seed)
-    preflight.report_memory(parts.model, ranks, args)
+    num_rows = args.batch_size * (1 if parts.rewards is None else 1 + args.num_answers)
+    preflight.report_memory(parts.model, ranks, args, num_rows=num_rows)
     num_cores = max(1, (os.cpu_count() or 1) // local_ranks()[1])  # for each rank of a machine
     if args.num_workers > num_cores:
         Logger(f"data workers: {num_cores}, one per CPU core, not {args.num_workers}")

@@ -17,13 +17,7 @@ from trainer.ranks.group import Logger, Ranks, is_main_process, launch_token, wa
 from trainer.saving.background_writer import BackgroundWriter, Snapshot, spare_bytes, state_bytes
 from trainer.saving.lora import Lora
 from trainer.saving.run_paths import RunPaths
-from trainer.saving.state_file import (
-    FormerIdentity,
-    load_state,
-    old_path,
-    previous_path,
-    save_state,
-)
+from trainer.saving.state_file import load_state, old_path, previous_path, save_state
 from trainer.tracking.environment import versions
 from trainer.tracking.metrics import GIB
 from trainer.train_args import TrainArgs
@@ -45,7 +39,7 @@ class RunState:
     paths: RunPaths
     metadata: dict[str, Any]  # written into the weight
     identity: dict[str, Any]  # what a state and the run that resumes it must share
-    former_identity: FormerIdentity = field(default_factory=dict)  # as earlier versions wrote it
+    former_identity: dict[str, Any] = field(default_factory=dict)  # as earlier versions wrote it
     lora: Lora | None = None  # the model has these adapters
     engine: AnyEngine | None = None  # made of model and optimizer once they are resumed
     tracker: dict[str, Any] = field(default_factory=dict)  # which experiment the run writes to

@@ -3,7 +3,6 @@
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from model.machine.atomic_file import (
 )
 from trainer.ranks.group import Logger
 
-# Names of an identity, and how earlier versions computed their values.
-FormerIdentity = Mapping[str, Callable[[], Any]]
 STATE_FORMAT = 2
 
 
@@ -71,13 +68,13 @@ def _keep(path: Path, target: Path) -> None:
 
 
 def load_state(
-    path: Path, *, identity: dict[str, Any], former_identity: FormerIdentity | None = None
+    path: Path, *, identity: dict[str, Any], former_identity: dict[str, Any] | None = None
 ) -> dict[str, Any] | None:
     """Load the newest state that is whole; a damaged one is renamed to `*.damaged`.
 
     Args:
         identity: what must equal the saved identity, by name.
-        former_identity: asked where a value differs.
+        former_identity: values by which an earlier version named the same things.
     Returns:
         The state, or None where there is none.
     Raises:
@@ -114,7 +111,7 @@ def fault_of(path: Path) -> str | None:
         return f"is damaged ({error or type(error).__name__})"
 
 
-def _read(path: Path, identity: dict[str, Any], former_identity: FormerIdentity) -> dict[str, Any]:
+def _read(path: Path, identity: dict[str, Any], former_identity: dict[str, Any]) -> dict[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (PermissionError, MemoryError):
@@ -131,11 +128,9 @@ def _read(path: Path, identity: dict[str, Any], former_identity: FormerIdentity)
         )
     for name, expected in identity.items():
         found = loaded["identity"].get(name)
-        if found == expected:
-            continue
-        if found is not None and name in former_identity and found == former_identity[name]():
+        if found != expected and found is not None and found == former_identity.get(name):
             Logger(f"{path.name}: its {name} is as an earlier version computed it, from less of it")
-        else:
+        elif found != expected:
             found, expected = _unlike(found, expected)
             raise ValueError(
                 f"{path} cannot be resumed: its {name} is {found!r}, this run's is {expected!r}; "

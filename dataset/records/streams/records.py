@@ -204,19 +204,19 @@ class StreamRecords(Records):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the shards by name, size and tag; of very many, size and tag of some."""
-        if self._were_all_asked:
-            return self.former_fingerprint
-        digest = hashlib.sha256("\n".join(self.shards.names).encode())
-        return _digest(digest, self.shards.ask(self._some))
+        """Identifies the shards by name, size and tag; of very many, size and tag of some.
+
+        States of earlier versions do not fit very many: an epoch then took another number of
+        samples, counted by all sizes, so that positions in it mean others now.
+        """
+        digest, compared = hashlib.sha256(), list(range(len(self.shards)))
+        if not self._were_all_asked:
+            digest.update("\n".join(self.shards.names).encode())
+            compared = self._some
+        for shard in self.shards.ask(compared):
+            digest.update(f"{shard.name} {shard.size} {shard.tag}\n".encode())
+        return digest.hexdigest()
 
     @property
     def former_fingerprint(self) -> str:
-        """The fingerprint in states of earlier versions, which asked about every shard."""
-        return _digest(hashlib.sha256(), self.shards.ask(range(len(self.shards))))
-
-
-def _digest(digest: "hashlib._Hash", shards: list[Shard]) -> str:
-    for shard in shards:
-        digest.update(f"{shard.name} {shard.size} {shard.tag}\n".encode())
-    return digest.hexdigest()
+        return self.fingerprint

@@ -346,9 +346,12 @@ def test_ranks_of_a_machine_share_its_cores(variables, num_workers, monkeypatch)
     for name in ("check_disk", "check_records", "report_memory"):
         monkeypatch.setattr(f"trainer.run.preflight.{name}", lambda *_, **__: None)
     launch(monkeypatch, RANK=0, WORLD_SIZE=3, **(variables or {"LOCAL_WORLD_SIZE": 1}))
-    args = argparse.Namespace(num_workers=64, save_dir=None, checkpoint_dir=None, on_bad_sample="")
+    args = argparse.Namespace(
+        num_workers=64, batch_size=1, save_dir=None, checkpoint_dir=None, on_bad_sample=""
+    )
     paths = SimpleNamespace(num_states=lambda: 0)
-    parts = SimpleNamespace(model=SimpleNamespace(config=None), dataset=None, val_dataset=None)
+    model, data = SimpleNamespace(config=None), {"dataset": None, "val_dataset": None}
+    parts = SimpleNamespace(model=model, rewards=None, **data)
     check_run(args, None, parts, paths)
     assert args.num_workers == num_workers
 
