@@ -3,7 +3,8 @@
     python ask_vllm.py FOLDER QUESTION NUM_TOP [PICTURE ...]
 
 The first prompt has no picture; each picture makes one more. Prints a JSON list of
-{token: log-probability}, and the version of vLLM.
+{token: log-probability}, and the version of vLLM. An InternVL folder runs on the
+library's own class, which is told of the tower.
 """
 
 import json
@@ -17,16 +18,24 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 def main(folder: str, question: str, num_top: str, *pictures: str) -> None:
     import vllm
     from PIL import Image
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, SiglipVisionConfig
+
+    def with_tower(config):
+        config.vision_config = SiglipVisionConfig.from_pretrained(folder)
+        return config
+
+    is_internvl = AutoConfig.from_pretrained(folder).model_type == "internvl"
+    others = {"model_impl": "transformers", "hf_overrides": with_tower} if is_internvl else {}
 
     llm = vllm.LLM(
         model=folder,
         dtype="float32",
         enforce_eager=True,
-        max_model_len=1024,
+        max_model_len=512,
         max_num_seqs=1,
         max_logprobs=int(num_top),
         limit_mm_per_prompt={"image": 1},
+        **others,
     )
     wish = vllm.SamplingParams(temperature=0, max_tokens=1, logprobs=int(num_top))
     tokenizer = AutoTokenizer.from_pretrained(folder)

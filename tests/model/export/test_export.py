@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from support.exporting import NUM_IMAGES, export, make_kits, our_logits, run_foreign
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from model.export.__main__ import main, parse_args
 from model.weights.build_model import load_model
@@ -103,6 +103,13 @@ def test_folder_of_our_classes_is_read_with_the_tower_in_it(outs, kits, folder):
 def test_internvl_without_its_tower_is_refused_not_random(outs):
     with pytest.raises(KeyError, match="vision_config=SiglipVisionConfig"):
         AutoModelForImageTextToText.from_pretrained(outs["internvl", "3"])
+
+
+@pytest.mark.parametrize("case", [("llava", "2"), ("internvl", "3")], ids="-".join)
+def test_processor_counts_the_tokens_of_a_picture_as_vllm_asks_it_to(case, outs, kits):
+    processor = AutoProcessor.from_pretrained(outs[case])
+    counted = processor._get_num_multimodal_tokens(image_sizes=[[50, 70]])
+    assert counted["num_image_tokens"] == [kits[case[1]].load().model.config.num_image_tokens]
 
 
 def test_a_gelu_in_the_projector_changes_little(results, outs, kits, folder):
