@@ -1,11 +1,14 @@
 """Owns this model in VLMEvalKit.
 
-Its models are a table in `vlmeval/config.py`, without entry points, so a run adds ours first:
+Its models are a table in `vlmeval/config.py`, without entry points, so a script of your own adds
+ours and then runs its command, in this repository (`python my_run.py --data POPE --model minimind_v`):
 
     from functools import partial
     from vlmeval.config import supported_VLM
     from model.evaluation.vlmevalkit_model import MiniMindV
     supported_VLM["minimind_v"] = partial(MiniMindV, weight="sft_vlm")
+    from vlmeval.run import main
+    main()
 
 Source: vlmeval/vlm/base.py of VLMEvalKit.
 """
@@ -18,10 +21,7 @@ from model.evaluation.harness import answers, conversation, load_engine, samplin
 try:
     from vlmeval.vlm.base import BaseModel
 except ImportError as error:
-    raise ImportError(
-        f"VLMEvalKit is needed here ({error}): "
-        "`pip install git+https://github.com/open-compass/VLMEvalKit`"
-    ) from error
+    raise ImportError(f"VLMEvalKit is needed here ({error}): `pip install ms-vlmeval`") from error
 
 
 class MiniMindV(BaseModel):

@@ -2,10 +2,15 @@
 in `eval_vlm.py`.
 """
 
+import base64
+import csv
 import importlib
 import importlib.util
 import io
 import json
+import os
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -203,7 +208,7 @@ def test_wrong_use_is_one_clear_line(model, engine, options):
     ("module", "command"),
     [
         ("lmms_eval_model", "pip install lmms_eval"),
-        ("vlmevalkit_model", "pip install git+https://github.com/open-compass/VLMEvalKit"),
+        ("vlmevalkit_model", "pip install ms-vlmeval"),
     ],
 )
 def test_missing_package_is_named(module, command):
@@ -256,3 +261,49 @@ def test_real_lmms_eval_gets_the_answers_of_eval_vlm(
     assert [sample["filtered_resps"][0].strip() for sample in samples] == own and len(own) == 60
     accuracy = next(v for k, v in found["results"]["painted_pope"].items() if "accuracy," in k)
     assert accuracy == pytest.approx(report["categories"]["all"]["generation"]["accuracy"]["value"])
+
+
+LAUNCHER = """
+import sys
+from functools import partial
+
+sys.path.insert(0, {root!r})
+from vlmeval.config import supported_VLM
+from model.evaluation.vlmevalkit_model import MiniMindV
+
+supported_VLM["minimind_v"] = partial(MiniMindV, max_new_tokens=12, **{options!r})
+from vlmeval.run import main
+
+main()
+"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(
+    importlib.util.find_spec("vlmeval") is None, reason="vlmeval is not installed (ms-vlmeval)"
+)
+def test_real_vlmevalkit_gets_the_answers_of_eval_vlm(options, assets, painted, tmp_path):
+    """By its command, on a file of ours: a table of questions with pictures in base64."""
+    path = tmp_path / "test.parquet"
+    files.write_pope(path, painted, times=5)
+    own = [row[-1].strip() for row in own_answers(assets, painted, path)["predictions"]]
+    with (tmp_path / "painted_openended.tsv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, delimiter="\t")
+        table.writerow(["index", "image", "question", "answer"])
+        for number, question in enumerate(BenchmarkData(BENCHMARKS["pope"], path)):
+            picture = base64.b64encode(question.image).decode()
+            table.writerow([number, picture, question.question + POST, "yes"])
+    (tmp_path / "launch.py").write_text(LAUNCHER.format(root=str(ROOT), options=options))
+    flags = "--data painted_openended --model minimind_v --mode infer --work-dir"
+    done = subprocess.run(
+        [sys.executable, tmp_path / "launch.py", *flags.split(), tmp_path / "out"],
+        env=os.environ | {"LMUData": str(tmp_path), "PRED_FORMAT": "tsv"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = tmp_path / "out" / "minimind_v" / "minimind_v_painted_openended.tsv"
+    with found.open(newline="", encoding="utf-8") as file:
+        rows = sorted(csv.DictReader(file, delimiter="\t"), key=lambda row: int(row["index"]))
+    assert [row["prediction"].strip() for row in rows] == own and len(own) == 60
