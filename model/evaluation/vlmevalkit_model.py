@@ -1,7 +1,7 @@
 """Owns this model in VLMEvalKit.
 
 Its models are a table in `vlmeval/config.py`, without entry points, so a script of your own adds
-ours and then runs its command, in this repository (`python my_run.py --data POPE --model minimind_v`):
+ours and then runs its command, `python my_run.py --data POPE --model minimind_v`:
 
     from functools import partial
     from vlmeval.config import supported_VLM
