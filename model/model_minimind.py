@@ -4,9 +4,8 @@ Shapes: B batch, T tokens, N selected positions, D hidden, K head dim, V vocabul
 E experts.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +16,15 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.deprecation import deprecate_kwarg
 
 from model.attention import Attention, RMSNorm, rope_tables, select_positions
+from model.cache_name import CACHE_NAME, takes_past_key_values
 from model.feed_forward import FeedForward, MoEFeedForward, MoEGate, balance_loss
 from model.generations import DEFAULT_GENERATION, GENERATIONS
 from model.packing import Packing
 
 YARN_ORIGINAL_POSITIONS = 2048  # of pretraining
 IGNORE_INDEX = -100  # label of a position that is not supervised
-
-ForwardT = TypeVar("ForwardT", bound=Callable[..., Any])
 
 
 def of_generation() -> Any:
@@ -246,8 +243,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
             inputs_embeds=inputs_embeds,
             # Causality alone hides padding after the text; without a mask the fast kernel runs.
             attention_mask=None if is_right_padded or inputs_embeds.is_meta else attention_mask,
-            cache=cache,
             position_ids=None,
+            **{CACHE_NAME: cache},
         )
         packing = None
         if packed_positions is not None:
@@ -272,11 +269,6 @@ class MiniMindModel(MiniMindPreTrainedModel):
             )
             balances.append(balance)
         return self.norm(hidden), balances
-
-
-def takes_past_key_values(forward: ForwardT) -> ForwardT:
-    """`cache` may also be given by the name it had before transformers 5.24, with a warning."""
-    return cast(ForwardT, deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward))
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -348,9 +340,9 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         return MiniMindOutput(
             loss=None if labels is None else next_token_loss(logits, labels, target_positions),
             logits=logits,
-            cache=cache,
             aux_loss=aux_loss,
             expert_use=expert_use,
+            **{CACHE_NAME: cache},
         )
 
     def _balance(self, balances: list[Tensor]) -> tuple[Tensor, Tensor | None]:

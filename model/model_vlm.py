@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.image_processing_utils import BaseImageProcessor
 
+from model.cache_name import takes_past_key_values
 from model.generations import GENERATIONS
 from model.image_fusion import (
     check_features,
@@ -29,7 +30,6 @@ from model.model_minimind import (
     MiniMindForCausalLM,
     MiniMindOutput,
     of_generation,
-    takes_past_key_values,
 )
 from model.vision.pixels import PixelSteps
 from model.vision.preprocessing import measure

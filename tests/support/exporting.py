@@ -116,12 +116,17 @@ def run_foreign(folder: Path, jobs: dict[Path, dict[str, Any]]) -> dict[Path, di
     }
 
 
-@torch.no_grad()
-def our_logits(loaded: LoadedModel, folder: Path, index: int) -> tuple[torch.Tensor, ...]:
-    """Ids (T,), image mask (T,) and logits (T, V) of a sample, by our own classes."""
+def our_batch(loaded: LoadedModel, folder: Path, index: int) -> dict[str, torch.Tensor]:
+    """A sample as our own classes take it."""
     sample = samples(folder)[index]
     question = "<image>\n" * len(sample["images"]) + QUESTION
     messages = ask(question, num_images=len(sample["images"]))
-    batch = loaded.processor.prompt_batch([(messages, sample["images"])])
+    return loaded.processor.prompt_batch([(messages, sample["images"])])
+
+
+@torch.no_grad()
+def our_logits(loaded: LoadedModel, folder: Path, index: int) -> tuple[torch.Tensor, ...]:
+    """Ids (T,), image mask (T,) and logits (T, V) of a sample, by our own classes."""
+    batch = our_batch(loaded, folder, index)
     logits = loaded.model(batch["input_ids"], pixel_values=batch["pixel_values"]).logits[0]
     return batch["input_ids"][0], batch["image_mask"][0], logits

@@ -4,12 +4,19 @@
 
 A job is {"folder", "auto", "tower", "remote", "samples", "out", "max_new_tokens"}; a sample has
 `messages` for the chat template and `images`, paths. Into `out` go each sample's ids, logits and,
-where `max_new_tokens` is not 0, greedy answer.
+where `max_new_tokens` is not 0, the ids of its greedy answer.
+
+OTHER_TRANSFORMERS names a folder with another release than that of the environment:
+`pip install --no-deps --target FOLDER transformers==5.23.0`.
 """
 
 import importlib.util
 import json
+import os
 import sys
+
+if folder := os.environ.get("OTHER_TRANSFORMERS"):
+    sys.path.insert(0, folder)
 
 import torch
 import transformers
@@ -20,6 +27,7 @@ from safetensors.torch import save_file
 def main() -> None:
     for name in ("model", "dataset", "trainer"):
         assert importlib.util.find_spec(name) is None, f"{name} can be imported here"
+    assert not folder or transformers.__file__.startswith(folder), transformers.__file__
     torch.set_num_threads(1)
     with open(sys.argv[1], encoding="utf-8") as file:
         jobs = json.load(file)
@@ -49,7 +57,7 @@ def run(job: dict) -> None:
             if job["max_new_tokens"]:
                 options = {"max_new_tokens": job["max_new_tokens"], "do_sample": False}
                 ids = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
-                answers.append(processor.decode(ids, skip_special_tokens=True))
+                answers.append(ids.tolist())
     save_file(tensors, job["out"] + ".safetensors")
     with open(job["out"] + ".json", "w", encoding="utf-8") as file:
         json.dump({"class": type(model).__name__, "answers": answers}, file, ensure_ascii=False)

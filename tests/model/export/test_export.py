@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from support.exporting import NUM_IMAGES, export, make_kits, our_logits, run_foreign
+from support.exporting import (
+    NUM_IMAGES,
+    export,
+    make_kits,
+    our_batch,
+    our_logits,
+    run_foreign,
+)
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from model.export.__main__ import main, parse_args
@@ -12,6 +19,7 @@ from model.weights.build_model import load_model
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4  # of logits, float32
+NUM_ANSWERED = 8  # tokens of a greedy answer
 # Format, kit -> the class that loads it.
 SEEING = {
     ("llava", "2"): "LlavaForConditionalGeneration",
@@ -58,7 +66,7 @@ def results(folder, outs):
     jobs = {
         out: {"auto": auto.get(case, "AutoModelForImageTextToText")}
         | ({"tower": "SiglipVisionConfig"} if case[0] == "internvl" else {})
-        | {"remote": case[0] == "transformers"}
+        | {"remote": case[0] == "transformers", "max_new_tokens": NUM_ANSWERED}
         for case, out in outs.items()
     }
     found = run_foreign(folder, jobs)
@@ -74,12 +82,20 @@ def difference(result, loaded, folder, index) -> float:
     return (result[f"{index}.logits"][:, : logits.shape[1]] - logits).abs().max().item()
 
 
+def our_answer(loaded, folder, index) -> list[int]:
+    """Ids of the greedy answer to a sample."""
+    batch = our_batch(loaded, folder, index)
+    ids = loaded.model.generate(**batch, max_new_tokens=NUM_ANSWERED, do_sample=False)[0]
+    return ids[batch["input_ids"].shape[1] :].tolist()
+
+
 @pytest.mark.parametrize("case", SEEING, ids="-".join)
 def test_exported_model_sees_what_ours_sees(case, results, kits, folder):
     result, loaded = results[case], kits[case[1]].load()
     assert result["class"] == SEEING[case]
     for index in range(len(NUM_IMAGES)):
         assert difference(result, loaded, folder, index) < TOLERANCE
+        assert result["answers"][index] == our_answer(loaded, folder, index)
     with_one, other = our_logits(loaded, folder, 1)[2], result["1.logits"].roll(1, 0)
     assert (with_one - other[:, : with_one.shape[1]]).abs().max() > 100 * TOLERANCE
 
