@@ -5,7 +5,7 @@ E experts.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -342,7 +342,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             logits=logits,
             aux_loss=aux_loss,
             expert_use=expert_use,
-            **{CACHE_NAME: cache},
+            **cast(dict[str, Any], {CACHE_NAME: cache}),
         )
 
     def _balance(self, balances: list[Tensor]) -> tuple[Tensor, Tensor | None]:

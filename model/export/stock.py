@@ -229,7 +229,7 @@ def _save_processor(
     tokens, neither of which our models know.
     """
     is_full = config.vision_feature_select_strategy == "full"
-    image_processor = copy.deepcopy(vision.image_processor)
+    image_processor: Any = copy.deepcopy(vision.image_processor)
     if not getattr(image_processor, "crop_size", None):
         image_processor.crop_size = image_processor.size  # by it vLLM counts an image's tokens
     image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)

@@ -1,14 +1,20 @@
 """If this fails, llama.cpp itself says otherwise than the weight: of a text, or of a picture where
 the fault that its CLIP graph has is taken into account.
+
+LLAMA_CPP_PYTHON names the Python of an environment with llama-cpp-python, which compiles for long.
 """
 
 import base64
 import io
+import json
+import os
+import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from support import ask_llama_cpp
 from support.exporting import Kit, export, make_kits
 from support.tiny_vlm import picture
 
@@ -20,6 +26,7 @@ NUM_NEW, NUM_TOP = 32, 10
 PROMPTS = ["What is in the picture?", "左上角是什么？"]
 QUESTION = "What is in the picture?"
 TOLERANCE = 1e-2  # of a log-probability: llama.cpp approximates GELU, and resizes nothing here
+PYTHON = os.environ.get("LLAMA_CPP_PYTHON")
 DEMO = Kit(None, ["--weight", "sft_vlm_demo"])
 
 
@@ -69,6 +76,28 @@ def test_text_goes_on_with_the_same_tokens(name, kind, kits, tmp_path):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert answer["usage"]["prompt_tokens"] == len(ids)
         assert found == greedy(loaded.model, ids, without=without)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not PYTHON, reason="LLAMA_CPP_PYTHON names no Python with llama-cpp-python")
+def test_llama_cpp_python_goes_on_with_the_same_tokens(tmp_path):
+    export(DEMO, "gguf", tmp_path / "out", "--gguf_type", "f16")
+    loaded = DEMO.load()
+    tokenizer = loaded.processor.tokenizer
+    texts = [
+        tokenizer.apply_chat_template(
+            ask(prompt, num_images=0), tokenize=False, add_generation_prompt=True
+        )
+        for prompt in PROMPTS
+    ]
+    command = [PYTHON, ask_llama_cpp.__file__, tmp_path / "out" / MODEL_FILE, str(NUM_NEW)]
+    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    print(f"llama-cpp-python {said['version']}: the same {NUM_NEW} tokens")
+    for text, (asked, tokens) in zip(texts, said["found"], strict=True):
+        assert asked == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokens == greedy(loaded.model, asked, without=[])
 
 
 def banned(tokenizer) -> list[int]:
