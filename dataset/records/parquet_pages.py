@@ -9,6 +9,8 @@ in most files) that can be unpacked alone. Their headers say where they lie:
 3. To read a row, its block is made a little Parquet file in memory: the block's pages behind the
    dictionary they need, and a footer that names them alone. pyarrow reads that.
 4. The blocks of a leaf read last are kept, up to `HELD_BYTES`, which files read together share.
+5. Of large blocks of texts and pictures only the value asked for is unpacked, where that can
+   be done: see `page_values`.
 
 Pages that refer to a dictionary are one block, since reading any of them unpacks the dictionary.
 
@@ -18,57 +20,48 @@ Source: https://parquet.apache.org/docs/file-format/ and parquet.thrift (the num
 import contextlib
 import itertools
 import os
+import struct
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from dataset.records.nesting import (
+    Chain,
+    assemble,
+    chains_of,
+    is_bytes,
+    is_divisible,
+    is_list,
+    is_text,
+    max_levels,
+    merge,
+)
+from dataset.records.page_blocks import Block, Page, blocks_of
+from dataset.records.page_values import (
+    CODECS,
+    DATA_PAGE_V2,
+    DICTIONARY_ENCODINGS,
+    RUN_LENGTH,
+    BlockValues,
+    RawPage,
+    decode_runs,
+    find_values,
+)
 from dataset.records.thrift import I64, LIST, STRUCT, Reader, Struct, write_struct
 
-HELD_BYTES = 1 << 28  # of a leaf's unpacked blocks, in each process
+HELD_BYTES = 1 << 25  # of a leaf's unpacked blocks, in each process
+LARGE_BYTES = 1 << 17  # a smaller block is unpacked whole
+MAX_LOCATED = 1 << 14  # blocks of a file of which it is known where their values lie
 HEADER_BYTES = 1 << 12  # read for a page's header at first; statistics in it may take more
 MAGIC = b"PAR1"
-DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
-DICTIONARY_ENCODINGS = (2, 8)
-RUN_LENGTH = 3  # the encoding of levels
+DATA_PAGE, DICTIONARY_PAGE = 0, 2
 WHOLE = -1  # in place of a leaf: a column that is read by row groups
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows of a column that are unpacked together.
-
-    first_row, num_rows: in the row group. group: the row group. start, end: where the pages lie in
-    the file, in bytes; 0 and 0 for a column that is not read by pages. num_values: as the headers
-    count them. dictionary: where the dictionary's page lies, if they need it.
-    """
-
-    first_row: int
-    num_rows: int
-    group: int
-    start: int = 0
-    end: int = 0
-    num_values: int = 0
-    dictionary: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Page:
-    """A data page: where it lies, how many rows begin in it, whether a row from before goes on."""
-
-    start: int
-    end: int
-    num_values: int
-    num_rows: int
-    goes_on: bool
-    has_dictionary: bool
 
 
 class Held(dict[str, OrderedDict[tuple[Path, int, int], pyarrow.ChunkedArray]]):
@@ -102,6 +95,8 @@ class ParquetPages:
         self._owner = os.getpid()
         self._blocks: dict[tuple[int, int], list[Block]] = {}  # by leaf and row group
         self._held = Held() if held is None else held
+        self._located: OrderedDict[tuple[int, int, int], BlockValues | None] = OrderedDict()
+        self._chains: dict[int, Chain] = {}  # of the leaves whose values may be read alone
         metadata = self._whole.metadata
         sizes = [metadata.row_group(i).num_rows for i in range(self._whole.num_row_groups)]
         self._group_starts = [0, *itertools.accumulate(sizes)]
@@ -141,26 +136,68 @@ class ParquetPages:
         """What a leaf holds of a column's value in a row of a row group."""
         blocks = self._blocks_in(leaf, group, name=name)
         number = bisect_right(blocks, row, key=lambda block: block.first_row) - 1
-        held = self._held.setdefault(self._path_of(leaf, name), OrderedDict())
-        key = (self.path, group, number)
-        if key in held:
-            held.move_to_end(key)
-        else:
+        block = blocks[number]
+        try:
+            located = self._locate(leaf, number, block)
+            if located is not None:
+                return self._value_alone(leaf, located, row - block.first_row)
+            held = self._held.setdefault(self._path_of(leaf, name), OrderedDict())
+            key = (self.path, group, number)
+            if key not in held:
+                held[key] = self._unpack(name, block, leaf)
+                make_room(held)
+        except (pyarrow.ArrowException, OSError) as error:
+            first_line = str(error).partition("\n")[0]
+            raise ValueError(f"column {name!r} cannot be read ({first_line})") from None
+        held.move_to_end(key)
+        return held[key][row - block.first_row].as_py()
+
+    def _value_alone(self, leaf: int, located: BlockValues, row: int) -> Any:
+        chain = self._chains[leaf]
+        decode = bytes.decode if is_text(chain[-1].type) else bytes
+        return assemble(chain, located.entries(row, decode=decode))
+
+    def _locate(self, leaf: int, number: int, block: Block) -> BlockValues | None:
+        """Where the values of a block lie; None where it is unpacked whole."""
+        key = leaf, block.group, number
+        if leaf not in self._chains or block.num_bytes < LARGE_BYTES:
+            return None
+        if key not in self._located:
             try:
-                held[key] = self._unpack(name, blocks[number], leaf)
-            except (pyarrow.ArrowException, OSError) as error:
-                first_line = str(error).partition("\n")[0]
-                raise ValueError(f"column {name!r} cannot be read ({first_line})") from None
-            make_room(held)
-        return held[key][row - blocks[number].first_row].as_py()
+                self._located[key] = self._find_values(leaf, block)
+            except (LookupError, ValueError, OSError, struct.error, pyarrow.ArrowException):
+                self._located[key] = None  # pyarrow says what is wrong with it
+            if len(self._located) > MAX_LOCATED:
+                self._located.popitem(last=False)
+        self._located.move_to_end(key)
+        return self._located[key]
+
+    def _find_values(self, leaf: int, block: Block) -> BlockValues | None:
+        pages, start = [], block.start
+        while start < block.end:
+            pages.append(self._raw_page(start))
+            start = pages[-1].end
+        return find_values(
+            self._read,
+            pages,
+            self._raw_page(block.dictionary[0]) if block.dictionary else None,
+            codec=self._whole.metadata.row_group(block.group).column(leaf).compression,
+            max_levels=max_levels(self._chains[leaf]),
+        )
+
+    def _raw_page(self, start: int) -> RawPage:
+        header, body = self._page_header(start)
+        return RawPage(header, body, body + header[3][1])
 
     def dictionary_sizes(self, name: str) -> list[int]:
-        """Sizes of the column's dictionaries as they lie in the file, in bytes."""
+        """Sizes, in the file, of the column's dictionaries that must be unpacked whole."""
         sizes = []
         for group in range(self._whole.num_row_groups):
             for leaf in self._leaves[name]:
                 chunk = self._whole.metadata.row_group(group).column(max(leaf, 0))
-                if leaf != WHOLE and chunk.has_dictionary_page and chunk.dictionary_page_offset:
+                is_whole = leaf not in self._chains or chunk.compression not in CODECS
+                has_one = chunk.has_dictionary_page and chunk.dictionary_page_offset
+                if leaf != WHOLE and has_one and is_whole:
                     sizes.append(max(0, chunk.data_page_offset - chunk.dictionary_page_offset))
         return sizes
 
@@ -186,7 +223,21 @@ class ParquetPages:
         by one."""
         schema = self._whole.schema
         below = [i for i in range(len(schema)) if schema.column(i).path.split(".")[0] == field.name]
-        return below if below and is_divisible(field.type) else [WHOLE]
+        if not below or not is_divisible(field.type):
+            return [WHOLE]
+        chains = chains_of(field)
+        if len(chains) == len(below):
+            pairs = zip(below, chains, strict=True)
+            self._chains |= {leaf: chain for leaf, chain in pairs if self._is_known(leaf, chain)}
+        return below
+
+    def _is_known(self, leaf: int, chain: Chain) -> bool:
+        """Whether a leaf's values are byte arrays, in lists and structs alone."""
+        column = self._whole.schema.column(leaf)
+        levels = column.max_repetition_level, column.max_definition_level
+        is_nested = all(is_list(f.type) or pyarrow.types.is_struct(f.type) for f in chain[:-1])
+        is_taken = column.physical_type == "BYTE_ARRAY" and is_bytes(chain[-1].type)
+        return is_nested and is_taken and max_levels(chain) == levels
 
     def _path_of(self, leaf: int, name: str) -> str:
         return name if leaf == WHOLE else str(self._whole.schema.column(leaf).path)
@@ -195,35 +246,9 @@ class ParquetPages:
         if leaf == WHOLE:
             yield Block(0, self._whole.metadata.row_group(group).num_rows, group)
         else:
-            yield from self._blocks_of_group(group, leaf)
-
-    def _blocks_of_group(self, group: int, leaf: int) -> Iterator[Block]:
-        block: Block | None = None
-        first_row, end_row = 0, self._whole.metadata.row_group(group).num_rows
-        dictionary, pages = self._pages(group, leaf)
-        for page in pages:
-            shares_dictionary = page.has_dictionary and block is not None and block.dictionary
-            if block is not None and (page.goes_on or shares_dictionary):
-                block = replace(
-                    block,
-                    num_rows=block.num_rows + page.num_rows,
-                    end=page.end,
-                    num_values=block.num_values + page.num_values,
-                    dictionary=dictionary if page.has_dictionary else block.dictionary,
-                )
-                continue
-            if block is not None:
-                yield block
-                first_row += block.num_rows
-            needed = dictionary if page.has_dictionary else None
-            block = Block(
-                first_row, page.num_rows, group, page.start, page.end, page.num_values, needed
-            )
-        if block is not None:
-            yield block
-            first_row += block.num_rows
-        if first_row != end_row:
-            raise ValueError(f"row group {group} ends at row {first_row}, not at {end_row}")
+            dictionary, pages = self._pages(group, leaf)
+            num_rows = self._whole.metadata.row_group(group).num_rows
+            yield from blocks_of(pages, dictionary, group=group, num_rows=num_rows)
 
     def _pages(self, group: int, leaf: int) -> tuple[tuple[int, int] | None, list[Page]]:
         """Where a column's dictionary lies in a row group, and its data pages."""
@@ -275,9 +300,9 @@ class ParquetPages:
         if codec != "uncompressed":
             codec = "lz4_raw" if codec == "lz4" else codec
             data = pyarrow.decompress(data, header[2][1], codec, asbytes=True)
-        max_level = self._whole.schema.column(leaf).max_repetition_level
-        levels = decode_levels(data[4:], num_values, max_level=max_level)
-        return int((levels == 0).sum()), bool(levels[0])
+        num_bits = self._whole.schema.column(leaf).max_repetition_level.bit_length()
+        levels = decode_runs(data[4:], num_values, num_bits=num_bits)
+        return int((levels == 0).sum()), bool(levels[:1].any())
 
     def _unpack(self, name: str, block: Block, leaf: int) -> pyarrow.ChunkedArray:
         if leaf == WHOLE:
@@ -326,51 +351,8 @@ def why_not(path: Path, error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def is_divisible(kind: pyarrow.DataType) -> bool:
-    """Whether the leaves of a column can be read one by one and put together again."""
-    types = pyarrow.types
-    if types.is_map(kind) or types.is_union(kind):
-        return False
-    return all(is_divisible(kind.field(i).type) for i in range(kind.num_fields))
-
-
-def merge(left: Any, right: Any) -> Any:
-    """One value of what two leaves hold of it: structs are united, lists element by element."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        both = {name: merge(left[name], right[name]) for name in left.keys() & right.keys()}
-        return left | right | both
-    if isinstance(left, list) and isinstance(right, list):
-        return [merge(*pair) for pair in zip(left, right, strict=True)]
-    return left
-
-
 def make_room(held: OrderedDict[Any, pyarrow.ChunkedArray]) -> None:
     """Let go of the blocks used longest ago; the newest stays, whatever its size."""
     total = sum(array.get_total_buffer_size() for array in held.values())
     while total > HELD_BYTES and len(held) > 1:
         total -= held.popitem(last=False)[1].get_total_buffer_size()
-
-
-def decode_levels(
-    data: bytes, num_values: int, *, max_level: int = 1
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Repetition levels: runs of one value and groups of eight, mixed.
-
-    Args:
-        data: begins with the levels.
-        max_level: of the column, at most 255; a level takes as many bits as this does.
-    Returns:
-        (num_values,) uint8.
-    """
-    reader, runs, found = Reader(data), [], 0
-    length, num_bits = len(data), max_level.bit_length()
-    while found < num_values and reader.position < length:
-        head = reader.varint()
-        if head & 1:
-            packed = np.frombuffer(reader.take((head >> 1) * num_bits), dtype=np.uint8)
-            bits = np.unpackbits(packed, bitorder="little").reshape(-1, num_bits)
-            runs.append((bits << np.arange(num_bits, dtype=np.uint8)).sum(1, dtype=np.uint8))
-        else:
-            runs.append(np.full(head >> 1, reader.byte(), dtype=np.uint8))
-        found += len(runs[-1])
-    return np.concatenate(runs)[:num_values]

@@ -17,8 +17,9 @@ from support.published_rows import FORMATS, LIST, TYPES, in_type, mixed_rows, pi
 from dataset.lm_dataset import BadSample, VLMDataset
 from dataset.records import parquet_pages
 from dataset.records.conversation import BadRecordError
+from dataset.records.page_values import decode_runs
 from dataset.records.parquet import ParquetRecords
-from dataset.records.parquet_pages import ParquetPages, decode_levels
+from dataset.records.parquet_pages import ParquetPages
 from dataset.records.stand_in import is_stand_in
 from dataset.records.thrift import Reader, write_struct
 
@@ -110,9 +111,11 @@ def test_large_dictionaries_are_said_to_be_slow(tmp_path, monkeypatch):
     dice = random.Random(0)
     blobs = [dice.randbytes(2_000) for _ in range(100)]
     path = tmp_path / "a.parquet"
-    write(path, ["x"] * 400, pyarrow.array(blobs * 4).dictionary_encode(), row_group_size=200)
-    assert ParquetRecords(path).slowness is None
+    images = pyarrow.array(blobs * 4).dictionary_encode()
     monkeypatch.setattr("dataset.records.parquet.HELD_BYTES", 300_000)
+    write(path, ["x"] * 400, images, row_group_size=200)
+    assert ParquetRecords(path).slowness is None
+    write(path, ["x"] * 400, images, row_group_size=200, compression="zstd")
     assert "a.parquet: the dictionaries" in ParquetRecords(path).slowness
     assert "use_dictionary=False" in ParquetRecords(path).slowness
 
@@ -154,7 +157,9 @@ def test_thrift_writes_what_it_reads(tmp_path):
 def test_levels_are_runs_and_bits_mixed():
     # Source: https://parquet.apache.org/docs/file-format/data-pages/encodings/ (RLE = 3)
     data = bytes([5 << 1, 1, (1 << 1) | 1, 0b00010110, 3 << 1, 0])
-    assert decode_levels(data, 16).tolist() == [1] * 5 + [0, 1, 1, 0, 1, 0, 0, 0] + [0] * 3
+    assert (
+        decode_runs(data, 16, num_bits=1).tolist() == [1] * 5 + [0, 1, 1, 0, 1, 0, 0, 0] + [0] * 3
+    )
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -106,21 +106,45 @@ def test_sampling_is_as_fast_as_from_few_records(lines, tmp_path):
     places = {"text": {n: (lines / f"{n}.jsonl", None) for n in SIZES}}
     places["zip"] = {n: (tmp_path / f"{n}.jsonl", tmp_path / f"{n}.zip") for n in SIZES}
     for kind, named in places.items():
-        opened = {name: open_records(*place) for name, place in named.items()}
-        taken = {name: [] for name in opened}
-        for turn in range(15):
-            for name, records in opened.items():
-                order = random.Random(turn).choices(range(len(records)), k=1_000)
+        check_sampling(kind, {name: open_records(*place) for name, place in named.items()})
 
-                def read(records=records, order=order):
-                    for i in order:
-                        for image in records[i].images:
-                            records.read_image(image)
 
-                taken[name].append(least_s(read, 1, cpu_s))
-        few_s, many_s = (median(taken[name]) for name in SIZES)
-        print(f"\n{kind}: 1,000 records of few {few_s:.4f} s, of many {many_s:.4f} s of CPU")
-        assert many_s < 1.1 * few_s
+def check_sampling(kind: str, opened: dict) -> None:
+    taken = {name: [] for name in opened}
+    for turn in range(15):
+        for name, records in opened.items():
+            order = random.Random(turn).choices(range(len(records)), k=1_000)
+
+            def read(records=records, order=order):
+                for i in order:
+                    for image in records[i].images:
+                        records.read_image(image)
+
+            taken[name].append(least_s(read, 1, cpu_s))
+    few_s, many_s = (median(taken[name]) for name in SIZES)
+    print(f"\n{kind}: 1,000 records of few {few_s:.4f} s, of many {many_s:.4f} s of CPU")
+    assert many_s < 1.1 * few_s
+
+
+@pytest.mark.parametrize("codec", ["snappy", "none"])
+def test_parquet_as_its_writer_writes_it_by_default(codec, tmp_path):
+    """Pages of 1,024 pictures, all of which were unpacked for each that was asked for."""
+    turns = json.dumps(conversation("<image>\nWhat?", "A circle.")["conversations"])
+    dice, own, opened = random.Random(0), {}, {}
+    for name, num_rows in (("few", 1_000), ("many", 100_000)):
+        images = [dice.randbytes(4_096) for _ in range(num_rows)]
+        table = pyarrow.table({"conversations": [turns] * num_rows, "image_bytes": images})
+        path = tmp_path / f"{name}.parquet"
+        pyarrow.parquet.write_table(table, path, compression=codec)
+        own[name] = private_mib_of_reading(path)
+        opened[name] = open_records(path, None)
+        started_s = cpu_s()
+        for row in range(0, num_rows, 500):
+            opened[name][row]
+        print(f"\n{name}, {codec}: {cpu_s() - started_s:.2f} s of CPU to find all values once")
+    print(f"MiB of a forked reader's own: {own}")
+    assert own["many"] < own["few"] + 50
+    check_sampling(codec, opened)
 
 
 def test_opening_parquet_does_not_grow_with_the_rows(tmp_path):
