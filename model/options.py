@@ -10,11 +10,12 @@ from typing import Any
 from model.generations import GENERATIONS
 from model.machine.paths import OUT_DIR
 
-CACHE_DTYPES = ("float16", "int8")
+CACHE_DTYPES = ("float16", "float32", "int8")
 CACHE_HELP = {
     "cache_vision_features": "keep what the frozen tower says of each picture: 0, 1 (in features "
     "of --save_dir) or a folder / 缓存视觉特征",
-    "cache_dtype": "of the kept features; int8: half the size, with a scale a token / 缓存精度",
+    "cache_dtype": "of the kept features; float32: as computed; int8: half the size of float16, "
+    "with a scale a token / 缓存精度",
     "cache_gb": "largest size of the folder in GiB; the rest is computed as without / 缓存上限",
 }
 NATIVE = "model"  # --load_from: this project's own weight files

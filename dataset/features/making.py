@@ -64,7 +64,7 @@ class CacheOptions:
     """How a cache may be made.
 
     Args:
-        folder: of the caches of all towers. dtype: "float16" or "int8".
+        folder: of the caches of all towers. dtype: "float16", "float32" or "int8".
         max_gib: the folder's largest size; None: what the disk holds.
         num_threads: that decode pictures.
         reserve_bytes: what the disk must still hold beside the cache.

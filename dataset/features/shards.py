@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DTYPES = ("float16", "int8")
+FLOATS = {"float16": torch.float16, "float32": torch.float32}
+DTYPES = (*FLOATS, "int8")
 MAGIC = b"MVF1"
 DISCARDED = b"\0\0\0\0"
 KEY_BYTES = 16
@@ -48,7 +49,7 @@ class Layout:
     """How the features of one tower lie in an entry.
 
     Args:
-        dtype: "float16", or "int8" with a float32 scale for each patch.
+        dtype: "float16", "float32", or "int8" with a float32 scale for each patch.
         seal: identifies the tower, its preprocessing and layer; a part of every checksum.
     """
 
@@ -61,8 +62,8 @@ class Layout:
     def entry_bytes(self) -> int:
         """Length of an entry."""
         values = self.num_patches * self.width
-        if self.dtype == "float16":
-            return HEAD_BYTES + 2 * values
+        if self.dtype in FLOATS:
+            return HEAD_BYTES + FLOATS[self.dtype].itemsize * values
         return HEAD_BYTES + SCALE_BYTES * self.num_patches + values
 
     def pack(self, key: bytes, features: Tensor) -> bytes | None:
@@ -71,8 +72,8 @@ class Layout:
         Args:
             features: (P, V) float32 on the CPU.
         """
-        if self.dtype == "float16":
-            values = features.to(torch.float16)
+        if self.dtype in FLOATS:
+            values = features.to(FLOATS[self.dtype])
             is_finite = bool(values.isfinite().all())
             body = values.numpy().tobytes()
         else:
@@ -94,10 +95,10 @@ class Layout:
         return has_head and self.checksum(key, entry[HEAD_BYTES:]) == checksum
 
     def unpack(self, entry: memoryview) -> Tensor:
-        """The features of an entry, copied: (P, V) float16, or float32 from int8."""
+        """The features of an entry, copied: (P, V) in the format's floats; float32 from int8."""
         shape = (self.num_patches, self.width)
-        if self.dtype == "float16":
-            values = np.frombuffer(entry, np.float16, offset=HEAD_BYTES).reshape(shape)
+        if self.dtype in FLOATS:
+            values = np.frombuffer(entry, self.dtype, offset=HEAD_BYTES).reshape(shape)
             return torch.from_numpy(values.copy())
         start = HEAD_BYTES + SCALE_BYTES * self.num_patches
         scales = np.frombuffer(entry[:start], np.float32, offset=HEAD_BYTES)

@@ -39,14 +39,14 @@ def read(folder, layout: Layout, warn=pytest.fail) -> list[torch.Tensor | None]:
     return by_name
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
 def test_features_come_back_as_rounded(dtype, tmp_path):
     layout = Layout(6, 7, dtype, b"tower")
     write(tmp_path, layout)
     assert next(tmp_path.iterdir()).stat().st_size == 5 * layout.entry_bytes
     for wanted, found in zip(features(), read(tmp_path, layout), strict=True):
-        if dtype == "float16":
-            assert torch.equal(found, wanted.half())
+        if dtype != "int8":
+            assert torch.equal(found, wanted.to(getattr(torch, dtype)))
         else:
             step = wanted.abs().amax(1, keepdim=True) / 127
             assert ((found - wanted).abs() <= step * 0.5001).all()
@@ -58,7 +58,8 @@ def test_what_a_format_cannot_hold_is_not_kept(value):
     one[2, 3] = value
     assert Layout(6, 7, "float16", b"").pack(KEYS[0], one) is None
     is_finite = value == 1e5
-    assert (Layout(6, 7, "int8", b"").pack(KEYS[0], one) is not None) == is_finite
+    for dtype in ("float32", "int8"):
+        assert (Layout(6, 7, dtype, b"").pack(KEYS[0], one) is not None) == is_finite
 
 
 def test_a_token_of_zeros_stays_one():
