@@ -1,10 +1,10 @@
 """Owns `StreamRecords`: records of shards on other machines, fetched as they are needed.
 
 Why no streaming library: a run must go on at exactly the next sample after `kill -9`, also with
-another number of ranks and workers. As read in their documentation and issues (not measured):
-torchdata's state is of as many workers, and not gathered over ranks; that of datasets leaves out
-the shuffle buffer (huggingface/datasets#7901); webdataset leaves both to its user (webdataset#234);
-mosaicml-streaming can, but not of Parquet or tars, and its last release wants transformers below 5.
+another number of ranks and workers. Tried (BENCHMARKS.md, "Streams"): datasets forgets its shuffle
+buffer, so that records are lost and others repeated (huggingface/datasets#7901); torchdata's state
+is of as many workers; webdataset has none (webdataset#234). Not tried: mosaicml-streaming and
+energon, which do not read Parquet and JSONL as they are published.
 Here the order is a function of (seed, pass), as for local files, so that a position is one number:
 the samples taken so far.
 """
