@@ -58,21 +58,19 @@ class Values:
         pieces: (p + 1,) of the pieces among the packed bytes; None: they are not packed.
     """
 
-    read: Read
     start: int
     offsets: Numbers
     pieces: Numbers | None
 
-    def __getitem__(self, number: int) -> bytes:
+    def get(self, number: int, *, read: Read) -> bytes:
+        """A value of the file that `read` reads."""
         begin, end = int(self.offsets[number]) + LENGTH.size, int(self.offsets[number + 1])
         if self.pieces is None:
-            return self.read(self.start + begin, self.start + end)
+            return read(self.start + begin, self.start + end)
         first, last = begin // PIECE_BYTES, -(-end // PIECE_BYTES)
         if first >= last:
             return b""
-        packed = self.read(
-            self.start + int(self.pieces[first]), self.start + int(self.pieces[last])
-        )
+        packed = read(self.start + int(self.pieces[first]), self.start + int(self.pieces[last]))
         size = min(last * PIECE_BYTES, int(self.offsets[-1])) - first * PIECE_BYTES
         data = unpack(_varint(size) + packed, size)
         return data[begin - first * PIECE_BYTES : end - first * PIECE_BYTES]
@@ -96,14 +94,14 @@ class BlockValues:
     starts: Numbers | None
     max_definition: int
 
-    def entries(self, row: int, *, decode: Callable[[bytes], Any]) -> list[Entry]:
+    def entries(self, row: int, *, read: Read, decode: Callable[[bytes], Any]) -> list[Entry]:
         """Those of a row; `decode` makes a value of bytes."""
         start, end = row, row + 1
         if self.starts is not None:
             start, end = int(self.starts[row]), int(self.starts[row + 1])
-        return [self._entry(place, decode) for place in range(start, end)]
+        return [self._entry(place, read, decode) for place in range(start, end)]
 
-    def _entry(self, place: int, decode: Callable[[bytes], Any]) -> Entry:
+    def _entry(self, place: int, read: Read, decode: Callable[[bytes], Any]) -> Entry:
         repetition = 0 if self.repetitions is None else int(self.repetitions[place])
         definition = self.max_definition
         if self.definitions is not None:
@@ -112,7 +110,7 @@ class BlockValues:
             return Entry(repetition, definition, None)
         number = place if self.places is None else int(self.places[place])
         number = number if self.numbers is None else int(self.numbers[number])
-        return Entry(repetition, definition, decode(self.values[number]))
+        return Entry(repetition, definition, decode(self.values.get(number, read=read)))
 
 
 def find_values(
@@ -223,20 +221,20 @@ def _values_of(
     parts = [part for part in parts if part.num_present]
     wanted = (PLAIN,) if dictionary is None else DICTIONARY_ENCODINGS
     if not parts:
-        return Values(read, 0, np.zeros(1, np.uint32), None), None
+        return Values(0, np.zeros(1, np.uint32), None), None
     if any(p.encoding not in wanted for p in parts) or (dictionary is None and len(parts) > 1):
         return None, None
     if dictionary is None:
-        return _locate(read, parts[0].body, parts[0].num_present, skip=parts[0].skip), None
+        return _locate(parts[0].body, parts[0].num_present, skip=parts[0].skip), None
     body = read_body(read, dictionary, codec=codec)
-    values = _locate(read, body, dictionary.header[7][1][1][1])
+    values = _locate(body, dictionary.header[7][1][1][1])
     numbers = np.concatenate([part.numbers() for part in parts])
     if values is not None and numbers.max() >= len(values.offsets) - 1:
         raise ValueError("a value is not in the dictionary")
     return values, numbers
 
 
-def _locate(read: Read, body: Body, num_values: int, *, skip: int = 0) -> Values | None:
+def _locate(body: Body, num_values: int, *, skip: int = 0) -> Values | None:
     """Where values lie that were written plainly; None where Snappy's pieces depend on another."""
     pieces = None
     if body.data is not body.packed:
@@ -244,7 +242,7 @@ def _locate(read: Read, body: Body, num_values: int, *, skip: int = 0) -> Values
         if pieces is None:
             return None
     offsets = np.fromiter(_walk(body.data, num_values, skip=skip), np.uint32, num_values + 1)
-    return Values(read, body.start, offsets, pieces)
+    return Values(body.start, offsets, pieces)
 
 
 def _walk(data: bytes, num_values: int, *, skip: int) -> Iterator[int]:

@@ -24,6 +24,7 @@ import struct
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -57,16 +58,28 @@ from dataset.records.thrift import I64, LIST, STRUCT, Reader, Struct, write_stru
 
 HELD_BYTES = 1 << 25  # of a leaf's unpacked blocks, in each process
 LARGE_BYTES = 1 << 17  # a smaller block is unpacked whole
-MAX_LOCATED = 1 << 14  # blocks of a file of which it is known where their values lie
+MAX_LOCATED = 1 << 14  # blocks whose values were found, in each process
 HEADER_BYTES = 1 << 12  # read for a page's header at first; statistics in it may take more
 MAGIC = b"PAR1"
 DATA_PAGE, DICTIONARY_PAGE = 0, 2
 WHOLE = -1  # in place of a leaf: a column that is read by row groups
 
 
-class Held(dict[str, OrderedDict[tuple[Path, int, int], pyarrow.ChunkedArray]]):
-    """Unpacked blocks by leaf, then by file, row group and number; the one used longest ago first.
-    None travels to another process."""
+@dataclass
+class Held:
+    """What is kept of files that are read together, the one used longest ago first. None of it
+    travels to another process.
+
+    unpacked: blocks by leaf, then by file, row group and number. located: by file, leaf, row group
+    and number, where the values of a block lie; None where it is unpacked whole.
+    """
+
+    unpacked: dict[str, OrderedDict[tuple[Path, int, int], pyarrow.ChunkedArray]] = field(
+        default_factory=dict
+    )
+    located: OrderedDict[tuple[Path, int, int, int], BlockValues | None] = field(
+        default_factory=OrderedDict
+    )
 
     def __reduce__(self) -> Any:
         return Held, ()
@@ -95,7 +108,6 @@ class ParquetPages:
         self._owner = os.getpid()
         self._blocks: dict[tuple[int, int], list[Block]] = {}  # by leaf and row group
         self._held = Held() if held is None else held
-        self._located: OrderedDict[tuple[int, int, int], BlockValues | None] = OrderedDict()
         self._chains: dict[int, Chain] = {}  # of the leaves whose values may be read alone
         metadata = self._whole.metadata
         sizes = [metadata.row_group(i).num_rows for i in range(self._whole.num_row_groups)]
@@ -141,7 +153,7 @@ class ParquetPages:
             located = self._locate(leaf, number, block)
             if located is not None:
                 return self._value_alone(leaf, located, row - block.first_row)
-            held = self._held.setdefault(self._path_of(leaf, name), OrderedDict())
+            held = self._held.unpacked.setdefault(self._path_of(leaf, name), OrderedDict())
             key = (self.path, group, number)
             if key not in held:
                 held[key] = self._unpack(name, block, leaf)
@@ -155,22 +167,22 @@ class ParquetPages:
     def _value_alone(self, leaf: int, located: BlockValues, row: int) -> Any:
         chain = self._chains[leaf]
         decode = bytes.decode if is_text(chain[-1].type) else bytes
-        return assemble(chain, located.entries(row, decode=decode))
+        return assemble(chain, located.entries(row, read=self._read, decode=decode))
 
     def _locate(self, leaf: int, number: int, block: Block) -> BlockValues | None:
         """Where the values of a block lie; None where it is unpacked whole."""
-        key = leaf, block.group, number
         if leaf not in self._chains or block.num_bytes < LARGE_BYTES:
             return None
-        if key not in self._located:
+        located, key = self._held.located, (self.path, leaf, block.group, number)
+        if key not in located:
             try:
-                self._located[key] = self._find_values(leaf, block)
+                located[key] = self._find_values(leaf, block)
             except (LookupError, ValueError, OSError, struct.error, pyarrow.ArrowException):
-                self._located[key] = None  # pyarrow says what is wrong with it
-            if len(self._located) > MAX_LOCATED:
-                self._located.popitem(last=False)
-        self._located.move_to_end(key)
-        return self._located[key]
+                located[key] = None  # pyarrow says what is wrong with it
+            if len(located) > MAX_LOCATED:
+                located.popitem(last=False)
+        located.move_to_end(key)
+        return located[key]
 
     def _find_values(self, leaf: int, block: Block) -> BlockValues | None:
         pages, start = [], block.start

@@ -145,4 +145,4 @@ def test_what_is_kept_has_a_bound(monkeypatch, tmp_path):
     pages = ParquetPages(tmp_path / "a.parquet")
     for row in random.Random(0).sample(range(100), 100):
         assert pages.value("a", row) == values[row]
-    assert len(pages._located) == 5
+    assert len(pages._held.located) == 5

@@ -84,7 +84,7 @@ def test_memory_is_that_of_a_few_pages_whatever_the_row_group(tmp_path, monkeypa
     assert pages._whole.num_row_groups == 1
     for row in dice.sample(range(NUM_ROWS), NUM_ROWS):
         assert pages.value("image_bytes", row) == blobs[row]
-        held = pages._held["image_bytes"].values()
+        held = pages._held.unpacked["image_bytes"].values()
         assert sum(one.get_total_buffer_size() for one in held) <= 200_000
     assert len(held) > 3
 
