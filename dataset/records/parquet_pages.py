@@ -338,8 +338,8 @@ class ParquetPages:
             7: (I64, size),
             9: (I64, len(MAGIC) + len(dictionary)),
         }
-        for field in (10, 11, 12, 13, 14, 15, 16):  # offsets of what is left out; statistics
-            about.pop(field, None)
+        for number in (10, 11, 12, 13, 14, 15, 16):  # offsets of what is left out; statistics
+            about.pop(number, None)
         if dictionary:
             about[11] = (I64, len(MAGIC))
         chunks[leaf] = {2: chunk[2], 3: (STRUCT, about)}
