@@ -7,6 +7,7 @@ be sent to another process.
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from dataset.records.conversation import (
     count_tags,
 )
 from dataset.records.layout import find_pictures, find_turns, join_parts, list_pictures
+from dataset.records.open_files import OpenedAtNeed
 from dataset.records.parquet_pages import ParquetPages
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -195,18 +197,19 @@ class FineVision:
     """Parquet of FineVision and the Cauldron: `images`, and `texts` of {user, assistant}."""
 
     def __init__(self, path: Path):
-        self.path, self.pages = path, ParquetPages(path)
+        self.path, self._pages = path, OpenedAtNeed(partial(ParquetPages, path))
+        self.num_rows = self._pages.get().num_rows
         self.faults: list[Fault] = []
 
     def __len__(self) -> int:
-        return self.pages.num_rows
+        return self.num_rows
 
     def where(self, index: int) -> str:
         return f"{self.path}:row {index}"
 
     def record(self, index: int) -> PlainRecord:
         where = self.where(index)
-        texts, images = (self.pages.value(name, index) for name in ("texts", "images"))
+        texts, images = (self._pages.get().value(name, index) for name in ("texts", "images"))
         if not isinstance(texts, list) or not all(isinstance(turn, dict) for turn in texts):
             raise BadRecordError(f"{where}: 'texts' must be a list of user and assistant")
         turns = [

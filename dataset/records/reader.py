@@ -85,8 +85,6 @@ def open_records(
     if data_path.is_dir() and any((data_path / name).is_file() for name in DATASETS_FILES):
         return _open_file(data_path, **options)
     paths = find_files(data_path)
-    if len(paths) == 1:
-        return _open_file(paths[0], **options)
     if paths[0].suffix.lower() in PARQUET_SUFFIXES:
         from dataset.records.parquet_pages import Held
 

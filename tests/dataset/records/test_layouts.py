@@ -14,6 +14,7 @@ from support.scripts import train_flags
 from support.tiny_parts import conversation, make_records
 
 from dataset.records.conversation import BadRecordError
+from dataset.records.parquet import ParquetRecords
 from dataset.records.reader import open_records
 from trainer import train_sft_vlm
 
@@ -99,7 +100,7 @@ def test_a_column_of_structs_is_read_by_pages(tmp_path):
     struct = pyarrow.array([{"bytes": one, "path": f"{i}.bmp"} for i, one in enumerate(images)])
     options = {"data_page_size": 5_000, "write_batch_size": 2, "use_dictionary": False}
     columns = {"conversations": [turns("<image>")] * 200, "image": struct}
-    records = open_records(write_table(tmp_path / "a.parquet", columns, **options), None)
+    records = ParquetRecords(write_table(tmp_path / "a.parquet", columns, **options))
     assert [records[i].images for i in (150, 3)] == [[images[150]], [images[3]]]
     (held,) = [array for array in records._pages._held["image.bytes"].values()][:1]
     assert len(held) < 20  # of 200 rows in one row group
