@@ -39,7 +39,16 @@ from dataset.converting.output import (
     json_lines,
     write_parquet,
 )
-from dataset.converting.parts import Converter, make_parts, only_run, prepare_folder
+from dataset.converting.parts import (
+    Converter,
+    begin_joining,
+    is_joining,
+    is_made_for,
+    make_parts,
+    only_run,
+    prepare_folder,
+    remove_parts,
+)
 from dataset.converting.pictures import DEFAULT_QUALITY, Resizing
 from dataset.converting.zip_writer import ZipWriter
 from dataset.examining.faults import Fault, FaultBook
@@ -130,8 +139,12 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be {least} to {most}, got {value}")
     named = {str(path): path for path in (*args.paths, args.annotations, args.images_path) if path}
     check_result_files({"--to": args.to, "--faults": args.faults}, named)
-    if work_folder(args).exists():
-        return
+    if not is_joining(work_folder(args)):
+        check_absent(args)
+
+
+def check_absent(args: argparse.Namespace) -> None:
+    """Raise ValueError where the result would be written over what is there."""
     for place in filter(None, (args.to, images_place(args))):
         if os.path.lexists(place):
             raise ValueError(f"{place} is there already; delete it or name another by --to")
@@ -192,7 +205,7 @@ def join(args: argparse.Namespace, converter: Converter, faults: FaultBook) -> i
     """Write the result from the parts; returns the number of records.
 
     Raises:
-        ValueError: there is no record. OSError: it cannot be written.
+        ValueError: there is no record, or something is there. OSError: it cannot be written.
     """
     from model.machine.atomic_file import atomic_write
 
@@ -212,6 +225,9 @@ def join(args: argparse.Namespace, converter: Converter, faults: FaultBook) -> i
         if not num:
             raise NoRecordError("no record could be converted, so nothing was written")
 
+    if not is_joining(converter.folder):
+        check_absent(args)  # the work may have taken hours
+        begin_joining(converter.folder, atomic_write)
     place = images_place(args)
     if place is None:
         atomic_write(args.to, write_table)
@@ -244,7 +260,10 @@ def convert(args: argparse.Namespace) -> int:
         )
         resizing = Resizing(args.max_side, args.jpeg_quality, args.max_pixels)
         converter = Converter(layout, resizing, open_image, atomic_write, folder)
-        if prepare_folder(folder, settings_of(args), atomic_write):
+        settings = settings_of(args)
+        if not is_made_for(folder, settings):
+            check_absent(args)
+        if prepare_folder(folder, settings, atomic_write):
             print(f"going on: {converter.num_parts - len(converter.missing())} of "
                   f"{converter.num_parts} parts are there")  # fmt: skip
         done = len(layout) - sum(map(converter.num_records, converter.missing()))
@@ -270,7 +289,7 @@ def finish(args: argparse.Namespace, converter: Converter) -> int:
         atomic_write(args.faults, lambda file: file.writelines(line.encode() for line in lines))
     for line in fault_lines(faults, NUM_FAULTS):
         print(one_line(line))
-    shutil.rmtree(converter.folder)
+    remove_parts(converter.folder)
     if num:
         place = images_place(args)
         beside = f" and {place}" if place is not None and place.exists() else ""
