@@ -78,6 +78,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="folder or zip of the images (default: the source's own folder) / 图像目录或 zip",
     )
+    add(
+        "--fix_image_count",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="drop <image> tags for which a record has no picture / 去掉多余的 <image>",
+    )
     add("--annotations", type=Path, help="VQA's answers / VQA 答案文件")
     add("--prompt", default=PROMPT, help="the question for captions / 描述的提问 (%(default)s)")
     add(
@@ -152,7 +159,7 @@ def check_absent(args: argparse.Namespace) -> None:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """All that the result depends on, as JSON holds it."""
-    names = ("layout", "prompt", "max_side", "jpeg_quality", "max_pixels")
+    names = ("layout", "prompt", "fix_image_count", "max_side", "jpeg_quality", "max_pixels")
     read = [*args.paths, args.annotations, args.images_path]
     return {
         **{name: getattr(args, name) for name in names},
@@ -255,7 +262,9 @@ def convert(args: argparse.Namespace) -> int:
     with only_run(folder):
         layout = open_sources(
             args.paths,
-            lambda path: Source(path, args.images_path, args.annotations, args.prompt),
+            lambda path: Source(
+                path, args.images_path, args.annotations, args.prompt, bool(args.fix_image_count)
+            ),
             args.layout,
         )
         resizing = Resizing(args.max_side, args.jpeg_quality, args.max_pixels)

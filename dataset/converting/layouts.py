@@ -25,7 +25,14 @@ from dataset.records.conversation import (
     check_tags,
     count_tags,
 )
-from dataset.records.layout import find_pictures, find_turns, join_parts, list_pictures
+from dataset.records.layout import (
+    find_pictures,
+    find_turns,
+    join_parts,
+    list_pictures,
+    match_tags,
+    read_types,
+)
 from dataset.records.open_files import OpenedAtNeed
 from dataset.records.parquet_pages import ParquetPages
 
@@ -81,7 +88,15 @@ class JsonLayout:
 
 
 class ShareGpt(JsonLayout):
-    """LLaVA's and ShareGPT's arrays: `conversations` or `messages`, `image` or `images`."""
+    """LLaVA's and ShareGPT's arrays: `conversations` or `messages`, `image` or `images`.
+
+    Args:
+        fix_image_count: drop `<image>` tags for which a record has no picture.
+    """
+
+    def __init__(self, elements: JsonArray, pictures: SourcePictures, *, fix_image_count: bool):
+        super().__init__(elements, pictures)
+        self.fix_image_count = fix_image_count
 
     def record(self, index: int) -> PlainRecord:
         where = self.where(index)
@@ -95,9 +110,9 @@ class ShareGpt(JsonLayout):
         names = list_pictures(value or own_pictures, name=kind, where=where)
         others = {k: v for k, v in fields.items() if k not in (field, kind)}
         check_stray(others, turns, names, read=kind, where=where)
-        check_tags(messages, names, where=where)
+        messages = match_tags(messages, names, fix=self.fix_image_count, where=where)
         pictures = [self.pictures.read(str(name)) for name in names]
-        return PlainRecord(plain_messages(messages), pictures)
+        return PlainRecord(plain_messages(messages), pictures, read_types(fields))
 
 
 class CocoCaptions(JsonLayout):
@@ -196,7 +211,8 @@ class TextBeside:
 class FineVision:
     """Parquet of FineVision and the Cauldron: `images`, and `texts` of {user, assistant}."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, fix_image_count: bool):
+        self.fix_image_count = fix_image_count
         self.path, self._pages = path, OpenedAtNeed(partial(ParquetPages, path))
         self.num_rows = self._pages.get().num_rows
         self.faults: list[Fault] = []
@@ -222,8 +238,8 @@ class FineVision:
         if contents and not count_tags(messages):
             first = messages[0]
             first["content"] = f"{IMAGE_TAG}\n" * len(contents) + first["content"]
-        check_tags(messages, contents, where=where)
-        return PlainRecord(messages, contents)
+        messages = match_tags(messages, contents, fix=self.fix_image_count, where=where)
+        return PlainRecord(plain_messages(messages), contents)
 
 
 class Joined:

@@ -41,12 +41,14 @@ class Source:
 
     path: a file or folder. images_path: folder or zip of its pictures; None: the file's own folder,
     where a layout needs one. annotations: VQA's answers. prompt: the question for captions.
+    fix_image_count: drop `<image>` tags for which a record has no picture.
     """
 
     path: Path
     images_path: Path | None
     annotations: Path | None
     prompt: str
+    fix_image_count: bool = False
 
     def pictures(self) -> SourcePictures:
         return SourcePictures(self.images_path or self.path.parent)
@@ -99,9 +101,11 @@ def open_layout(source: Source, layout: str) -> Layout:
     if found == "csv":
         return CsvCaptions(path, source.pictures(), source.prompt)
     if found == "finevision":
-        return FineVision(path)
+        return FineVision(path, fix_image_count=source.fix_image_count)
     if found == "own":
-        return OwnRecords(Sources([path], [source.images_path] if source.images_path else []))
+        images = [source.images_path] if source.images_path else []
+        fix = source.fix_image_count
+        return OwnRecords(Sources([path], images, fix_image_count=fix, flag="SOURCE"))
     return _open_json(source, found)
 
 
@@ -149,7 +153,8 @@ def _columns(path: Path) -> list[str]:
 def _open_json(source: Source, layout: str) -> Layout:
     arrays = index_arrays(source.path)
     if layout == "llava":
-        return ShareGpt(_array(arrays, None, source.path), source.pictures())
+        elements, fix = _array(arrays, None, source.path), source.fix_image_count
+        return ShareGpt(elements, source.pictures(), fix_image_count=fix)
     if layout == "coco":
         names = _file_names(_array(arrays, "images", source.path))
         captions = _array(arrays, "annotations", source.path)

@@ -1,31 +1,30 @@
 """Owns `Records`, the face of every reader: records by number, checked, with their pictures."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dataset.records.conversation import (
     BadRecordError,
-    Message,
     Record,
     carries_tools,
     check_conversation,
     check_stray,
-    check_tags,
     count_tags,
     shorten,
 )
 from dataset.records.fingerprint import ends_fingerprint, files_fingerprint
 from dataset.records.images import ImageFolder, ImageZip
 from dataset.records.layout import (
-    drop_surplus_tags,
     find_pictures,
     find_turns,
     join_parts,
     list_pictures,
+    match_tags,
     read_json_turns,
+    read_types,
 )
 from dataset.records.stand_in import is_stand_in
 
@@ -89,17 +88,15 @@ class Records(ABC):
         read = {turn_field, "types", *self.image_fields}
         fields = {} if images else {n: raw[n] for n in raw if n not in read}
         check_stray(fields, turns, images, read=self.stray_field, where=where)
-        messages = self._check_count(messages, images, where=where)
+        messages = match_tags(messages, images, fix=self.fix_image_count, where=where)
         for name in images:
             if isinstance(name, str):
                 self._check_name(name, where=where)
-        types: Any = raw.get("types")
-        has_types = isinstance(types, list) and all(isinstance(t, str) for t in types)
         return Record(
             messages,
             images,
             where,
-            types=tuple(types) if has_types else (),
+            types=read_types(raw),
             carries_tools=carries_tools(turns),
         )
 
@@ -123,20 +120,6 @@ class Records(ABC):
         if "," not in text or self.images is not None and self.images.exists(text):
             return [text.strip()]
         return [name.strip() for name in text.split(",") if name.strip()]
-
-    def _check_count(
-        self, messages: list[Message], images: Sequence[str | bytes], *, where: str
-    ) -> list[Message]:
-        """The messages with a tag for each image; raises `BadRecordError`."""
-        has_surplus = 0 < len(images) < count_tags(messages)
-        if has_surplus and self.fix_image_count:
-            messages = drop_surplus_tags(messages, num_images=len(images))
-        try:
-            check_tags(messages, images, where=where)
-        except BadRecordError as error:
-            way_out = " (--fix_image_count 1 drops the surplus tags)" if has_surplus else ""
-            raise BadRecordError(f"{error}{way_out}") from None
-        return messages
 
     def _check_name(self, name: str, *, where: str) -> None:
         if self.images is None:

@@ -10,7 +10,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dataset.records.conversation import IMAGE_TAG, BadRecordError, Message, parse_json
+from dataset.records.conversation import (
+    IMAGE_TAG,
+    BadRecordError,
+    Message,
+    check_tags,
+    count_tags,
+    parse_json,
+)
 
 LAYOUTS = (
     "JSON lines, a JSON array or Parquet with 'conversations' or 'messages' and 'image', 'images' "
@@ -117,6 +124,33 @@ def _one_picture(value: Any) -> Any:
         kept = [value.get(key) for key in ("bytes", "path")]
         value = next((one for one in kept if one not in NOTHING), None)
     return value if value is None or isinstance(value, str | bytes) else False
+
+
+def read_types(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """The types of a record's answers, as the field `types` has them; () where it is no list of
+    texts."""
+    types: Any = raw.get("types")
+    has_types = isinstance(types, list) and all(isinstance(one, str) for one in types)
+    return tuple(types) if has_types else ()
+
+
+def match_tags(
+    messages: list[Message], images: Sequence[str | bytes], *, fix: bool, where: str
+) -> list[Message]:
+    """The messages with a tag for each image; raises `BadRecordError`.
+
+    Args:
+        fix: drop surplus tags.
+    """
+    has_surplus = 0 < len(images) < count_tags(messages)
+    if has_surplus and fix:
+        messages = drop_surplus_tags(messages, num_images=len(images))
+    try:
+        check_tags(messages, images, where=where)
+    except BadRecordError as error:
+        way_out = " (--fix_image_count 1 drops the surplus tags)" if has_surplus else ""
+        raise BadRecordError(f"{error}{way_out}") from None
+    return messages
 
 
 def drop_surplus_tags(messages: Sequence[Message], *, num_images: int) -> list[Message]:

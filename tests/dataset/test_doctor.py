@@ -15,6 +15,7 @@ from dataset import doctor
 from dataset.examining.examine import Examiner
 from dataset.examining.sources import Sources
 from dataset.lm_dataset import IGNORE_INDEX, VLMDataset
+from dataset.records.reader import open_records
 from model.vision_tower import load_image_processor, load_vision_config
 from model.vlm_processor import VLMProcessor, load_tokenizer
 from model.weights.build_model import placeholder_config
@@ -240,6 +241,16 @@ def test_clean_records_give_the_same_samples(tmp_path, diagnose, processor, name
     assert clean.records[24].messages[0]["tools"] == tools
 
 
+def test_surplus_tags_are_dropped_where_that_is_asked_for(tmp_path, diagnose):
+    _, images = make_records(tmp_path)
+    turns = conversation("<image><image>?", "A circle.", image="0_0.png")
+    data, clean = write_lines(tmp_path / "d.jsonl", [turns]), tmp_path / "clean.parquet"
+    argv = (data, "--images_path", images, "--write_clean", clean)
+    assert "--fix_image_count 1 drops" in diagnose(*argv, "--against", data)[1]
+    assert diagnose(*argv, "--fix_image_count", 1)[0] == 0
+    assert open_records(clean, None)[0].messages[0]["content"] == "<image>?"
+
+
 def test_page_shows_pictures_and_marks_what_is_supervised(tmp_path, diagnose):
     data, images = make_records(tmp_path, num_records=8)
     with data.open("a") as file:
@@ -256,14 +267,14 @@ def test_page_shows_pictures_and_marks_what_is_supervised(tmp_path, diagnose):
 def test_wrong_use_is_one_line_and_status_2(tmp_path, diagnose):
     data, images = make_records(tmp_path)
     for arguments, message in (
-        ((tmp_path / "absent.jsonl",), "absent.jsonl"),
+        ((tmp_path / "absent.jsonl",), "absent.jsonl; name it by PATH"),
         ((data, "--images_path", tmp_path / "absent"), "no images"),
         ((data, "--images_path", images, images, images), "3 image paths for 1 data files"),
         ((data, "--max_seq_len", 0), "--max_seq_len must be 1 or more"),
         ((data, "--write_clean", tmp_path / "x.csv"), "must end with .parquet or .jsonl"),
         ((data, "--images_path", images, "--html", data), "would replace the file"),
         ((data, "--html", tmp_path / "no" / "r.html"), "cannot be written"),
-        ((data, "--against", tmp_path / "absent.jsonl"), "absent.jsonl"),
+        ((data, "--against", tmp_path / "absent.jsonl"), "absent.jsonl; name it by --against"),
     ):
         status, _, error = diagnose(*arguments)
         assert status == 2 and message in error and error.count("\n") == 1, (arguments, error)

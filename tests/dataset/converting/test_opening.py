@@ -18,8 +18,8 @@ def contents_of(data, images) -> list:
     ]
 
 
-def converted(folder, data, images) -> list:
-    argv = [data, "--to", folder / "out.parquet", "--num_processes", 1]
+def converted(folder, data, images, *flags) -> list:
+    argv = [data, "--to", folder / "out.parquet", "--num_processes", 1, *flags]
     argv += ["--images_path", images] if images else []
     assert convert.main([str(one) for one in argv]) == convert.DONE
     return contents_of(folder / "out.parquet", None)
@@ -54,3 +54,16 @@ def test_arrays_with_names_in_a_text_or_in_typed_parts(is_typed, tmp_path):
     [(messages, pictures)] = converted(tmp_path, tmp_path / "a.json", images)
     assert messages[0]["content"] == "<image><image>\nWhat?"
     assert pictures == [(images / name).read_bytes() for name in ("0_0.png", "0_1.png")]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_types_stay_and_surplus_tags_go_where_that_is_asked_for(name, tmp_path, capsys):
+    _, images = make_records(tmp_path, num_records=2)
+    fields = conversation("<image><image>?", "A circle.", image="0_0.png") | {"types": ["shape"]}
+    (tmp_path / name).write_text(json.dumps([fields] if name == "a.json" else fields))
+    argv = [tmp_path / name, "--images_path", images, "--to", tmp_path / "bad.jsonl"]
+    assert convert.main([*map(str, argv), "--num_processes", "1"]) == convert.FAULTY
+    assert "(--fix_image_count 1 drops the surplus tags)" in capsys.readouterr().out
+    [(messages, pictures)] = converted(tmp_path, tmp_path / name, images, "--fix_image_count", 1)
+    assert messages[0]["content"] == "<image>?" and len(pictures) == 1
+    assert open_records(tmp_path / "out.parquet", None)[0].types == ("shape",)
