@@ -211,7 +211,10 @@ def diagnose(args: argparse.Namespace) -> int:
     check_args(args)
     held_out_sources = open_held_out(args)
     fix = bool(args.fix_image_count)
-    examiner = build_examiner(args, Sources(args.paths, args.images_path, fix_image_count=fix))
+    sources = Sources(args.paths, args.images_path, fix_image_count=fix)
+    for line in sources.emptiness:
+        print(f"warning: {one_line(line)}", file=sys.stderr)
+    examiner = build_examiner(args, sources)
     found = examine(examiner, num_workers=args.num_workers, what="examining")
     figures = figures_of(found, batch_size=args.batch_size)
     leaks: list[Pair] = []

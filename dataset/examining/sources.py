@@ -85,6 +85,11 @@ class Sources:
         """Blank lines, which hold no record."""
         return sum(records.num_blank for records in self.records)
 
+    @property
+    def emptiness(self) -> list[str]:
+        """Lines about files that are passed over, since no record is in them."""
+        return [records.emptiness for records in self.records if records.emptiness]
+
     def locate(self, index: int) -> tuple[int, int]:
         """Number of the file, and of the record in it."""
         number = bisect_right(self._starts, index) - 1

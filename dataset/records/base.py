@@ -28,13 +28,16 @@ from dataset.records.layout import (
 )
 from dataset.records.stand_in import is_stand_in
 
+NAMES_SHOWN = 8  # of files
+
 
 class Records(ABC):
     """Checked records in random access. Readers differ in `_raw` alone.
 
     data_path: the file or folder. images: where names of pictures are looked up; None if nowhere.
     num_blank: lines without a record. slowness: why reading in random order is slow and what to
-    do about it; None: it is not. fix_image_count: drop tags that have no image.
+    do about it; None: it is not. fix_image_count: drop tags that have no image. empty_files: those
+    that hold no record, among others that do.
     """
 
     image_fields: tuple[str, ...] = ("image", "images")
@@ -43,6 +46,7 @@ class Records(ABC):
     is_stream = False  # their numbers are ids, and their order is the stream's own
     num_blank = 0
     slowness: str | None = None
+    empty_files: tuple[Path, ...] = ()
 
     def __init__(
         self,
@@ -144,6 +148,15 @@ class Records(ABC):
     def files(self) -> list[Path]:
         """The files that hold the records, in order."""
         return [self.data_path]
+
+    @property
+    def emptiness(self) -> str | None:
+        """Which files are passed over, in a line; None: none is."""
+        if not self.empty_files:
+            return None
+        names = ", ".join(path.name for path in self.empty_files[:NAMES_SHOWN])
+        more = ", ..." if len(self.empty_files) > NAMES_SHOWN else ""
+        return f"{len(self.empty_files)} file(s) without a record are passed over: {names}{more}"
 
     @cached_property
     def fingerprint(self) -> str:

@@ -24,6 +24,7 @@ BINARY = {
     b"%PDF-": "a PDF; extract its text",
     b"version https://git-lfs": "a git-lfs pointer; run `git lfs pull`",
 }
+NO_RECORDS = "no records in it"  # how every reader's error for an empty file ends
 FEW_NULS = 0.01  # share of NUL bytes in all bytes read; a file with more is binary
 MANY_NULS = 0.1  # share in the bytes at one place modulo 4; more of them show a wide encoding
 
@@ -43,6 +44,11 @@ def check_file(path: Path, *, what: str, flag: str) -> None:
     if path.exists():
         raise ValueError(f"{path} is a folder, FIFO or device; name a regular file by {flag}")
     raise FileNotFoundError(f"no {what} {path}; name it by {flag}")
+
+
+def is_empty(error: Exception) -> bool:
+    """Whether a reader says that a file is sound and holds no record."""
+    return isinstance(error, ValueError) and str(error).endswith(NO_RECORDS)
 
 
 def check_text(path: Path) -> None:

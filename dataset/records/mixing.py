@@ -111,6 +111,7 @@ class MixedRecords(Records):
         super().__init__(as_path(mixture.sources[0].path), None)
         self.num_blank = sum(records.num_blank for records in self._sources)
         self.slowness = next((r.slowness for r in self._sources if r.slowness), None)
+        self.empty_files = tuple(path for r in self._sources for path in r.empty_files)
         names = source_names([as_path(source.path) for source in mixture.sources])
         self.parts = [
             Part(name, len(records), max(1, round((source.weight or 1) * len(records))))

@@ -9,27 +9,40 @@ from typing import Any
 
 from dataset.records.base import Records
 from dataset.records.conversation import Record
+from dataset.records.data_file import NO_RECORDS, is_empty
 from dataset.records.open_files import OpenedAtNeed
 
 
 class ShardedRecords(Records):
-    """The records of several files, each opened when it is needed.
+    """The records of several files, each opened when it is needed; those without are passed over.
 
     Args:
         data_path: what the user named: a file, a folder or a pattern.
         open_shard: opens one file; must be picklable.
     Raises:
-        ValueError, OSError: a file cannot be read.
+        ValueError, OSError: a file cannot be read, or none holds a record.
     """
 
     def __init__(self, data_path: Path, paths: Sequence[Path], open_shard: Callable[..., Records]):
-        self._paths = list(paths)
-        self._shards = [OpenedAtNeed(partial(open_shard, path)) for path in paths]
+        self._paths: list[Path] = []
+        self._shards: list[OpenedAtNeed[Records]] = []
         counts, slow, self.num_blank = [], [], 0
-        for shard in (one.get() for one in self._shards):
+        for path in paths:
+            opened = OpenedAtNeed(partial(open_shard, path))
+            try:
+                shard = opened.get()
+            except ValueError as error:
+                if not is_empty(error):
+                    raise
+                self.empty_files += (path,)
+                continue
+            self._paths.append(path)
+            self._shards.append(opened)
             counts.append(len(shard))
             self.num_blank += shard.num_blank
             slow += [shard.slowness] if shard.slowness else []
+        if not counts:
+            raise ValueError(f"{data_path}: {NO_RECORDS}")
         self._starts = [0, *accumulate(counts)]  # of each file's records; the last is their number
         super().__init__(data_path, self._shard(0).images)
         self.slowness = slow[0] if slow else None

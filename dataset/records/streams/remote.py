@@ -168,8 +168,8 @@ class Remote:
         if info.get("type") == "directory":
             pattern = posixpath.join(url, "*.parquet")
             raise StreamError(f"{url} is a folder; name its shards by a pattern, as {pattern}")
-        if not info.get("size"):
-            raise StreamError(f"{url}: it is empty, or its server does not say how large it is")
+        if info.get("size") is None:
+            raise StreamError(f"{url}: its server does not say how large it is")
         tag = next((str(info[name]) for name in TAGS if info.get(name)), "")
         return Shard(url, int(info["size"]), tag)
 
