@@ -4,6 +4,7 @@ misses a fault or names it at another line, or lets records of a held-out set pa
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -147,6 +148,21 @@ def test_picture_bombs_are_named_without_being_decoded(tmp_path, diagnose):
     )
     assert status == 1 and "picture too large: 1" in out and "3000x3000" in out
     assert "usable 0" in out  # a set without a usable record has a report too
+
+
+@pytest.mark.parametrize("is_zipped", [False, True])
+def test_files_over_the_byte_limits_have_kinds_of_their_own(
+    is_zipped, tmp_path, diagnose, monkeypatch
+):
+    data, images = make_records(tmp_path, num_records=1)
+    with data.open("a") as file:
+        file.write(json.dumps(conversation("word " * 999, "A circle.")) + "\n")
+    if is_zipped:
+        images = shutil.make_archive(str(images), "zip", images)
+    monkeypatch.setattr("dataset.records.images.MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr("dataset.records.jsonl.LONGEST_BYTES", 1000)
+    _, out, _ = diagnose(data, "--images_path", images)
+    assert "picture too large: 1" in out and "record too large: 1" in out
 
 
 def test_file_that_cannot_be_read_is_a_fault_and_others_go_on(tmp_path, diagnose):
