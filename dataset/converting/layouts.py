@@ -32,6 +32,7 @@ from dataset.records.layout import (
     list_pictures,
     match_tags,
     read_types,
+    split_names,
 )
 from dataset.records.open_files import OpenedAtNeed
 from dataset.records.parquet_pages import ParquetPages
@@ -105,13 +106,13 @@ class ShareGpt(JsonLayout):
         turns, own_pictures = join_parts(turns, where=where)
         messages = check_conversation(turns, where=where)
         kind, value = find_pictures(fields, ("image", "images"))
-        if isinstance(value, str) and "," in value and not self.pictures.exists(value):
-            value = [name.strip() for name in value.split(",")]
+        if isinstance(value, str):
+            value = split_names(value, self.pictures.exists)
         names = list_pictures(value or own_pictures, name=kind, where=where)
         others = {k: v for k, v in fields.items() if k not in (field, kind)}
         check_stray(others, turns, names, read=kind, where=where)
         messages = match_tags(messages, names, fix=self.fix_image_count, where=where)
-        pictures = [self.pictures.read(str(name)) for name in names]
+        pictures = [one if isinstance(one, bytes) else self.pictures.read(one) for one in names]
         return PlainRecord(plain_messages(messages), pictures, read_types(fields))
 
 

@@ -25,6 +25,7 @@ from dataset.records.layout import (
     match_tags,
     read_json_turns,
     read_types,
+    split_names,
 )
 from dataset.records.stand_in import is_stand_in
 
@@ -110,7 +111,7 @@ class Records(ABC):
         """The pictures in the record's field, or in the typed parts of its messages."""
         name, value = find_pictures(raw, self.image_fields)
         if isinstance(value, str):
-            value = self._split_names(value)
+            value = split_names(value, self._exists)
         images = list_pictures(value, name=name, where=where)
         if images and own_pictures:
             raise BadRecordError(
@@ -119,11 +120,8 @@ class Records(ABC):
             )
         return images or list_pictures(own_pictures, name="content", where=where)
 
-    def _split_names(self, text: str) -> list[str]:
-        """One name, or names joined by commas."""
-        if "," not in text or self.images is not None and self.images.exists(text):
-            return [text.strip()]
-        return [name.strip() for name in text.split(",") if name.strip()]
+    def _exists(self, name: str) -> bool:
+        return self.images is not None and self.images.exists(name)
 
     def _check_name(self, name: str, *, where: str) -> None:
         if self.images is None:

@@ -1,5 +1,6 @@
 """If this fails, conversion refuses a layout that training reads, or makes other records of it."""
 
+import base64
 import json
 
 import pytest
@@ -7,6 +8,7 @@ from support.layouts import every_layout, in_parts
 from support.tiny_parts import conversation, make_records
 
 from dataset import convert
+from dataset.records.conversation import BadRecordError
 from dataset.records.reader import open_records
 
 
@@ -67,3 +69,28 @@ def test_types_stay_and_surplus_tags_go_where_that_is_asked_for(name, tmp_path, 
     [(messages, pictures)] = converted(tmp_path, tmp_path / name, images, "--fix_image_count", 1)
     assert messages[0]["content"] == "<image>?" and len(pictures) == 1
     assert open_records(tmp_path / "out.parquet", None)[0].types == ("shape",)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_pictures_in_base64_are_those_they_hold(name, tmp_path, monkeypatch):
+    _, images = make_records(tmp_path, num_records=1)
+    content = (images / "0_0.png").read_bytes()
+    url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    turns = conversation("<image>?", "A circle.")["conversations"]
+    typed = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "?"}]
+    records = [
+        {"conversations": turns, "image": url},
+        {"conversations": turns, "images": [url]},
+        {"messages": [{"role": "user", "content": typed}, turns[1]]},
+    ]
+    lines = [json.dumps(one) for one in records]
+    (tmp_path / name).write_text(f"[{','.join(lines)}]" if name == "a.json" else "\n".join(lines))
+    assert contents_of(tmp_path / name, None) == converted(tmp_path, tmp_path / name, None)
+    assert [pictures for _, pictures in contents_of(tmp_path / name, None)] == [[content]] * 3
+    monkeypatch.setattr("dataset.records.images.MAX_IMAGE_BYTES", 10)
+    records = open_records(tmp_path / name, None)
+    with pytest.raises(BadRecordError, match="image 'data:image/png;.*a picture's file may have"):
+        records[0]
+    (tmp_path / "b.jsonl").write_text(json.dumps({"conversations": turns, "image": url[:23] + "?"}))
+    with pytest.raises(BadRecordError, match="^b.jsonl:1: image 'data:image/png;.* cannot be read"):
+        open_records(tmp_path / "b.jsonl", None)[0]
