@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from dataset.converting.opening import LAYOUTS, Source, open_sources
+from dataset.converting.opening import LAYOUTS, Source, open_sources, resolve
 from dataset.converting.output import (
     PlainRecord,
     StorePicture,
@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     layouts = "; ".join(f"{name}: {what}" for name, what in LAYOUTS.items())
-    add("paths", nargs="+", type=Path, metavar="SOURCE", help="files or folders / 来源")
+    add("paths", nargs="+", type=Path, metavar="SOURCE", help="files, folders or patterns / 来源")
     add("--to", type=Path, required=True, help="the result: .jsonl or .parquet / 输出文件")
     add("--layout", choices=("auto", *LAYOUTS), default="auto", help=f"{layouts} / 来源格式")
     add(
@@ -255,8 +255,10 @@ def convert(args: argparse.Namespace) -> int:
         ValueError, FileNotFoundError, OSError: the command cannot be done.
     """
     from model.machine.atomic_file import atomic_write
+    from model.machine.terminal import one_line
     from model.vision.pictures import open_image
 
+    args.paths = [file for path in args.paths for file in resolve(path)]
     check_args(args)
     folder = work_folder(args)
     with only_run(folder):
@@ -267,6 +269,8 @@ def convert(args: argparse.Namespace) -> int:
             ),
             args.layout,
         )
+        if layout.emptiness:
+            print(f"warning: {one_line(layout.emptiness)}", file=sys.stderr)
         resizing = Resizing(args.max_side, args.jpeg_quality, args.max_pixels)
         converter = Converter(layout, resizing, open_image, atomic_write, folder)
         settings = settings_of(args)

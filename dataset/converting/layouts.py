@@ -244,10 +244,14 @@ class FineVision:
 
 
 class Joined:
-    """Several layouts as one, one after another."""
+    """Several layouts as one, one after another.
 
-    def __init__(self, layouts: Sequence[Layout]):
-        self.layouts = list(layouts)
+    Args:
+        emptiness: which files were passed over, in a line; None: none was.
+    """
+
+    def __init__(self, layouts: Sequence[Layout], emptiness: str | None = None):
+        self.layouts, self.emptiness = list(layouts), emptiness
         self.faults = [fault for layout in layouts for fault in layout.faults]
         self._places = [(n, len(layout)) for n, layout in enumerate(layouts)]
 

@@ -15,6 +15,7 @@ from dataset.records.conversation import (
     count_tags,
     shorten,
 )
+from dataset.records.data_file import emptiness_of
 from dataset.records.fingerprint import ends_fingerprint, files_fingerprint
 from dataset.records.images import ImageFolder, ImageZip
 from dataset.records.layout import (
@@ -28,8 +29,6 @@ from dataset.records.layout import (
     split_names,
 )
 from dataset.records.stand_in import is_stand_in
-
-NAMES_SHOWN = 8  # of files
 
 
 class Records(ABC):
@@ -150,11 +149,7 @@ class Records(ABC):
     @property
     def emptiness(self) -> str | None:
         """Which files are passed over, in a line; None: none is."""
-        if not self.empty_files:
-            return None
-        names = ", ".join(path.name for path in self.empty_files[:NAMES_SHOWN])
-        more = ", ..." if len(self.empty_files) > NAMES_SHOWN else ""
-        return f"{len(self.empty_files)} file(s) without a record are passed over: {names}{more}"
+        return emptiness_of(self.empty_files)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -5,6 +5,7 @@ import glob
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -100,7 +101,7 @@ def find_files(data_path: Path) -> list[Path]:
     """
     if data_path.is_dir():
         paths = _files_of(data_path)
-    elif not data_path.exists() and set(str(data_path)) & set("*?["):
+    elif is_pattern(data_path):
         found = (Path(name) for name in glob.glob(str(data_path), recursive=True))
         paths = sorted(path for path in found if path.is_file())
         if not paths:
@@ -118,20 +119,30 @@ def find_files(data_path: Path) -> list[Path]:
     return paths
 
 
-def _files_of(folder: Path) -> list[Path]:
-    """The data files in a folder, or if there are none, in the folders in it."""
+def is_pattern(path: Path) -> bool:
+    """Whether a path is no file but a pattern for the names of some."""
+    return not path.exists() and bool(set(str(path)) & set("*?["))
+
+
+def list_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The data files in a folder, or if there are none, in the folders in it; perhaps none."""
     for pattern in ("*", "*/*"):
         paths = sorted(
             path
             for path in folder.glob(pattern)
-            if path.suffix.lower() in SUFFIXES
+            if path.suffix.lower() in suffixes
             and path.name not in NOT_RECORDS
             and not path.name.startswith((".", "_"))
             and path.is_file()
         )
         if paths:
-            break
-    else:
+            return paths
+    return []
+
+
+def _files_of(folder: Path) -> list[Path]:
+    paths = list_files(folder)
+    if not paths:
         seen = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ValueError(
             f"{folder} is a folder that holds no data file (in it: {seen}); what can be read: "

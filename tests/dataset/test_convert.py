@@ -246,6 +246,7 @@ def test_wrong_use_is_one_line_and_status_2(tmp_path, images, capsys):
     to = ("--to", tmp_path / "new.jsonl")
     for arguments, message in (
         ((tmp_path / "absent.json", *to), "no file or folder"),
+        ((tmp_path / "absent-*.json", *to), "absent-*.json; see SOURCE"),
         ((tmp_path / "o.json", *to), "arrays ['a'] is of no layout"),
         ((tmp_path / "t.csv", *to), "no column 'image' or 'image_path'"),
         ((tmp_path / "cut.parquet", *to), "not a readable Parquet file"),

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 
 import pytest
 from support.layouts import every_layout, in_parts
@@ -29,13 +30,20 @@ def converted(folder, data, images, *flags) -> list:
 
 def test_every_layout_of_training_is_converted(tmp_path):
     layouts = every_layout(tmp_path, num_records=6)
-    del layouts["pattern"]  # the shell resolves it
     wanted = contents_of(*layouts["folder"])
     upper = tmp_path / "upper.PARQ"
     upper.write_bytes((tmp_path / "a.parquet").read_bytes())
     tars = tmp_path / "tars"
     tars.mkdir()
     (tars / "0.tar").write_bytes((tmp_path / "a.tar").read_bytes())
+    lines, array = layouts["ms-swift"], layouts["JSON array"]
+    for name, (data, images) in {"lines": lines, "arrays": array}.items():
+        (tmp_path / name).mkdir()
+        shutil.copy(data, tmp_path / name)
+        layouts[name] = tmp_path / name, images
+    shutil.copy(lines[0], tmp_path / "lines.json")
+    layouts["lines in .json"] = tmp_path / "lines.json", lines[1]
+    layouts["pattern of lines"] = tmp_path / "lines" / "*.jsonl", lines[1]
     for name, place in (layouts | {"upper": (upper, None), "tars": (tars, None)}).items():
         folder = tmp_path / "out" / name.replace(" ", "_")
         folder.mkdir(parents=True)

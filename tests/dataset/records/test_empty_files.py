@@ -8,7 +8,7 @@ from support.layouts import write_tar
 from support.scripts import train_flags
 from support.tiny_parts import conversation, make_records
 
-from dataset import doctor
+from dataset import convert, doctor
 from dataset.records.address import Address, StreamOptions
 from dataset.records.mixing import parse_sources
 from dataset.records.reader import open_records
@@ -50,6 +50,18 @@ def test_empty_files_are_passed_over(suffix, tmp_path, capsys):
     for data in (nothing, nothing / f"0.{suffix}", Address(f"file://{nothing}/*")):
         with pytest.raises(ValueError, match="no records in it"):
             open_records(data, None, stream=StreamOptions(cache=tmp_path))
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_conversion_passes_over_empty_files(suffix, tmp_path, capsys):
+    folder = make_folder(tmp_path / "a", suffix, [True, False])
+    argv = [str(folder), "--num_processes", "1", "--to"]
+    assert convert.main([*argv, str(tmp_path / "a.parquet")]) == convert.DONE
+    says = f"warning: 1 file(s) without a record are passed over: 0.{suffix}"
+    assert says in capsys.readouterr().err and len(open_records(tmp_path / "a.parquet", None)) == 3
+    (folder / f"1.{suffix}").unlink()
+    assert convert.main([*argv, str(tmp_path / "b.parquet")]) == convert.FAULTY
+    assert "no records in it" in capsys.readouterr().out
 
 
 def test_a_stream_whose_first_shards_are_empty_is_estimated_by_a_later_one(tmp_path):
