@@ -23,6 +23,7 @@ from dataset.records.webdataset import TarRecords
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 SUFFIXES = (*PARQUET_SUFFIXES, ".arrow", ".tar", ".jsonl", ".ndjson", ".json")  # in a folder
+PACKED_SUFFIXES = (".jsonl.gz", ".ndjson.gz", ".json.gz")  # read as streams alone
 DATASETS_FILES = ("state.json", "dataset_dict.json")  # of datasets.save_to_disk
 NOT_RECORDS = (*DATASETS_FILES, "dataset_info.json", "dataset_infos.json")
 SPLIT_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}\.")
@@ -170,6 +171,11 @@ def _open_file(path: Path, images_path: Path | None, **options: Any) -> Records:
         return ArrowRecords(path, images_path, **options)
     if suffix == ".tar":
         return TarRecords(path, images_path, **options)
+    if path.name.lower().endswith(PACKED_SUFFIXES):
+        raise ValueError(
+            f"{path} is compressed; unpack it by `gunzip -k`, or name it to the training stages "
+            f"with images by its address, file://{path.resolve()}"
+        )
     check_text(path)
     reader = JsonArrayRecords if is_json_array(path) else JsonlRecords
     return reader(path, images_path, **options)

@@ -285,6 +285,14 @@ def test_lines_are_where_they_were(layouts, tmp_path):
     assert records[3].where == "packed.jsonl:4" and os.listdir(tmp_path)
 
 
+def test_packed_local_file_is_refused_with_the_address_that_is_read(layouts, tmp_path):
+    data, images = layouts["gzip"]
+    with pytest.raises(ValueError, match="is compressed; unpack it by `gunzip -k`, or") as caught:
+        open_records(data, images)
+    url = str(caught.value).rpartition(" ")[2]
+    assert len(contents(opened(url, tmp_path, images=images), [0, 1])) == 2
+
+
 def test_mixture_takes_each_source_by_its_weight_and_starts_anywhere(
     layouts, tmp_path, monkeypatch
 ):
