@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from dataset.converting.opening import LAYOUTS, Source, open_sources
+from dataset.converting.opening import LAYOUTS, Source, open_sources, resolve
 from dataset.converting.output import (
     PlainRecord,
     StorePicture,
@@ -39,7 +39,16 @@ from dataset.converting.output import (
     json_lines,
     write_parquet,
 )
-from dataset.converting.parts import Converter, make_parts, only_run, prepare_folder
+from dataset.converting.parts import (
+    Converter,
+    begin_joining,
+    is_joining,
+    is_made_for,
+    make_parts,
+    only_run,
+    prepare_folder,
+    remove_parts,
+)
 from dataset.converting.pictures import DEFAULT_QUALITY, Resizing
 from dataset.converting.zip_writer import ZipWriter
 from dataset.examining.faults import Fault, FaultBook
@@ -61,13 +70,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     layouts = "; ".join(f"{name}: {what}" for name, what in LAYOUTS.items())
-    add("paths", nargs="+", type=Path, metavar="SOURCE", help="files or folders / 来源")
+    add("paths", nargs="+", type=Path, metavar="SOURCE", help="files, folders or patterns / 来源")
     add("--to", type=Path, required=True, help="the result: .jsonl or .parquet / 输出文件")
     add("--layout", choices=("auto", *LAYOUTS), default="auto", help=f"{layouts} / 来源格式")
     add(
         "--images_path",
         type=Path,
         help="folder or zip of the images (default: the source's own folder) / 图像目录或 zip",
+    )
+    add(
+        "--fix_image_count",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="drop <image> tags for which a record has no picture / 去掉多余的 <image>",
     )
     add("--annotations", type=Path, help="VQA's answers / VQA 答案文件")
     add("--prompt", default=PROMPT, help="the question for captions / 描述的提问 (%(default)s)")
@@ -130,8 +146,12 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be {least} to {most}, got {value}")
     named = {str(path): path for path in (*args.paths, args.annotations, args.images_path) if path}
     check_result_files({"--to": args.to, "--faults": args.faults}, named)
-    if work_folder(args).exists():
-        return
+    if not is_joining(work_folder(args)):
+        check_absent(args)
+
+
+def check_absent(args: argparse.Namespace) -> None:
+    """Raise ValueError where the result would be written over what is there."""
     for place in filter(None, (args.to, images_place(args))):
         if os.path.lexists(place):
             raise ValueError(f"{place} is there already; delete it or name another by --to")
@@ -139,7 +159,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """All that the result depends on, as JSON holds it."""
-    names = ("layout", "prompt", "max_side", "jpeg_quality", "max_pixels")
+    names = ("layout", "prompt", "fix_image_count", "max_side", "jpeg_quality", "max_pixels")
     read = [*args.paths, args.annotations, args.images_path]
     return {
         **{name: getattr(args, name) for name in names},
@@ -192,7 +212,7 @@ def join(args: argparse.Namespace, converter: Converter, faults: FaultBook) -> i
     """Write the result from the parts; returns the number of records.
 
     Raises:
-        ValueError: there is no record. OSError: it cannot be written.
+        ValueError: there is no record, or something is there. OSError: it cannot be written.
     """
     from model.machine.atomic_file import atomic_write
 
@@ -212,6 +232,9 @@ def join(args: argparse.Namespace, converter: Converter, faults: FaultBook) -> i
         if not num:
             raise NoRecordError("no record could be converted, so nothing was written")
 
+    if not is_joining(converter.folder):
+        check_absent(args)  # the work may have taken hours
+        begin_joining(converter.folder, atomic_write)
     place = images_place(args)
     if place is None:
         atomic_write(args.to, write_table)
@@ -232,19 +255,28 @@ def convert(args: argparse.Namespace) -> int:
         ValueError, FileNotFoundError, OSError: the command cannot be done.
     """
     from model.machine.atomic_file import atomic_write
+    from model.machine.terminal import one_line
     from model.vision.pictures import open_image
 
+    args.paths = [file for path in args.paths for file in resolve(path)]
     check_args(args)
     folder = work_folder(args)
     with only_run(folder):
         layout = open_sources(
             args.paths,
-            lambda path: Source(path, args.images_path, args.annotations, args.prompt),
+            lambda path: Source(
+                path, args.images_path, args.annotations, args.prompt, bool(args.fix_image_count)
+            ),
             args.layout,
         )
+        if layout.emptiness:
+            print(f"warning: {one_line(layout.emptiness)}", file=sys.stderr)
         resizing = Resizing(args.max_side, args.jpeg_quality, args.max_pixels)
         converter = Converter(layout, resizing, open_image, atomic_write, folder)
-        if prepare_folder(folder, settings_of(args), atomic_write):
+        settings = settings_of(args)
+        if not is_made_for(folder, settings):
+            check_absent(args)
+        if prepare_folder(folder, settings, atomic_write):
             print(f"going on: {converter.num_parts - len(converter.missing())} of "
                   f"{converter.num_parts} parts are there")  # fmt: skip
         done = len(layout) - sum(map(converter.num_records, converter.missing()))
@@ -270,7 +302,7 @@ def finish(args: argparse.Namespace, converter: Converter) -> int:
         atomic_write(args.faults, lambda file: file.writelines(line.encode() for line in lines))
     for line in fault_lines(faults, NUM_FAULTS):
         print(one_line(line))
-    shutil.rmtree(converter.folder)
+    remove_parts(converter.folder)
     if num:
         place = images_place(args)
         beside = f" and {place}" if place is not None and place.exists() else ""

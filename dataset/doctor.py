@@ -65,6 +65,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="PATH",
         help="images of the held-out set (default: --images_path) / 留出集的图像",
     )
+    add(
+        "--fix_image_count",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="drop <image> tags for which a record has no picture / 去掉多余的 <image>",
+    )
     add("--max_seq_len", type=int, default=640, help="tokens of a sample / 最大长度 (%(default)s)")
     add(
         "--batch_size",
@@ -142,7 +149,9 @@ def open_held_out(args: argparse.Namespace) -> Sources | None:
     if not args.against:
         return None
     images = args.against_images_path or (args.images_path if len(args.images_path) == 1 else [])
-    sources = Sources(args.against, images)
+    sources = Sources(
+        args.against, images, fix_image_count=bool(args.fix_image_count), flag="--against"
+    )
     if not len(sources):
         raise ValueError(f"--against cannot be used: {sources.faults[0]}")
     return sources
@@ -201,7 +210,11 @@ def diagnose(args: argparse.Namespace) -> int:
 
     check_args(args)
     held_out_sources = open_held_out(args)
-    examiner = build_examiner(args, Sources(args.paths, args.images_path))
+    fix = bool(args.fix_image_count)
+    sources = Sources(args.paths, args.images_path, fix_image_count=fix)
+    for line in sources.emptiness:
+        print(f"warning: {one_line(line)}", file=sys.stderr)
+    examiner = build_examiner(args, sources)
     found = examine(examiner, num_workers=args.num_workers, what="examining")
     figures = figures_of(found, batch_size=args.batch_size)
     leaks: list[Pair] = []

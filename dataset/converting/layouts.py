@@ -7,6 +7,7 @@ be sent to another process.
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,16 @@ from dataset.records.conversation import (
     check_tags,
     count_tags,
 )
-from dataset.records.layout import find_pictures, find_turns, join_parts, list_pictures
+from dataset.records.layout import (
+    find_pictures,
+    find_turns,
+    join_parts,
+    list_pictures,
+    match_tags,
+    read_types,
+    split_names,
+)
+from dataset.records.open_files import OpenedAtNeed
 from dataset.records.parquet_pages import ParquetPages
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -79,7 +89,15 @@ class JsonLayout:
 
 
 class ShareGpt(JsonLayout):
-    """LLaVA's and ShareGPT's arrays: `conversations` or `messages`, `image` or `images`."""
+    """LLaVA's and ShareGPT's arrays: `conversations` or `messages`, `image` or `images`.
+
+    Args:
+        fix_image_count: drop `<image>` tags for which a record has no picture.
+    """
+
+    def __init__(self, elements: JsonArray, pictures: SourcePictures, *, fix_image_count: bool):
+        super().__init__(elements, pictures)
+        self.fix_image_count = fix_image_count
 
     def record(self, index: int) -> PlainRecord:
         where = self.where(index)
@@ -88,14 +106,14 @@ class ShareGpt(JsonLayout):
         turns, own_pictures = join_parts(turns, where=where)
         messages = check_conversation(turns, where=where)
         kind, value = find_pictures(fields, ("image", "images"))
-        if isinstance(value, str) and "," in value and not self.pictures.exists(value):
-            value = [name.strip() for name in value.split(",")]
+        if isinstance(value, str):
+            value = split_names(value, self.pictures.exists)
         names = list_pictures(value or own_pictures, name=kind, where=where)
         others = {k: v for k, v in fields.items() if k not in (field, kind)}
         check_stray(others, turns, names, read=kind, where=where)
-        check_tags(messages, names, where=where)
-        pictures = [self.pictures.read(str(name)) for name in names]
-        return PlainRecord(plain_messages(messages), pictures)
+        messages = match_tags(messages, names, fix=self.fix_image_count, where=where)
+        pictures = [one if isinstance(one, bytes) else self.pictures.read(one) for one in names]
+        return PlainRecord(plain_messages(messages), pictures, read_types(fields))
 
 
 class CocoCaptions(JsonLayout):
@@ -194,19 +212,21 @@ class TextBeside:
 class FineVision:
     """Parquet of FineVision and the Cauldron: `images`, and `texts` of {user, assistant}."""
 
-    def __init__(self, path: Path):
-        self.path, self.pages = path, ParquetPages(path)
+    def __init__(self, path: Path, *, fix_image_count: bool):
+        self.fix_image_count = fix_image_count
+        self.path, self._pages = path, OpenedAtNeed(partial(ParquetPages, path))
+        self.num_rows = self._pages.get().num_rows
         self.faults: list[Fault] = []
 
     def __len__(self) -> int:
-        return self.pages.num_rows
+        return self.num_rows
 
     def where(self, index: int) -> str:
         return f"{self.path}:row {index}"
 
     def record(self, index: int) -> PlainRecord:
         where = self.where(index)
-        texts, images = (self.pages.value(name, index) for name in ("texts", "images"))
+        texts, images = (self._pages.get().value(name, index) for name in ("texts", "images"))
         if not isinstance(texts, list) or not all(isinstance(turn, dict) for turn in texts):
             raise BadRecordError(f"{where}: 'texts' must be a list of user and assistant")
         turns = [
@@ -219,15 +239,19 @@ class FineVision:
         if contents and not count_tags(messages):
             first = messages[0]
             first["content"] = f"{IMAGE_TAG}\n" * len(contents) + first["content"]
-        check_tags(messages, contents, where=where)
-        return PlainRecord(messages, contents)
+        messages = match_tags(messages, contents, fix=self.fix_image_count, where=where)
+        return PlainRecord(plain_messages(messages), contents)
 
 
 class Joined:
-    """Several layouts as one, one after another."""
+    """Several layouts as one, one after another.
 
-    def __init__(self, layouts: Sequence[Layout]):
-        self.layouts = list(layouts)
+    Args:
+        emptiness: which files were passed over, in a line; None: none was.
+    """
+
+    def __init__(self, layouts: Sequence[Layout], emptiness: str | None = None):
+        self.layouts, self.emptiness = list(layouts), emptiness
         self.faults = [fault for layout in layouts for fault in layout.faults]
         self._places = [(n, len(layout)) for n, layout in enumerate(layouts)]
 

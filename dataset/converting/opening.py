@@ -19,11 +19,20 @@ from dataset.converting.layouts import (
 )
 from dataset.converting.pictures import SourcePictures
 from dataset.converting.table_rows import CsvCaptions
-from dataset.examining.sources import Sources
+from dataset.examining.sources import Sources, named_by
+from dataset.records.data_file import NO_RECORDS, emptiness_of
 from dataset.records.layout import TURN_FIELDS
-from dataset.records.reader import DATASETS_FILES, PARQUET_SUFFIXES
+from dataset.records.reader import (
+    DATASETS_FILES,
+    PARQUET_SUFFIXES,
+    find_files,
+    is_pattern,
+    list_files,
+)
 
 SHARD_SUFFIXES = (*PARQUET_SUFFIXES, ".tar", ".arrow")
+LINES_SUFFIXES = (".jsonl", ".ndjson")
+JSON_SUFFIXES = (*LINES_SUFFIXES, ".json")
 LAYOUTS = {
     "own": "what training reads: JSON lines, Parquet, WebDataset tars, folders of datasets",
     "llava": "a JSON array with conversations (LLaVA, ShareGPT) or messages",
@@ -41,19 +50,21 @@ class Source:
 
     path: a file or folder. images_path: folder or zip of its pictures; None: the file's own folder,
     where a layout needs one. annotations: VQA's answers. prompt: the question for captions.
+    fix_image_count: drop `<image>` tags for which a record has no picture.
     """
 
     path: Path
     images_path: Path | None
     annotations: Path | None
     prompt: str
+    fix_image_count: bool = False
 
     def pictures(self) -> SourcePictures:
         return SourcePictures(self.images_path or self.path.parent)
 
 
 def open_sources(paths: Sequence[Path], source: Callable[[Path], Source], layout: str) -> Joined:
-    """Several sources as one; a folder of Parquet files or tars counts as its files.
+    """Several sources as one; a folder of data files counts as its files.
 
     Args:
         layout: one of `LAYOUTS`, or "auto".
@@ -61,8 +72,21 @@ def open_sources(paths: Sequence[Path], source: Callable[[Path], Source], layout
         FileNotFoundError: a source is not there.
         ValueError: it has no layout that is known, or not the one named.
     """
-    files = [file for path in paths for file in _files_of(path)]
-    return Joined([open_layout(source(file), layout) for file in files])
+    kept: list[Layout] = []
+    empty: list[Path] = []
+    for path in paths:
+        found = {file: open_layout(source(file), layout) for file in _files_of(path, layout)}
+        without = [file for file, opened in found.items() if _is_empty(opened)]
+        if len(without) < len(found):
+            empty += without
+            found = {file: opened for file, opened in found.items() if file not in without}
+        kept += found.values()
+    return Joined(kept, emptiness_of(empty))
+
+
+def _is_empty(layout: Layout) -> bool:
+    """Whether a source is sound and holds no record."""
+    return not len(layout) and all(fault.message.endswith(NO_RECORDS) for fault in layout.faults)
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -70,14 +94,25 @@ def is_saved_dataset(path: Path) -> bool:
     return any((path / name).is_file() for name in DATASETS_FILES)
 
 
-def _files_of(path: Path) -> list[Path]:
-    if not path.is_dir() or is_saved_dataset(path):
+def resolve(path: Path) -> list[Path]:
+    """The files of a pattern; else the path itself.
+
+    Raises:
+        FileNotFoundError: nothing matches it. ValueError: the files are of several kinds.
+    """
+    try:
+        return find_files(path) if is_pattern(path) else [path]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(named_by("SOURCE", error)) from None
+
+
+def _files_of(path: Path, layout: str) -> list[Path]:
+    if not path.is_dir() or is_saved_dataset(path) or layout == "folder":
         return [path]
-    for pattern in ("*", "*/*"):
-        shards = sorted(p for p in path.glob(pattern) if p.suffix.lower() in SHARD_SUFFIXES)
-        if shards:
-            return shards
-    return [path]
+    if shards := list_files(path, SHARD_SUFFIXES):
+        return shards
+    has_texts = any(path.rglob("*.txt"))  # beside pictures, which may have .json files too
+    return ([] if has_texts else list_files(path, JSON_SUFFIXES)) or [path]
 
 
 def open_layout(source: Source, layout: str) -> Layout:
@@ -99,9 +134,11 @@ def open_layout(source: Source, layout: str) -> Layout:
     if found == "csv":
         return CsvCaptions(path, source.pictures(), source.prompt)
     if found == "finevision":
-        return FineVision(path)
+        return FineVision(path, fix_image_count=source.fix_image_count)
     if found == "own":
-        return OwnRecords(Sources([path], [source.images_path] if source.images_path else []))
+        images = [source.images_path] if source.images_path else []
+        fix = source.fix_image_count
+        return OwnRecords(Sources([path], images, fix_image_count=fix, flag="SOURCE"))
     return _open_json(source, found)
 
 
@@ -112,7 +149,7 @@ def _recognise(path: Path) -> str:
         return "own" if is_saved_dataset(path) else "folder"
     if suffix in (".csv", ".tsv"):
         return "csv"
-    if suffix in (".jsonl", ".ndjson", ".tar", ".arrow"):
+    if suffix in (*LINES_SUFFIXES, ".tar", ".arrow"):
         return "own"
     if suffix in PARQUET_SUFFIXES:
         columns = _columns(path)
@@ -131,6 +168,8 @@ def _recognise(path: Path) -> str:
             return "vqa"
         if {"images", "annotations"} <= set(arrays):
             return "coco"
+        if set(arrays) & set(TURN_FIELDS):  # of the first record, a record a line
+            return "own"
         fields = [str(name)[:40] for name in list(arrays)[:12]]
         raise ValueError(f"{path}: an object with arrays {fields} is of no layout; {_known()}")
     raise ValueError(f"{path}: its suffix says no layout that is known; {_known()}")
@@ -149,7 +188,8 @@ def _columns(path: Path) -> list[str]:
 def _open_json(source: Source, layout: str) -> Layout:
     arrays = index_arrays(source.path)
     if layout == "llava":
-        return ShareGpt(_array(arrays, None, source.path), source.pictures())
+        elements, fix = _array(arrays, None, source.path), source.fix_image_count
+        return ShareGpt(elements, source.pictures(), fix_image_count=fix)
     if layout == "coco":
         names = _file_names(_array(arrays, "images", source.path))
         captions = _array(arrays, "annotations", source.path)

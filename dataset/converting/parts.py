@@ -10,7 +10,7 @@ import errno
 import json
 import multiprocessing
 import os
-import shutil
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -31,6 +31,9 @@ NOT_OF_THE_DATA = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
 
 PART_RECORDS = 128  # few enough that the pictures of a part fit in memory
 VERSION = 1  # of the parts' files
+SETTINGS, JOINING = "settings.json", "joining"  # beside the parts
+OWN_NAME = rf"(?:\d{{6,}}\.arrow|{re.escape(SETTINGS)}|{JOINING})"
+OWN_FILE = re.compile(rf"{OWN_NAME}|\.{OWN_NAME}\.[0-9a-f]+\.tmp")  # or half of one, after a kill
 AtomicWrite = Callable[[Path, Callable[[IO[bytes]], object]], None]
 
 
@@ -122,21 +125,48 @@ def _packed(fields: dict[str, Any], images: list[bytes]) -> dict[str, Any]:
     return {"record": json.dumps(fields), "images": images}
 
 
+def is_made_for(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a folder holds parts that were made with these settings."""
+    about = folder / SETTINGS
+    return about.is_file() and about.read_bytes() == _settings_file(settings)
+
+
+def _settings_file(settings: dict[str, Any]) -> bytes:
+    return json.dumps({"version": VERSION, **settings}, sort_keys=True, indent=1).encode()
+
+
 def prepare_folder(folder: Path, settings: dict[str, Any], atomic_write: AtomicWrite) -> bool:
     """Make the folder of parts; those made with other settings or of another source are removed.
 
     Returns:
         Whether there are parts to go on with.
     """
-    content = json.dumps({"version": VERSION, **settings}, sort_keys=True, indent=1).encode()
-    about = folder / "settings.json"
-    if about.is_file() and about.read_bytes() == content:
+    if is_made_for(folder, settings):
         return any(folder.glob("*.arrow"))
     if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
-    atomic_write(about, lambda file: file.write(content))
+        remove_parts(folder)
+    folder.mkdir(exist_ok=True)
+    atomic_write(folder / SETTINGS, lambda file: file.write(_settings_file(settings)))
     return False
+
+
+def begin_joining(folder: Path, atomic_write: AtomicWrite) -> None:
+    """Note that the result is being written: from here on what stands there is this run's own."""
+    atomic_write(folder / JOINING, lambda file: file.write(b""))
+
+
+def is_joining(folder: Path) -> bool:
+    """Whether a run with the folder's settings has begun to write its result."""
+    return (folder / JOINING).is_file()
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a conversion writes into its folder, and the folder unless it holds more."""
+    for path in list(folder.iterdir()):
+        if OWN_FILE.fullmatch(path.name):
+            path.unlink()
+    with contextlib.suppress(OSError):  # something else is in it
+        folder.rmdir()
 
 
 def make_parts(converter: Converter, *, num_processes: int) -> Iterator[int]:

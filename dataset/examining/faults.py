@@ -24,7 +24,9 @@ KINDS = {
     "not JSON": r"not valid JSON|must be a JSON object|ends before its end",
     LEAVES_FOLDER: r"leaves the folder|leads out of|climbs|outside (?:of )?(?:the |its )?"
     r"(?:images|folder)",
-    "picture too large": r"over [\d,]+ (?:pixels|bytes)|over what Pillow decodes|is too thin",
+    "picture too large": r"over [\d,]+ (?:pixels|bytes)|over what Pillow decodes|is too thin"
+    r"|MiB, and a picture's file may",
+    "record too large": r"MiB, and a record may",
     "broken picture": r"not a readable image",
     "image that is not there": r"is not in .* as a file|no --images_path|no such image",
     "image that cannot be read": r"cannot be read|FIFO or device|[Nn]o such file|Permission denied"

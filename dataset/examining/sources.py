@@ -1,5 +1,6 @@
 """Owns several data files as one list of records, with their places as the user typed them."""
 
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,11 @@ from typing import Any
 from dataset.examining.faults import LEAVES_FOLDER, UNREADABLE_FILE, Fault, fault_of
 from dataset.records.conversation import Record
 from dataset.records.reader import open_records
+
+
+def named_by(flag: str, error: Exception) -> str:
+    """The message of a reader, with another flag than that of training."""
+    return re.sub(r"\b(by|see) --data_path\b", rf"\1 {flag}", str(error))
 
 
 class FaultyRecordError(ValueError):
@@ -29,12 +35,21 @@ class Sources:
     Args:
         paths: data files.
         images_paths: none, one for all, or one for each.
+        fix_image_count: drop `<image>` tags for which a record has no picture.
+        flag: by what a command names the files; the readers' messages name the flag of training.
     Raises:
         FileNotFoundError: a file or the images of one are not there.
         ValueError: the numbers of files and of image paths do not fit.
     """
 
-    def __init__(self, paths: Sequence[Path], images_paths: Sequence[Path] = ()):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        images_paths: Sequence[Path] = (),
+        *,
+        fix_image_count: bool = False,
+        flag: str = "PATH",
+    ):
         if len(images_paths) not in (0, 1, len(paths)):
             raise ValueError(
                 f"{len(images_paths)} image paths for {len(paths)} data files; name one for all "
@@ -49,12 +64,13 @@ class Sources:
             list(images_paths) if len(images_paths) == len(paths) else [*images_paths] * len(paths)
         )
         for number, path in enumerate(paths):
+            images_path = places[number] if places else None
             try:
-                records = open_records(path, places[number] if places else None)
-            except FileNotFoundError:
-                raise
+                records = open_records(path, images_path, fix_image_count=fix_image_count)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(named_by(flag, error)) from None
             except (ValueError, OSError) as error:
-                fault = fault_of(error, where=str(path))
+                fault = fault_of(ValueError(named_by(flag, error)), where=str(path))
                 self.faults.append(Fault(UNREADABLE_FILE, fault.where, fault.message))
                 continue
             self.paths.append(path)
@@ -68,6 +84,11 @@ class Sources:
     def num_blank(self) -> int:
         """Blank lines, which hold no record."""
         return sum(records.num_blank for records in self.records)
+
+    @property
+    def emptiness(self) -> list[str]:
+        """Lines about files that are passed over, since no record is in them."""
+        return [records.emptiness for records in self.records if records.emptiness]
 
     def locate(self, index: int) -> tuple[int, int]:
         """Number of the file, and of the record in it."""

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow
 
 from dataset.records.columns import ColumnRecords
+from dataset.records.data_file import NO_RECORDS
 
 STATE_FILE = "state.json"
 SPLITS_FILE = "dataset_dict.json"
@@ -29,7 +30,7 @@ class ArrowRecords(ColumnRecords):
         self._paths = arrow_files(data_path) if data_path.is_dir() else [data_path]
         self._map_files()
         if not self._batches:
-            raise ValueError(f"{data_path}: no records in it")
+            raise ValueError(f"{data_path}: {NO_RECORDS}")
         types = {field.name: field.type for field in self._batches[0].schema}
         super().__init__(data_path, images_path, types, fix_image_count=fix_image_count)
 

@@ -1,31 +1,32 @@
 """Owns `Records`, the face of every reader: records by number, checked, with their pictures."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dataset.records.conversation import (
     BadRecordError,
-    Message,
     Record,
     carries_tools,
     check_conversation,
     check_stray,
-    check_tags,
     count_tags,
     shorten,
 )
+from dataset.records.data_file import emptiness_of
 from dataset.records.fingerprint import ends_fingerprint, files_fingerprint
 from dataset.records.images import ImageFolder, ImageZip
 from dataset.records.layout import (
-    drop_surplus_tags,
     find_pictures,
     find_turns,
     join_parts,
     list_pictures,
+    match_tags,
     read_json_turns,
+    read_types,
+    split_names,
 )
 from dataset.records.stand_in import is_stand_in
 
@@ -35,7 +36,8 @@ class Records(ABC):
 
     data_path: the file or folder. images: where names of pictures are looked up; None if nowhere.
     num_blank: lines without a record. slowness: why reading in random order is slow and what to
-    do about it; None: it is not. fix_image_count: drop tags that have no image.
+    do about it; None: it is not. fix_image_count: drop tags that have no image. empty_files: those
+    that hold no record, among others that do.
     """
 
     image_fields: tuple[str, ...] = ("image", "images")
@@ -44,6 +46,7 @@ class Records(ABC):
     is_stream = False  # their numbers are ids, and their order is the stream's own
     num_blank = 0
     slowness: str | None = None
+    empty_files: tuple[Path, ...] = ()
 
     def __init__(
         self,
@@ -89,17 +92,15 @@ class Records(ABC):
         read = {turn_field, "types", *self.image_fields}
         fields = {} if images else {n: raw[n] for n in raw if n not in read}
         check_stray(fields, turns, images, read=self.stray_field, where=where)
-        messages = self._check_count(messages, images, where=where)
+        messages = match_tags(messages, images, fix=self.fix_image_count, where=where)
         for name in images:
             if isinstance(name, str):
                 self._check_name(name, where=where)
-        types: Any = raw.get("types")
-        has_types = isinstance(types, list) and all(isinstance(t, str) for t in types)
         return Record(
             messages,
             images,
             where,
-            types=tuple(types) if has_types else (),
+            types=read_types(raw),
             carries_tools=carries_tools(turns),
         )
 
@@ -109,7 +110,7 @@ class Records(ABC):
         """The pictures in the record's field, or in the typed parts of its messages."""
         name, value = find_pictures(raw, self.image_fields)
         if isinstance(value, str):
-            value = self._split_names(value)
+            value = split_names(value, self._exists)
         images = list_pictures(value, name=name, where=where)
         if images and own_pictures:
             raise BadRecordError(
@@ -118,25 +119,8 @@ class Records(ABC):
             )
         return images or list_pictures(own_pictures, name="content", where=where)
 
-    def _split_names(self, text: str) -> list[str]:
-        """One name, or names joined by commas."""
-        if "," not in text or self.images is not None and self.images.exists(text):
-            return [text.strip()]
-        return [name.strip() for name in text.split(",") if name.strip()]
-
-    def _check_count(
-        self, messages: list[Message], images: Sequence[str | bytes], *, where: str
-    ) -> list[Message]:
-        """The messages with a tag for each image; raises `BadRecordError`."""
-        has_surplus = 0 < len(images) < count_tags(messages)
-        if has_surplus and self.fix_image_count:
-            messages = drop_surplus_tags(messages, num_images=len(images))
-        try:
-            check_tags(messages, images, where=where)
-        except BadRecordError as error:
-            way_out = " (--fix_image_count 1 drops the surplus tags)" if has_surplus else ""
-            raise BadRecordError(f"{error}{way_out}") from None
-        return messages
+    def _exists(self, name: str) -> bool:
+        return self.images is not None and self.images.exists(name)
 
     def _check_name(self, name: str, *, where: str) -> None:
         if self.images is None:
@@ -161,6 +145,11 @@ class Records(ABC):
     def files(self) -> list[Path]:
         """The files that hold the records, in order."""
         return [self.data_path]
+
+    @property
+    def emptiness(self) -> str | None:
+        """Which files are passed over, in a line; None: none is."""
+        return emptiness_of(self.empty_files)
 
     @cached_property
     def fingerprint(self) -> str:

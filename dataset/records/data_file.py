@@ -5,6 +5,7 @@ reading on would report every line as bad.
 """
 
 import codecs
+from collections.abc import Sequence
 from pathlib import Path
 
 HEAD_BYTES = 1 << 16
@@ -24,6 +25,8 @@ BINARY = {
     b"%PDF-": "a PDF; extract its text",
     b"version https://git-lfs": "a git-lfs pointer; run `git lfs pull`",
 }
+NO_RECORDS = "no records in it"  # how every reader's error for an empty file ends
+NAMES_SHOWN = 8  # of files
 FEW_NULS = 0.01  # share of NUL bytes in all bytes read; a file with more is binary
 MANY_NULS = 0.1  # share in the bytes at one place modulo 4; more of them show a wide encoding
 
@@ -43,6 +46,20 @@ def check_file(path: Path, *, what: str, flag: str) -> None:
     if path.exists():
         raise ValueError(f"{path} is a folder, FIFO or device; name a regular file by {flag}")
     raise FileNotFoundError(f"no {what} {path}; name it by {flag}")
+
+
+def is_empty(error: Exception) -> bool:
+    """Whether a reader says that a file is sound and holds no record."""
+    return isinstance(error, ValueError) and str(error).endswith(NO_RECORDS)
+
+
+def emptiness_of(paths: Sequence[Path]) -> str | None:
+    """A line about files that are passed over, since no record is in them; None for none."""
+    if not paths:
+        return None
+    names = ", ".join(path.name for path in paths[:NAMES_SHOWN])
+    more = ", ..." if len(paths) > NAMES_SHOWN else ""
+    return f"{len(paths)} file(s) without a record are passed over: {names}{more}"
 
 
 def check_text(path: Path) -> None:

@@ -12,6 +12,7 @@ from dataset.records.jsonl import JsonlRecords
 
 PARSE_CHUNK_BYTES = 1 << 22
 LARGEST_ELEMENT = 1 << 26  # characters of a record
+WITHIN_CHARACTER = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin none
 SPACES = re.compile(r"[ \t\n\r]*")
 
 
@@ -64,16 +65,28 @@ class Window:
     def __init__(self, path: Path):
         self._path, self._file = path, open(path, encoding="utf-8-sig", newline="")
         with open(path, "rb") as file:
-            self._offset = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
-        self._text, self._place = "", 0  # `_offset` is where `_place` is in the file, in bytes
+            self._start = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # behind the mark
+        self._text, self._place = "", 0
+        self._offset = self._start  # where `_place` is in the file, in bytes
         self._parse = json.JSONDecoder().raw_decode
 
-    def fault(self, number: int, why: object) -> ValueError:
-        """The error for a file that is no JSON array from a record on."""
+    def fault(self, number: int, why: str) -> ValueError:
+        """The error for a file that is no JSON array from a record on, where it has come to."""
         return ValueError(
-            f"{self._path}: no valid JSON array at record {number} (counted from 0): {why}; mend "
-            "or fetch the file again"
+            f"{self._path}: no valid JSON array at record {number} (counted from 0): {why}: "
+            f"{self._position()}; mend or fetch the file again"
         )
+
+    def _position(self) -> str:
+        """The place in the file; found only now, since counting lines takes time."""
+        line = column = 1
+        with open(self._path, "rb") as file:
+            file.seek(self._start)
+            while block := file.read(min(PARSE_CHUNK_BYTES, self._offset - file.tell())):
+                line += block.count(b"\n")
+                _, mark, behind = block.rpartition(b"\n")
+                column = (1 if mark else column) + len(behind.translate(None, WITHIN_CHARACTER))
+        return f"line {line} column {column} (byte {self._offset})"
 
     def _advance(self, place: int) -> int:
         """Move on to a place of the text; returns the number of bytes in between."""
@@ -118,8 +131,10 @@ class Window:
                 _, end = self._parse(self._text, self._place)
             except (ValueError, RecursionError) as error:
                 is_long = len(self._text) - self._place > LARGEST_ELEMENT
+                num_good = getattr(error, "pos", self._place) - self._place
                 if is_long or not self._more():
-                    raise self.fault(number, error) from None
+                    self._advance(self._place + num_good)
+                    raise self.fault(number, getattr(error, "msg", str(error))) from None
                 continue
             if end == len(self._text) and self._more():
                 continue  # a number may go on

@@ -10,7 +10,7 @@ import numpy as np
 
 from dataset.records.base import Records
 from dataset.records.conversation import BadRecordError, decode, parse_json
-from dataset.records.data_file import check_text
+from dataset.records.data_file import NO_RECORDS, check_text
 from dataset.records.images import open_images
 from dataset.records.index_file import Index, is_mapped, kept_index
 
@@ -33,7 +33,7 @@ class JsonlRecords(Records):
         self._fd_owner: int | None = None  # process id: each process opens the file for itself
         self._index = self._find_index()
         if not len(self):
-            raise ValueError(f"{data_path}: no records in it")
+            raise ValueError(f"{data_path}: {NO_RECORDS}")
         self.num_blank = self._count_blank()
 
     def _find_index(self) -> Index:

@@ -4,13 +4,24 @@
   also their JSON text. A content may be a list of typed parts, as TRL and ms-swift write it:
   `{"type": "text", "text"}` and `{"type": "image"}`, with or without the picture in it.
 - `image`, `images` or `image_bytes`: one picture or a list of them, each encoded bytes, the name of
-  a file, or `{"bytes", "path"}` as `datasets` writes its `Image`.
+  a file, `data:image/png;base64,...`, or `{"bytes", "path"}` as `datasets` writes its `Image`.
 """
 
-from collections.abc import Mapping, Sequence
+import base64
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dataset.records.conversation import IMAGE_TAG, BadRecordError, Message, parse_json
+from dataset.records.conversation import (
+    IMAGE_TAG,
+    BadRecordError,
+    Message,
+    check_tags,
+    count_tags,
+    parse_json,
+    shorten,
+)
+from dataset.records.images import check_size
 
 LAYOUTS = (
     "JSON lines, a JSON array or Parquet with 'conversations' or 'messages' and 'image', 'images' "
@@ -19,6 +30,7 @@ LAYOUTS = (
 )
 TURN_FIELDS = ("conversations", "messages")
 PICTURE_KEYS = ("image", "image_url", "path", "url", "bytes")  # of a typed part, the first counts
+DATA_URL = re.compile(r"\s*data:image/[\w.+-]+;base64,", re.IGNORECASE)
 NOTHING: tuple[Any, ...] = (None, "", b"")
 
 
@@ -91,6 +103,13 @@ def find_pictures(raw: Mapping[str, Any], fields: Sequence[str]) -> tuple[str, A
     return fields[0], None
 
 
+def split_names(text: str, exists: Callable[[str], bool]) -> list[str]:
+    """One name, or names joined by commas; `exists` tells of a name that has commas in it."""
+    if "," not in text or DATA_URL.match(text) or exists(text):
+        return [text.strip()]
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def list_pictures(value: Any, *, name: str, where: str) -> list[str | bytes]:
     """The pictures of a field: names and encoded bytes.
 
@@ -98,7 +117,7 @@ def list_pictures(value: Any, *, name: str, where: str) -> list[str | bytes]:
         BadRecordError: something else, or one of several is empty.
     """
     values = value if isinstance(value, list) else [value]
-    pictures = [_one_picture(one) for one in values]
+    pictures = [_one_picture(one, where=where) for one in values]
     if all(picture in NOTHING for picture in pictures):
         return []
     for number, picture in enumerate(pictures, 1):
@@ -111,12 +130,47 @@ def list_pictures(value: Any, *, name: str, where: str) -> list[str | bytes]:
     return pictures
 
 
-def _one_picture(value: Any) -> Any:
+def _one_picture(value: Any, *, where: str) -> Any:
     """Bytes or a name; None for nothing, False for what is neither."""
     if isinstance(value, dict):
         kept = [value.get(key) for key in ("bytes", "path")]
         value = next((one for one in kept if one not in NOTHING), None)
+    if isinstance(value, str) and (match := DATA_URL.match(value)):
+        try:
+            check_size(len(value) * 3 // 4, name=match[0])
+            return base64.b64decode(value[match.end() :], validate=True)
+        except ValueError as error:
+            raise BadRecordError(
+                f"{where}: image {shorten(value, limit=40)} cannot be read ({error})"
+            ) from None
     return value if value is None or isinstance(value, str | bytes) else False
+
+
+def read_types(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """The types of a record's answers, as the field `types` has them; () where it is no list of
+    texts."""
+    types: Any = raw.get("types")
+    has_types = isinstance(types, list) and all(isinstance(one, str) for one in types)
+    return tuple(types) if has_types else ()
+
+
+def match_tags(
+    messages: list[Message], images: Sequence[str | bytes], *, fix: bool, where: str
+) -> list[Message]:
+    """The messages with a tag for each image; raises `BadRecordError`.
+
+    Args:
+        fix: drop surplus tags.
+    """
+    has_surplus = 0 < len(images) < count_tags(messages)
+    if has_surplus and fix:
+        messages = drop_surplus_tags(messages, num_images=len(images))
+    try:
+        check_tags(messages, images, where=where)
+    except BadRecordError as error:
+        way_out = " (--fix_image_count 1 drops the surplus tags)" if has_surplus else ""
+        raise BadRecordError(f"{error}{way_out}") from None
+    return messages
 
 
 def drop_surplus_tags(messages: Sequence[Message], *, num_images: int) -> list[Message]:

@@ -21,6 +21,8 @@ from dataset.records.conversation import Record
 
 WEIGHT = re.compile(r"(.+):(\d+\.?\d*|\.\d+)")
 
+MOST_WEIGHT = 1_000  # an epoch's samples lie in memory as numbers
+
 
 @dataclass(frozen=True)
 class Source:
@@ -66,7 +68,7 @@ def parse_sources(texts: Sequence[str]) -> Path | Address | Mixture:
     """What `--data_path` names: one path or address, or a mixture of `PATH` and `PATH:WEIGHT`.
 
     Raises:
-        ValueError: a weight of 0, or a path that is given twice.
+        ValueError: a weight of 0 or above `MOST_WEIGHT`, or a path that is given twice.
     """
     sources = [_parse_source(text) for text in texts]
     if len(sources) == 1 and sources[0].weight is None:
@@ -84,6 +86,11 @@ def _parse_source(text: str) -> Source:
     weight = float(match[2])
     if not weight:
         raise ValueError(f"--data_path {text}: a weight must be above 0; or leave the source out")
+    if weight > MOST_WEIGHT:
+        raise ValueError(
+            f"--data_path {text}: a weight may be {MOST_WEIGHT:,} at most: so often an epoch takes "
+            "each record; train for more --epochs"
+        )
     return Source(_parse_path(match[1]), weight)
 
 
@@ -111,6 +118,7 @@ class MixedRecords(Records):
         super().__init__(as_path(mixture.sources[0].path), None)
         self.num_blank = sum(records.num_blank for records in self._sources)
         self.slowness = next((r.slowness for r in self._sources if r.slowness), None)
+        self.empty_files = tuple(path for r in self._sources for path in r.empty_files)
         names = source_names([as_path(source.path) for source in mixture.sources])
         self.parts = [
             Part(name, len(records), max(1, round((source.weight or 1) * len(records))))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.records.columns import ColumnRecords
+from dataset.records.data_file import NO_RECORDS
 from dataset.records.parquet_pages import HELD_BYTES, Held, ParquetPages
 
 
@@ -29,7 +30,7 @@ class ParquetRecords(ColumnRecords):
         types = {field.name: field.type for field in self._pages.schema}
         super().__init__(data_path, images_path, types, fix_image_count=fix_image_count)
         if not len(self):
-            raise ValueError(f"{data_path}: no records in it")
+            raise ValueError(f"{data_path}: {NO_RECORDS}")
 
     def __len__(self) -> int:
         return self._pages.num_rows

@@ -5,6 +5,7 @@ import glob
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from dataset.records.webdataset import TarRecords
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 SUFFIXES = (*PARQUET_SUFFIXES, ".arrow", ".tar", ".jsonl", ".ndjson", ".json")  # in a folder
+PACKED_SUFFIXES = (".jsonl.gz", ".ndjson.gz", ".json.gz")  # read as streams alone
 DATASETS_FILES = ("state.json", "dataset_dict.json")  # of datasets.save_to_disk
 NOT_RECORDS = (*DATASETS_FILES, "dataset_info.json", "dataset_infos.json")
 SPLIT_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}\.")
@@ -85,8 +87,6 @@ def open_records(
     if data_path.is_dir() and any((data_path / name).is_file() for name in DATASETS_FILES):
         return _open_file(data_path, **options)
     paths = find_files(data_path)
-    if len(paths) == 1:
-        return _open_file(paths[0], **options)
     if paths[0].suffix.lower() in PARQUET_SUFFIXES:
         from dataset.records.parquet_pages import Held
 
@@ -102,7 +102,7 @@ def find_files(data_path: Path) -> list[Path]:
     """
     if data_path.is_dir():
         paths = _files_of(data_path)
-    elif not data_path.exists() and set(str(data_path)) & set("*?["):
+    elif is_pattern(data_path):
         found = (Path(name) for name in glob.glob(str(data_path), recursive=True))
         paths = sorted(path for path in found if path.is_file())
         if not paths:
@@ -120,20 +120,30 @@ def find_files(data_path: Path) -> list[Path]:
     return paths
 
 
-def _files_of(folder: Path) -> list[Path]:
-    """The data files in a folder, or if there are none, in the folders in it."""
+def is_pattern(path: Path) -> bool:
+    """Whether a path is no file but a pattern for the names of some."""
+    return not path.exists() and bool(set(str(path)) & set("*?["))
+
+
+def list_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The data files in a folder, or if there are none, in the folders in it; perhaps none."""
     for pattern in ("*", "*/*"):
         paths = sorted(
             path
             for path in folder.glob(pattern)
-            if path.suffix.lower() in SUFFIXES
+            if path.suffix.lower() in suffixes
             and path.name not in NOT_RECORDS
             and not path.name.startswith((".", "_"))
             and path.is_file()
         )
         if paths:
-            break
-    else:
+            return paths
+    return []
+
+
+def _files_of(folder: Path) -> list[Path]:
+    paths = list_files(folder)
+    if not paths:
         seen = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ValueError(
             f"{folder} is a folder that holds no data file (in it: {seen}); what can be read: "
@@ -161,6 +171,11 @@ def _open_file(path: Path, images_path: Path | None, **options: Any) -> Records:
         return ArrowRecords(path, images_path, **options)
     if suffix == ".tar":
         return TarRecords(path, images_path, **options)
+    if path.name.lower().endswith(PACKED_SUFFIXES):
+        raise ValueError(
+            f"{path} is compressed; unpack it by `gunzip -k`, or name it to the training stages "
+            f"with images by its address, file://{path.resolve()}"
+        )
     check_text(path)
     reader = JsonArrayRecords if is_json_array(path) else JsonlRecords
     return reader(path, images_path, **options)

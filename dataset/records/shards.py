@@ -1,61 +1,63 @@
 """Owns records of several files that are read as one, in the order of their names."""
 
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from dataset.records.base import Records
 from dataset.records.conversation import Record
-
-MAX_OPEN = 256  # files, in each process
+from dataset.records.data_file import NO_RECORDS, is_empty
+from dataset.records.open_files import OpenedAtNeed
 
 
 class ShardedRecords(Records):
-    """The records of several files. Few files are open at once.
+    """The records of several files, each opened when it is needed; those without are passed over.
 
     Args:
-        data_path: what the user named: a folder or a pattern.
+        data_path: what the user named: a file, a folder or a pattern.
         open_shard: opens one file; must be picklable.
     Raises:
-        ValueError, OSError: a file cannot be read.
+        ValueError, OSError: a file cannot be read, or none holds a record.
     """
 
     def __init__(self, data_path: Path, paths: Sequence[Path], open_shard: Callable[..., Records]):
-        self._paths, self._open_shard = list(paths), open_shard
-        self._opened: OrderedDict[int, Records] = OrderedDict()
-        self._starts: list[int] = []  # of each file's records; the last is their number
+        self._paths: list[Path] = []
+        self._shards: list[OpenedAtNeed[Records]] = []
         counts, slow, self.num_blank = [], [], 0
-        for number in range(len(self._paths)):
-            shard = self._shard(number)
+        for path in paths:
+            opened = OpenedAtNeed(partial(open_shard, path))
+            try:
+                shard = opened.get()
+            except ValueError as error:
+                if not is_empty(error):
+                    raise
+                self.empty_files += (path,)
+                continue
+            self._paths.append(path)
+            self._shards.append(opened)
             counts.append(len(shard))
             self.num_blank += shard.num_blank
             slow += [shard.slowness] if shard.slowness else []
-        self._starts = [0, *accumulate(counts)]
+        if not counts:
+            raise ValueError(f"{data_path}: {NO_RECORDS}")
+        self._starts = [0, *accumulate(counts)]  # of each file's records; the last is their number
         super().__init__(data_path, self._shard(0).images)
         self.slowness = slow[0] if slow else None
 
     def _shard(self, number: int) -> Records:
-        if number not in self._opened:
-            shard = self._open_shard(self._paths[number])
-            if self._starts and len(shard) != self._starts[number + 1] - self._starts[number]:
-                raise ValueError(f"{self._paths[number]} was changed while it is in use")
-            self._opened[number] = shard
-            if len(self._opened) > MAX_OPEN:
-                self._opened.popitem(last=False)
-        self._opened.move_to_end(number)
-        return self._opened[number]
+        shard = self._shards[number].get()
+        if len(shard) != self._starts[number + 1] - self._starts[number]:
+            raise ValueError(f"{self._paths[number]} was changed while it is in use")
+        return shard
 
     def _place(self, index: int) -> tuple[Records, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect_right(self._starts, index) - 1
         return self._shard(number), index - self._starts[number]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": OrderedDict()}
 
     def __len__(self) -> int:
         return self._starts[-1]

@@ -15,6 +15,7 @@ import numpy as np
 
 from dataset.records.base import Records
 from dataset.records.conversation import BadRecordError, decode, parse_json
+from dataset.records.data_file import NO_RECORDS
 from dataset.records.images import check_size, open_images
 from dataset.records.index_file import Index, is_mapped, kept_index
 
@@ -41,7 +42,7 @@ class TarRecords(Records):
         self._fd_owner: int | None = None  # process id: each process opens the file for itself
         self._members = self._find_index()
         if not len(self._members):
-            raise ValueError(f"{data_path}: no records in it")
+            raise ValueError(f"{data_path}: {NO_RECORDS}")
 
     def _find_index(self) -> Index:
         return kept_index(self.data_path, self._make_index, kind="tar", width=WIDTH)

@@ -246,6 +246,7 @@ def test_wrong_use_is_one_line_and_status_2(tmp_path, images, capsys):
     to = ("--to", tmp_path / "new.jsonl")
     for arguments, message in (
         ((tmp_path / "absent.json", *to), "no file or folder"),
+        ((tmp_path / "absent-*.json", *to), "absent-*.json; see SOURCE"),
         ((tmp_path / "o.json", *to), "arrays ['a'] is of no layout"),
         ((tmp_path / "t.csv", *to), "no column 'image' or 'image_path'"),
         ((tmp_path / "cut.parquet", *to), "not a readable Parquet file"),
@@ -325,3 +326,49 @@ def test_parts_of_other_settings_are_made_anew(tmp_path):
     (parts / "000000.arrow").write_bytes(b"of another run")
     assert len(converted(data, "--images_path", pictures, "--to", to)) == 24
     assert not parts.exists()
+
+
+def test_what_is_there_is_kept_whatever_a_killed_run_has_left(tmp_path, capsys):
+    data, pictures = make_records(tmp_path)
+    to, parts = tmp_path / "mine.jsonl", tmp_path / ".mine.jsonl.parts"
+    argv = [str(a) for a in (data, "--images_path", pictures, "--to", to, "--num_processes", 1)]
+    parts.mkdir()
+    (parts / "settings.json").write_text("{}")
+    (parts / "notes.txt").write_text("foreign")
+    to.write_text("mine")
+    for _ in range(2):  # without and with the mark of another conversion, by its settings
+        assert convert.main(argv) == 2
+        assert f"{to} is there already" in capsys.readouterr().err and to.read_text() == "mine"
+        (parts / "joining").touch()
+    to.unlink()
+    assert convert.main(argv) == 0
+    assert [path.name for path in parts.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("place", ["lines", "images"])
+def test_a_run_that_is_stopped_while_it_joins_goes_on(tmp_path, monkeypatch, capsys, place):
+    data, pictures = make_records(tmp_path)
+    to = tmp_path / "o.jsonl"
+    argv = [str(a) for a in (data, "--images_path", pictures, "--to", to, "--num_processes", 1)]
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "remove_parts" if place == "lines" else "json_lines", stopped)
+    assert convert.main(argv) == convert.INTERRUPTED and to.exists() == (place == "lines")
+    monkeypatch.undo()
+    assert len(converted(*argv)) == 24 and "going on" in capsys.readouterr().out
+    assert not (tmp_path / ".o.jsonl.parts").exists()
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch, capsys):
+    data, pictures = make_records(tmp_path)
+    to = tmp_path / "o.parquet"
+    argv = [str(a) for a in (data, "--images_path", pictures, "--to", to, "--num_processes", 1)]
+    make = convert.make_parts
+    monkeypatch.setattr(convert, "make_parts", lambda *a, **k: [*make(*a, **k), to.touch()][:-1])
+    assert convert.main(argv) == 2 and "is there already" in capsys.readouterr().err
+    assert not to.read_bytes()
+    to.unlink()
+    monkeypatch.undo()
+    assert len(converted(*argv)) == 24

@@ -4,6 +4,7 @@ misses a fault or names it at another line, or lets records of a held-out set pa
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from dataset import doctor
 from dataset.examining.examine import Examiner
 from dataset.examining.sources import Sources
 from dataset.lm_dataset import IGNORE_INDEX, VLMDataset
+from dataset.records.reader import open_records
 from model.vision_tower import load_image_processor, load_vision_config
 from model.vlm_processor import VLMProcessor, load_tokenizer
 from model.weights.build_model import placeholder_config
@@ -148,6 +150,21 @@ def test_picture_bombs_are_named_without_being_decoded(tmp_path, diagnose):
     assert "usable 0" in out  # a set without a usable record has a report too
 
 
+@pytest.mark.parametrize("is_zipped", [False, True])
+def test_files_over_the_byte_limits_have_kinds_of_their_own(
+    is_zipped, tmp_path, diagnose, monkeypatch
+):
+    data, images = make_records(tmp_path, num_records=1)
+    with data.open("a") as file:
+        file.write(json.dumps(conversation("word " * 999, "A circle.")) + "\n")
+    if is_zipped:
+        images = shutil.make_archive(str(images), "zip", images)
+    monkeypatch.setattr("dataset.records.images.MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr("dataset.records.jsonl.LONGEST_BYTES", 1000)
+    _, out, _ = diagnose(data, "--images_path", images)
+    assert "picture too large: 1" in out and "record too large: 1" in out
+
+
 def test_file_that_cannot_be_read_is_a_fault_and_others_go_on(tmp_path, diagnose):
     data, images = make_records(tmp_path)
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
@@ -240,6 +257,16 @@ def test_clean_records_give_the_same_samples(tmp_path, diagnose, processor, name
     assert clean.records[24].messages[0]["tools"] == tools
 
 
+def test_surplus_tags_are_dropped_where_that_is_asked_for(tmp_path, diagnose):
+    _, images = make_records(tmp_path)
+    turns = conversation("<image><image>?", "A circle.", image="0_0.png")
+    data, clean = write_lines(tmp_path / "d.jsonl", [turns]), tmp_path / "clean.parquet"
+    argv = (data, "--images_path", images, "--write_clean", clean)
+    assert "--fix_image_count 1 drops" in diagnose(*argv, "--against", data)[1]
+    assert diagnose(*argv, "--fix_image_count", 1)[0] == 0
+    assert open_records(clean, None)[0].messages[0]["content"] == "<image>?"
+
+
 def test_page_shows_pictures_and_marks_what_is_supervised(tmp_path, diagnose):
     data, images = make_records(tmp_path, num_records=8)
     with data.open("a") as file:
@@ -256,14 +283,14 @@ def test_page_shows_pictures_and_marks_what_is_supervised(tmp_path, diagnose):
 def test_wrong_use_is_one_line_and_status_2(tmp_path, diagnose):
     data, images = make_records(tmp_path)
     for arguments, message in (
-        ((tmp_path / "absent.jsonl",), "absent.jsonl"),
+        ((tmp_path / "absent.jsonl",), "absent.jsonl; name it by PATH"),
         ((data, "--images_path", tmp_path / "absent"), "no images"),
         ((data, "--images_path", images, images, images), "3 image paths for 1 data files"),
         ((data, "--max_seq_len", 0), "--max_seq_len must be 1 or more"),
         ((data, "--write_clean", tmp_path / "x.csv"), "must end with .parquet or .jsonl"),
         ((data, "--images_path", images, "--html", data), "would replace the file"),
         ((data, "--html", tmp_path / "no" / "r.html"), "cannot be written"),
-        ((data, "--against", tmp_path / "absent.jsonl"), "absent.jsonl"),
+        ((data, "--against", tmp_path / "absent.jsonl"), "absent.jsonl; name it by --against"),
     ):
         status, _, error = diagnose(*arguments)
         assert status == 2 and message in error and error.count("\n") == 1, (arguments, error)

@@ -199,8 +199,8 @@ def make_datasets(
     dataset = VLMDataset(
         data_path, images_path, processor, **options, draws=draws, stream=args.stream_options()
     )
-    if dataset.records.slowness:
-        warn(dataset.records.slowness)
+    for warning in filter(None, (dataset.records.slowness, dataset.records.emptiness)):
+        warn(warning)
     if dataset.stream is not None:
         Logger(dataset.stream.summary)
     for part in dataset.parts or ():

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,9 @@ NEAR_CHANCE = 0.85  # share of ln(vocabulary) above which a loss counts as near 
 STATE_BYTES = {"weight": 2, "master": 4, "adam": 8}  # per parameter
 ALL_UP_TO = 10_000  # records that are all looked at before the first step; of more, a sample
 NUM_LOOKED_AT = 2_000
-LOOK = 0x100C  # keeps the draw of the sample apart from others of the seed
+MORE_LOOKED_AT = 20_000  # where the first sample is near the limit
+LOOK, LOOK_ON = 0x100C, 0x100D  # keep the draws of the samples apart from others of the seed
+SURE = 3  # standard deviations over the limit, from which a sample speaks for all records
 KEPT_STATES = 2  # the newest and the one before
 ACTIVATION_BYTES = 120  # per token, layer and hidden unit, in float32 with a SwiGLU block
 
@@ -194,19 +195,26 @@ def looked_at(num_records: int, *, seed: int) -> Sequence[int]:
     """The records that are looked at before the first step: all, or a seeded sample in order."""
     if num_records <= ALL_UP_TO:
         return range(num_records)
-    dice = np.random.default_rng((LOOK, seed))
-    return sorted(dice.choice(num_records, NUM_LOOKED_AT, replace=False).tolist())
+    return _draw(num_records, NUM_LOOKED_AT, key=(LOOK, seed))
+
+
+def _draw(num_records: int, num: int, *, key: tuple[int, int]) -> list[int]:
+    """So many of the records, or all if there are no more, in order."""
+    dice = np.random.default_rng(key)
+    drawn: list[int] = dice.choice(num_records, min(num, num_records), replace=False).tolist()
+    return sorted(drawn)
 
 
 def check_records(dataset, *, on_bad_sample: str, seed: int) -> None:
     """Look at records without decoding pictures: at all, or where there are many, at a sample.
 
     What a sample leaves out is checked as it comes: a run stops as soon as more than 1% of an
-    epoch's samples were bad. Where the sample is so bad that this may happen, all records are
-    looked at first, until the answer is known; of a stream, which cannot be, the sample tells.
+    epoch's samples were bad. Where the sample is so bad that this may happen, a larger one is
+    looked at first; of a stream, which would have to be fetched, the first records alone.
 
     Raises:
-        ValueError: one is bad and the policy is "error", or more than 1% are.
+        ValueError: one is bad and the policy is "error", or more than 1% are: of all, or so many
+            of a sample that all cannot be better.
     """
     if dataset.num_blank:
         warn(f"{dataset.data_path.name}: {dataset.num_blank} blank line(s) hold no record")
@@ -216,22 +224,26 @@ def check_records(dataset, *, on_bad_sample: str, seed: int) -> None:
         judge(dataset, dataset.find_bad_records(), on_bad_sample=on_bad_sample)
         return
     sample = sample_of(dataset, seed=seed)
-    bad = dataset.find_bad_records(sample)
-    if is_stream and on_bad_sample != "error" and len(bad) > MAX_BAD_SHARE * len(sample):
-        raise ValueError(too_many_bad(len(bad), len(sample), bad[-1].reason))
-    if (
-        bad
-        and not is_stream
-        and on_bad_sample != "error"
-        and len(bad) > MAX_BAD_SHARE / 2 * len(sample)
-    ):
-        most = int(MAX_BAD_SHARE * dataset.num_records) + 1
-        bad = list(islice(dataset.bad_records(range(dataset.num_records)), most))
+    bad, num_seen = dataset.find_bad_records(sample), len(sample)
+    may_stop = len(bad) > MAX_BAD_SHARE / 2 * num_seen and on_bad_sample != "error"
+    if may_stop and not is_stream:
+        drawn = _draw(dataset.num_records, MORE_LOOKED_AT, key=(LOOK_ON, seed))
+        more = sorted(set(drawn) - set(sample))
+        bad, num_seen = bad + dataset.find_bad_records(more), num_seen + len(more)
+    if may_stop and tells_too_many(len(bad), num_seen, num_records=dataset.num_records):
+        raise ValueError(too_many_bad(len(bad), num_seen, bad[-1].reason))
     judge(dataset, bad, on_bad_sample=on_bad_sample)
     Logger(
-        f"{dataset.data_path.name}: {len(sample)} of {dataset.num_records} records looked at; the "
+        f"{dataset.data_path.name}: {num_seen} of {dataset.num_records} records looked at; the "
         "others are checked as they come"
     )
+
+
+def tells_too_many(num_bad: int, num_seen: int, *, num_records: int) -> bool:
+    """Whether so many bad ones among the records that were looked at say that more than 1% of all
+    are. Few records say little: they are taken for a whole sample whose rest is good."""
+    limit = MAX_BAD_SHARE * max(num_seen, NUM_LOOKED_AT)
+    return num_seen < num_records and num_bad > limit + SURE * math.sqrt(limit)
 
 
 def judge(dataset, bad: list, *, on_bad_sample: str) -> None:

@@ -10,6 +10,7 @@ the samples taken so far.
 """
 
 import hashlib
+import sys
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from typing import Any
 from dataset.records.address import Address, StreamOptions
 from dataset.records.base import Records
 from dataset.records.conversation import Record
+from dataset.records.data_file import NO_RECORDS
 from dataset.records.images import open_images
 from dataset.records.streams.ahead import Ahead
 from dataset.records.streams.cache import ShardCache
@@ -60,7 +62,7 @@ class StreamRecords(Records):
         self._units: dict[int, list[Unit]] = {}
         self.num_samples, self.is_counted = self._count()
         if not self.num_samples:
-            raise StreamError(f"{address}: no records in it")
+            raise StreamError(f"{address}: {NO_RECORDS}")
 
     @property
     def summary(self) -> str:
@@ -79,7 +81,9 @@ class StreamRecords(Records):
     def units_of(self, shard: int) -> list[Unit]:
         """The units of a shard, by its number."""
         if shard not in self._units:
-            self._units[shard] = self._store.units(self.shards[shard])
+            units = self._units[shard] = self._store.units(self.shards[shard])
+            if not sum(unit.num_rows for unit in units):
+                sys.stderr.write(f"warning: {self.shards[shard].url}: {NO_RECORDS}; passed over\n")
         return self._units[shard]
 
     def _count(self) -> tuple[int, bool]:
@@ -90,14 +94,16 @@ class StreamRecords(Records):
         """
         is_cheap = all(map(is_parquet, self.shards.names))
         limit = COUNTED if is_cheap else self._options.window
-        numbers = self.plan.shard_order(0)
-        is_counted = len(numbers) <= limit
-        if not is_counted:
-            numbers = numbers[: COUNTED // 4 if is_cheap else 1]
-        asked = self.shards.ask(numbers)
-        found = at_once(self.units_of, numbers)
-        num_rows = sum(unit.num_rows for units in found for unit in units)
-        if is_counted:
+        order = self.plan.shard_order(0)
+        is_counted = len(order) <= limit
+        step = len(order) if is_counted else COUNTED // 4 if is_cheap else 1
+        num_rows, numbers = 0, order[:0]
+        while not num_rows and len(numbers) < len(order):  # the first ones may hold no record
+            numbers = order[: len(numbers) + step]
+            asked = self.shards.ask(numbers)
+            found = at_once(self.units_of, numbers)
+            num_rows = sum(unit.num_rows for units in found for unit in units)
+        if is_counted or not num_rows:
             return num_rows, True
         num_bytes = sum(shard.size for shard in asked)
         if self.shards.is_known:

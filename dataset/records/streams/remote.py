@@ -27,6 +27,7 @@ CONNECT_S, SILENCE_S = 20.0, 60.0  # after which a connection counts as dead
 AT_ONCE = 32  # requests about shards
 MOST_ASKED = 512  # shards that are all asked about before the first step
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+SCHEMES = ("hf", *PACKAGES, "file")
 TAGS = ("ETag", "etag", "blob_id", "sha256", "md5", "Last-Modified", "LastModified", "mtime",
         "created")  # fmt: skip
 
@@ -106,6 +107,9 @@ class Remote:
 
     def _open(self) -> Any:
         scheme, options = self.address.scheme, {}
+        if scheme not in SCHEMES:
+            names = ", ".join(f"{one}://" for one in SCHEMES)
+            raise StreamError(f"{self.address}: {scheme}:// is not read; {names} are")
         try:
             if scheme in ("http", "https"):
                 import aiohttp
@@ -119,10 +123,6 @@ class Remote:
             package = PACKAGES.get(scheme)
             way_out = f"`pip install {package}`" if package else str(error).partition("\n")[0]
             raise StreamError(f"{self.address}: reading {scheme}:// needs {way_out}") from error
-        except ValueError as error:
-            raise StreamError(
-                f"{self.address}: {scheme}:// is not known; hf://, s3://, http:// and https:// are"
-            ) from error
 
     def _path(self, url: str) -> str:
         return str(self.files._strip_protocol(url))
@@ -168,8 +168,8 @@ class Remote:
         if info.get("type") == "directory":
             pattern = posixpath.join(url, "*.parquet")
             raise StreamError(f"{url} is a folder; name its shards by a pattern, as {pattern}")
-        if not info.get("size"):
-            raise StreamError(f"{url}: it is empty, or its server does not say how large it is")
+        if info.get("size") is None:
+            raise StreamError(f"{url}: its server does not say how large it is")
         tag = next((str(info[name]) for name in TAGS if info.get(name)), "")
         return Shard(url, int(info["size"]), tag)
 
@@ -252,6 +252,8 @@ def patiently(ask: Callable[[], Result], *, url: str, is_wanted: Wanted = always
             return ask()
         except StreamError:
             raise
+        except (TypeError, NotImplementedError) as error:  # no other try can help
+            raise StreamError(f"{url}: it cannot be asked for ({first_line(error)})") from error
         except Exception as told:  # aiohttp, httpx and botocore each have errors of their own
             error = reason_of(told)
             status = status_of(error)

@@ -24,6 +24,7 @@ import pyarrow
 import pyarrow.parquet
 
 from dataset.records.base import Records
+from dataset.records.data_file import is_empty
 from dataset.records.streams.cache import FACTS, ShardCache
 from dataset.records.streams.remote import Remote, Shard, Shards, StreamError, Wanted, always
 
@@ -80,10 +81,14 @@ class UnitStore:
 
     def _whole(self, shard: Shard) -> Unit:
         """The unit of a shard that is fetched as a whole; its records are counted."""
+        if not shard.size:
+            return Unit(0, 0, ())
         path = self.fetch(shard, Unit(0, 0, ((0, shard.size),)))
         try:
             return Unit(0, len(self.open_file(path)), ((0, shard.size),))
         except (ValueError, OSError) as error:
+            if is_empty(error):
+                return Unit(0, 0, ())
             raise StreamError(f"{shard.url}: {error}") from error
 
     def _parquet_units(self, shard: Shard) -> list[Unit]:
@@ -97,6 +102,8 @@ class UnitStore:
 
     def _footer(self, shard: Shard) -> bytes:
         """A Parquet file's footer, with the length and the magic behind it."""
+        if not shard.size:
+            raise StreamError(f"{shard.url}: not a readable Parquet file (it is empty)")
         start = max(0, shard.size - FOOTER_BYTES)
         tail = self.remote.read(shard, start, shard.size)
         length = 8 + int.from_bytes(tail[-8:-4], "little")

@@ -42,7 +42,7 @@ def test_a_kept_index_is_read_until_the_file_changes(tmp_path, monkeypatch):
         records = open_records(path, None)
         assert answers_of(records) == ["one", "two", "three"] and len(made) == 1
         assert [records.where(i) for i in range(3)] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:5"]
-        assert records.num_blank == 3 and is_mapped(records._index)
+        assert records.num_blank == 3 and is_mapped(JsonlRecords(path, None)._index)
         sent = pickle.dumps(records)
         assert len(sent) < 1_500 and answers_of(pickle.loads(sent)) == ["one", "two", "three"]
     assert beside.is_file() and not elsewhere.exists()

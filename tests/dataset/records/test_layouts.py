@@ -13,7 +13,9 @@ from support.published_rows import picture, turns
 from support.scripts import train_flags
 from support.tiny_parts import conversation, make_records
 
+from dataset.records import json_array
 from dataset.records.conversation import BadRecordError
+from dataset.records.parquet import ParquetRecords
 from dataset.records.reader import open_records
 from trainer import train_sft_vlm
 
@@ -99,7 +101,7 @@ def test_a_column_of_structs_is_read_by_pages(tmp_path):
     struct = pyarrow.array([{"bytes": one, "path": f"{i}.bmp"} for i, one in enumerate(images)])
     options = {"data_page_size": 5_000, "write_batch_size": 2, "use_dictionary": False}
     columns = {"conversations": [turns("<image>")] * 200, "image": struct}
-    records = open_records(write_table(tmp_path / "a.parquet", columns, **options), None)
+    records = ParquetRecords(write_table(tmp_path / "a.parquet", columns, **options))
     assert [records[i].images for i in (150, 3)] == [[images[150]], [images[3]]]
     (held,) = [array for array in records._pages._held.unpacked["image.bytes"].values()][:1]
     assert len(held) < 20  # of 200 rows in one row group
@@ -164,3 +166,26 @@ def test_samples_of_a_tar_are_checked(tmp_path):
     path.write_bytes(b"no tar" * 200)
     with pytest.raises(ValueError, match="a.tar: not a readable tar file"):
         open_records(path, None)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("broken", ['"图" 1', '"x": 1]', '"x": 1} 5', '"x": 1'])
+def test_fault_of_an_array_is_told_by_its_place_in_the_file(
+    broken, encoding, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(json_array, "PARSE_CHUNK_BYTES", 64)
+    good = json.dumps(conversation("什么？", "A circle."), indent=1, ensure_ascii=False)
+    text = "[" + f"{good},\n" * 31 + "{" + broken
+    path = tmp_path / "a.json"
+    for whole in (text, text + f",\n{good}]"):
+        path.write_text(whole, encoding=encoding)
+        with pytest.raises(json.JSONDecodeError) as wanted:
+            json.loads(whole)
+        at = wanted.value
+        num_bytes = len(whole[: at.pos].encode(encoding))
+        says = f"line {at.lineno} column {at.colno} (byte {num_bytes}); mend or fetch"
+        with pytest.raises(
+            ValueError, match="a.json: no valid JSON array at record 3[12]"
+        ) as caught:
+            open_records(path, None)
+        assert says in str(caught.value)

@@ -50,7 +50,12 @@ def test_sources_are_read_from_the_flag(tmp_path):
     assert str(parse_sources(["a.jsonl:2"])) == "a.jsonl:2"
     (tmp_path / "odd:0.5").touch()
     assert parse_sources([str(tmp_path / "odd:0.5")]).name == "odd:0.5"
-    for texts, says in ((["a:0"], "a weight must be above 0"), (["a", "b", "a:2"], "a twice")):
+    assert parse_sources(["a:1000"]).sources[0].weight == 1000
+    for texts, says in (
+        (["a:0"], "a weight must be above 0"),
+        (["a", "b", "a:2"], "a twice"),
+        (["b", "a:99999999"], "^--data_path a:99999999: a weight may be 1,000 at most"),
+    ):
         with pytest.raises(ValueError, match=says):
             parse_sources(texts)
 

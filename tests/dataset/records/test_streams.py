@@ -239,7 +239,8 @@ def test_http_faults_are_tried_again_and_told_in_one_line(server, layouts, tmp_p
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("nothing://host/x.parquet", "nothing:// is not known; hf://, s3://"),
+        ("nothing://host/x.parquet", "nothing:// is not read; hf://, http://, https://, s3://"),
+        ("ftp://127.0.0.1:9/x.parquet", "ftp:// is not read; hf://"),
         ("file:///nowhere/x.parquet", "it is not there"),
         ("file:///nowhere/*.parquet", "nothing there matches it"),
         ("file://{folder}", "is a folder; name its shards by a pattern"),
@@ -282,6 +283,14 @@ def test_lines_are_where_they_were(layouts, tmp_path):
     records = opened(f"file://{data}", tmp_path, images=images)
     assert len(read_lines(layouts["ms-swift"][0])) == NUM_RECORDS
     assert records[3].where == "packed.jsonl:4" and os.listdir(tmp_path)
+
+
+def test_packed_local_file_is_refused_with_the_address_that_is_read(layouts, tmp_path):
+    data, images = layouts["gzip"]
+    with pytest.raises(ValueError, match="is compressed; unpack it by `gunzip -k`, or") as caught:
+        open_records(data, images)
+    url = str(caught.value).rpartition(" ")[2]
+    assert len(contents(opened(url, tmp_path, images=images), [0, 1])) == 2
 
 
 def test_mixture_takes_each_source_by_its_weight_and_starts_anywhere(
@@ -328,3 +337,15 @@ def test_server_that_does_not_answer_is_not_called_a_lost_file(monkeypatch, caps
     ):
         remote.patiently(ask, url="https://host/a.parquet")
     assert "404" not in capsys.readouterr().err
+
+
+def test_what_cannot_be_asked_for_is_not_tried_again(monkeypatch, capsys):
+    calls = []
+
+    def ask():
+        calls.append(1)
+        raise TypeError("__init__() missing 1 required argument: 'host'\nand more")
+
+    with pytest.raises(remote.StreamError, match=r"^s3://b/a: it cannot be asked for .*'host'.$"):
+        remote.patiently(ask, url="s3://b/a")
+    assert len(calls) == 1 and not capsys.readouterr().err

@@ -114,16 +114,42 @@ def test_of_many_records_a_seeded_sample_is_looked_at(capfd):
     assert "1 record(s) will be left out; the first: many.jsonl:9999" in capfd.readouterr().err
 
 
-def test_a_bad_sample_leads_to_an_exact_verdict():
+def test_a_bad_sample_leads_to_a_larger_one_never_to_all_records(capfd):
     bad = Many(200_000, lambda index: index % 50 == 0)  # 2%
-    with pytest.raises(ValueError, match="2001 of 200000 samples cannot be used, more than 1%"):
+    with pytest.raises(ValueError, match=r"\d+ of 2\d{4} samples cannot be used, more than 1%"):
         preflight.check_records(bad, on_bad_sample="skip", seed=0)
-    assert len(bad.seen) < 103_000  # it is known before the end
-    near = Many(200_000, lambda index: index % 110 == 0)  # 0.9%, a sample may well have 1%
-    preflight.check_records(near, on_bad_sample="skip", seed=0)
-    assert len(near.seen) == 202_000
+    for every in (110, 102):  # 0.9% and 0.98%: a sample may well have 1%, and still all have not
+        near = Many(200_000, lambda index, every=every: index % every == 0)
+        preflight.check_records(near, on_bad_sample="skip", seed=0)
+        num_seen = len(near.seen)
+        assert num_seen == len(set(near.seen)) > preflight.MORE_LOOKED_AT
+        assert f"many.jsonl: {num_seen} of 200000 records looked at" in capfd.readouterr().out
+    assert len(bad.seen) <= preflight.NUM_LOOKED_AT + preflight.MORE_LOOKED_AT
     with pytest.raises(ValueError, match="broken .--on_bad_sample skip goes on"):
         preflight.check_records(bad, on_bad_sample="error", seed=0)
+    of_few = Many(15_000, lambda index: index % 98 == 0)  # 1.02%, which is known for certain
+    with pytest.raises(ValueError, match="154 of 15000 samples cannot be used, more than 1%"):
+        preflight.check_records(of_few, on_bad_sample="skip", seed=0)
+
+
+class Stream(Many):
+    """A stream whose first unit has so many records."""
+
+    def __init__(self, num_records, is_bad, *, first):
+        super().__init__(num_records, is_bad)
+        self.stream, self.first_ids = self, lambda most: list(range(min(first, most)))
+
+
+def test_a_stream_is_not_judged_by_a_few_records(capfd):
+    one = Stream(1_200, lambda index: index == 3, first=20)  # 5% of its first unit
+    preflight.check_records(one, on_bad_sample="skip", seed=0)
+    captured = capfd.readouterr()
+    assert "1 record(s) will be left out; the first: many.jsonl:3" in captured.err
+    assert "20 of 1200 records looked at" in captured.out
+    for first, says in ((20, "20 of 1200"), (500, "500 of 500")):
+        lost = Stream(1_200 if first == 20 else 10**6, lambda _index: True, first=first)
+        with pytest.raises(ValueError, match=f"{says} samples cannot be used, more than 1%"):
+            preflight.check_records(lost, on_bad_sample="skip", seed=0)
 
 
 def test_what_the_sample_left_out_is_checked_as_it_comes(assets, tmp_path, capfd, monkeypatch):
