@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from support.data_fuzz import bad_records, break_set, make_whole
+from support.data_fuzz import bad_records, break_set, good_answers, make_whole
 from support.scripts import within_s
 
 from dataset import convert, doctor
@@ -29,7 +29,18 @@ def run_case(case: int, whole, folder, assets) -> None:
         arguments = [str(data), "--to", str(folder / "o.jsonl"), "--num_processes", "1"]
         arguments += ["--images_path", str(images)] if images else []
         with within_s(PATIENCE_S):
-            assert convert.main(arguments) in (0, 1, 2)
+            status = convert.main(arguments)
+        expected, made = good_answers(kind, data, images), folder / "o.jsonl"
+        if expected is None:
+            assert status in (1, 2)
+            return
+        lines = made.read_text().splitlines() if made.exists() else []
+        records = [json.loads(line) for line in lines]
+        found = [
+            [turn["content"] for turn in one["conversations"] if turn["role"] == "assistant"]
+            for one in records
+        ]
+        assert found == expected, (kind, status)
         return
     arguments = [
         str(data), "--faults", str(folder / "f.jsonl"), "--num_workers", "0",

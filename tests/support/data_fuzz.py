@@ -1,5 +1,6 @@
 """Offers broken data sets, made from whole ones by a seed, and a judge of their records."""
 
+import csv
 import io
 import json
 import random
@@ -154,6 +155,54 @@ def bad_records(data: Path, images: Path | None) -> set[str] | None:
             str(n) for n, line in enumerate(lines, 1) if line.strip() and not _is_good(line, read)
         }
     except Exception:  # whatever the libraries say of a damaged file, it is none
+        return None
+
+
+def good_answers(kind: str, data: Path, images: Path | None) -> list[list[str]] | None:
+    """The answers of each record that is good, in order, of what only a conversion reads; None
+    where the file as a whole is none. Judged as `bad_records`, and with plain csv."""
+    try:
+        if kind == "shards":
+            rows = pyarrow.parquet.read_table(data).to_pylist()
+            return [a for row in rows if (a := _answers_of_row(row)) is not None]
+        read = _reader(images)
+        if kind == "array":
+            found = [json.dumps(one).encode() for one in json.loads(data.read_bytes())]
+            return [_answers(json.loads(one)) for one in found if _is_good(one, read)]
+        text = data.read_bytes().decode("utf-8", "surrogateescape")
+        header, *rows = csv.reader(io.StringIO(text, newline=""))
+        places = [[h.strip().lower() for h in header].index(n) for n in ("image", "caption")]
+        return [
+            a for row in rows if row and (a := _answer_of_cells(row, *places, read)) is not None
+        ]
+    except Exception:
+        return None
+
+
+def _answers(record: dict) -> list[str]:
+    turns = _turns_of(record)
+    return [
+        turn.get("content", turn.get("value"))
+        for turn in turns
+        if turn.get("role", turn.get("from")) in ("assistant", "gpt")
+    ]
+
+
+def _answers_of_row(row: dict) -> list[str] | None:
+    try:
+        for picture in row["images"]:
+            Image.open(io.BytesIO(picture["bytes"])).load()
+        return [turn["assistant"] for turn in row["texts"]]
+    except Exception:
+        return None
+
+
+def _answer_of_cells(row: list[str], image: int, caption: int, read) -> list[str] | None:
+    try:
+        "".join(row).encode()  # a cell that is not UTF-8 spoils its row
+        Image.open(io.BytesIO(read(row[image].strip()))).load()
+        return [row[caption]] if row[caption].strip() else None
+    except Exception:
         return None
 
 
