@@ -41,8 +41,10 @@ class JsonArray:
         return len(self.starts)
 
     def where(self, index: int) -> str:
-        """ "file:line" of an element."""
-        return f"{self.path}:{self.lines[index]}"
+        """ "file:line" of an element, and which it is where a line holds several."""
+        line = self.lines[index]
+        is_alone = np.count_nonzero(self.lines[max(0, index - 1) : index + 2] == line) == 1
+        return f"{self.path}:{line}" + ("" if is_alone else f", element {index + 1}")
 
     def __getitem__(self, index: int) -> Any:
         """The value of an element."""

@@ -29,6 +29,8 @@ def test_elements_are_those_of_json(tmp_path, indent):
 def test_lines_are_those_of_the_file(tmp_path):
     (array,) = indexed(tmp_path, '\n[{"a":\n 1},\n\n{"a": "x\\n"}, {"b": 2}\n]').values()
     assert array.lines.tolist() == [2, 5, 5]
+    places = [array.where(i).partition("a.json:")[2] for i in range(3)]
+    assert places == ["2", "5, element 2", "5, element 3"]
 
 
 def test_broken_element_costs_no_other(tmp_path):
