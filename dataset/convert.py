@@ -128,6 +128,11 @@ def images_place(args: argparse.Namespace) -> Path | None:
     return Path(args.to).with_name(name)
 
 
+def result_places(args: argparse.Namespace) -> list[Path]:
+    """All that is written, but for the faults."""
+    return [path for path in (args.to, images_place(args)) if path is not None]
+
+
 def work_folder(args: argparse.Namespace) -> Path:
     """Where the parts lie until they are joined."""
     return Path(args.to).resolve().with_name(f".{args.to.name}.parts")
@@ -146,13 +151,13 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be {least} to {most}, got {value}")
     named = {str(path): path for path in (*args.paths, args.annotations, args.images_path) if path}
     check_result_files({"--to": args.to, "--faults": args.faults}, named)
-    if not is_joining(work_folder(args)):
+    if not is_joining(work_folder(args), result_places(args)):
         check_absent(args)
 
 
 def check_absent(args: argparse.Namespace) -> None:
     """Raise ValueError where the result would be written over what is there."""
-    for place in filter(None, (args.to, images_place(args))):
+    for place in result_places(args):
         if os.path.lexists(place):
             raise ValueError(f"{place} is there already; delete it or name another by --to")
 
@@ -232,9 +237,9 @@ def join(args: argparse.Namespace, converter: Converter, faults: FaultBook) -> i
         if not num:
             raise NoRecordError("no record could be converted, so nothing was written")
 
-    if not is_joining(converter.folder):
+    if not is_joining(converter.folder, result_places(args)):
         check_absent(args)  # the work may have taken hours
-        begin_joining(converter.folder, atomic_write)
+        begin_joining(converter.folder, result_places(args), atomic_write)
     place = images_place(args)
     if place is None:
         atomic_write(args.to, write_table)

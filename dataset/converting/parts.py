@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -150,14 +150,19 @@ def prepare_folder(folder: Path, settings: dict[str, Any], atomic_write: AtomicW
     return False
 
 
-def begin_joining(folder: Path, atomic_write: AtomicWrite) -> None:
+def begin_joining(folder: Path, places: Sequence[Path], atomic_write: AtomicWrite) -> None:
     """Note that the result is being written: from here on what stands there is this run's own."""
-    atomic_write(folder / JOINING, lambda file: file.write(b""))
+    atomic_write(folder / JOINING, lambda file: file.write(_names(places)))
 
 
-def is_joining(folder: Path) -> bool:
-    """Whether a run with the folder's settings has begun to write its result."""
-    return (folder / JOINING).is_file()
+def is_joining(folder: Path, places: Sequence[Path]) -> bool:
+    """Whether a run with the folder's settings has begun to write its result to these places."""
+    mark = folder / JOINING
+    return mark.is_file() and mark.read_bytes() == _names(places)
+
+
+def _names(places: Sequence[Path]) -> bytes:
+    return os.fsencode("\0".join(path.name for path in places))
 
 
 def remove_parts(folder: Path) -> None:

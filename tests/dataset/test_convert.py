@@ -339,7 +339,7 @@ def test_what_is_there_is_kept_whatever_a_killed_run_has_left(tmp_path, capsys):
     for _ in range(2):  # without and with the mark of another conversion, by its settings
         assert convert.main(argv) == 2
         assert f"{to} is there already" in capsys.readouterr().err and to.read_text() == "mine"
-        (parts / "joining").touch()
+        (parts / "joining").write_text("mine.jsonl\0mine_images.zip")
     to.unlink()
     assert convert.main(argv) == 0
     assert [path.name for path in parts.iterdir()] == ["notes.txt"]
@@ -357,6 +357,11 @@ def test_a_run_that_is_stopped_while_it_joins_goes_on(tmp_path, monkeypatch, cap
     monkeypatch.setattr(convert, "remove_parts" if place == "lines" else "json_lines", stopped)
     assert convert.main(argv) == convert.INTERRUPTED and to.exists() == (place == "lines")
     monkeypatch.undo()
+    if place == "images":  # it may not go on to another place, where something stands
+        (tmp_path / "o_images").mkdir()
+        assert convert.main([*argv, "--images", "folder"]) == 2
+        assert "o_images is there already" in capsys.readouterr().err
+        (tmp_path / "o_images").rmdir()
     assert len(converted(*argv)) == 24 and "going on" in capsys.readouterr().out
     assert not (tmp_path / ".o.jsonl.parts").exists()
 
