@@ -27,8 +27,8 @@ from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.fetching import benchmark_files, flickr8k, photo_tower
 from dataset.fetching import corpus as book
-from dataset.fetching import flickr8k, photo_tower
 from dataset.fetching.assets import (
     ABOUT,
     ASSETS,
@@ -63,7 +63,7 @@ class Extra:
         fetch: makes the folder. after: says what it is or how to use it.
     """
 
-    folder: Path
+    folder: Path  # or file
     state: str
     about: list[str]
     num_bytes: int | None
@@ -147,7 +147,25 @@ def plan_flickr8k(args: argparse.Namespace) -> Extra:
     return Extra(folder, state, about, num_bytes, room, fetch, flickr8k.describe_result)
 
 
-EXTRAS = {CORPUS: plan_corpus, PHOTO_TOWER: plan_photo_tower, FLICKR8K: plan_flickr8k}
+def plan_benchmark(args: argparse.Namespace, *, name: str) -> Extra:
+    """The published file of a benchmark."""
+    file = benchmark_files.FILES[name]
+    path = args.to / benchmark_files.FOLDER / file.name
+    state = file.state(path)
+    about = (
+        f"{state:<8}{'size ?':>10}  {benchmark_files.FOLDER}/{file.name}  (OpenCompass, "
+        f"{endpoint('opencompass')}, checked by md5)"
+    )
+    after = partial(benchmark_files.how_to_use, name=name)
+    return Extra(path, state, [about], None, benchmark_files.ROOM_BYTES, file.fetch, after)
+
+
+EXTRAS: dict[str, Callable[[argparse.Namespace], Extra]] = {
+    CORPUS: plan_corpus,
+    PHOTO_TOWER: plan_photo_tower,
+    FLICKR8K: plan_flickr8k,
+    **{name: partial(plan_benchmark, name=name) for name in benchmark_files.FILES},
+}
 
 
 def print_plan(plan: list[Item], extras: list[Extra], *, root: Path) -> None:
@@ -324,7 +342,8 @@ def check_room(to_fetch: list[Item], to_make: list[Extra]) -> None:
     """Print how much is to be fetched; OSError if a disk has no room for it."""
     num_bytes = sum(item.missing_bytes for item in to_fetch)
     num_bytes += sum(extra.num_bytes or 0 for extra in to_make)
-    more = " and the corpus" if any(extra.num_bytes is None for extra in to_make) else ""
+    unknown = sum(extra.num_bytes is None for extra in to_make)
+    more = f" and {unknown} of unknown size" if unknown else ""
     print(f"{readable(num_bytes)} to fetch{more} / 共需下载 {readable(num_bytes)}")
     needed = [(item.path.parent, item.missing_bytes) for item in to_fetch]
     check_disk([*needed, *((extra.folder, extra.room_bytes) for extra in to_make)])

@@ -5,11 +5,13 @@ A revision is a commit where one is pinned, else a branch.
 
 from dataclasses import dataclass, field
 
+from dataset.fetching.benchmark_files import FILES as BENCHMARK_FILES
+
 # The assets that come from no hub, each with a module of its name.
 CORPUS = "corpus"
 PHOTO_TOWER = "photo_tower"
 FLICKR8K = "flickr8k"
-OF_NO_HUB = (CORPUS, PHOTO_TOWER, FLICKR8K)
+OF_NO_HUB = (CORPUS, PHOTO_TOWER, FLICKR8K, *BENCHMARK_FILES)
 
 
 @dataclass(frozen=True)
@@ -231,4 +233,6 @@ def list_assets() -> str:
         f"  {FLICKR8K:<19}7,000 photos, captions in English and Chinese, 1.1 GB, non-commercial / "
         "7000 张照片及中英文说明, 非商业"
     )
+    lines.append("benchmarks, one TSV each, checked by md5 / 评测集, 各一个 TSV")
+    lines += [f"  {name:<19}{file.title}" for name, file in BENCHMARK_FILES.items()]
     return "\n".join(lines)

@@ -27,6 +27,7 @@ ENDPOINTS = {
     "huggingface": ("HF_ENDPOINT", "https://huggingface.co"),
     "modelscope": ("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn"),
     "github": ("GITHUB_ENDPOINT", "https://github.com"),
+    "opencompass": ("OPENCOMPASS_ENDPOINT", "https://opencompass.openxlab.space/utils"),
 }
 TIMEOUT_S = 30.0
 MAX_STALLS = 5  # a fetch gives up after so many attempts in a row that receive nothing

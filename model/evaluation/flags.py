@@ -38,7 +38,8 @@ def check_args(args: argparse.Namespace) -> None:
     tasks = scored + ["--chat"] * args.chat
     if args.benchmark and not args.data_path:
         raise ValueError(
-            f"--benchmark {args.benchmark} needs its published file: name it by --data_path"
+            f"--benchmark {args.benchmark} needs its published file (`python dataset/download.py "
+            f"{args.benchmark}`): name it by --data_path"
         )
     if len(tasks) > 1:
         raise ValueError(f"{' and '.join(tasks)} are two tasks: give one")

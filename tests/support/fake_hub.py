@@ -110,6 +110,8 @@ class _Handler(UploadRequests, BaseHTTPRequestHandler):
                 self.redirect(f"{owner}/{name}", self.query["FilePath"])
             case [owner, name, "releases", "download", _, file] | [owner, name, "raw", _, *_, file]:
                 self.redirect(f"{owner}/{name}", file)
+            case ["VLMEval", file] | ["benchmarks", _, file]:
+                self.redirect("open/compass", file)
             case [owner, name, "archive", file]:
                 self.archive(f"{owner}/{name}", file)
             case ["bytes", owner, name, file]:

@@ -127,7 +127,10 @@ def test_rule_reads_an_option(rule, answer, option):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"data_path": None}, "--benchmark pope needs its published file: name it by --data_path"),
+        (
+            {"data_path": None},
+            "--benchmark pope needs its published file (`python dataset/download.py pope`): name it by --data_path",
+        ),
         ({"data_path": "gone.parquet"}, "no data file gone.parquet"),
         ({"images_path": None}, "names its pictures; say where they lie by --images_path"),
         ({"cache_vision_features": 1}, "keeps features of records, not of a --benchmark"),
