@@ -129,7 +129,7 @@ def test_rule_reads_an_option(rule, answer, option):
     [
         (
             {"data_path": None},
-            "--benchmark pope needs its published file (`python dataset/download.py pope`): name it by --data_path",
+            "--benchmark pope needs its published file (`python dataset/download.py pope`): name",
         ),
         ({"data_path": "gone.parquet"}, "no data file gone.parquet"),
         ({"images_path": None}, "names its pictures; say where they lie by --images_path"),
