@@ -52,6 +52,7 @@ from dataset.converting.parts import (
 from dataset.converting.pictures import DEFAULT_QUALITY, Resizing
 from dataset.converting.zip_writer import ZipWriter
 from dataset.examining.faults import Fault, FaultBook
+from dataset.examining.sources import FIX_FLAG
 from dataset.examining.text_report import fault_lines
 from dataset.fetching.whole_folder import whole_folder
 
@@ -78,13 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="folder or zip of the images (default: the source's own folder) / 图像目录或 zip",
     )
-    add(
-        "--fix_image_count",
-        type=int,
-        choices=(0, 1),
-        default=0,
-        help="drop <image> tags for which a record has no picture / 去掉多余的 <image>",
-    )
+    add("--fix_image_count", **FIX_FLAG)
     add("--annotations", type=Path, help="VQA's answers / VQA 答案文件")
     add("--prompt", default=PROMPT, help="the question for captions / 描述的提问 (%(default)s)")
     add(

@@ -23,7 +23,7 @@ from dataset.converting.clean import clean_images_path, write_clean
 from dataset.examining.examine import Examiner
 from dataset.examining.exhibits import Pair, choose_exhibits, show_pairs
 from dataset.examining.html_report import render
-from dataset.examining.sources import Sources
+from dataset.examining.sources import FIX_FLAG, Sources
 from dataset.examining.survey import Examined, compare, examine, figures_of
 from dataset.examining.text_report import report_lines
 
@@ -65,13 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="PATH",
         help="images of the held-out set (default: --images_path) / 留出集的图像",
     )
-    add(
-        "--fix_image_count",
-        type=int,
-        choices=(0, 1),
-        default=0,
-        help="drop <image> tags for which a record has no picture / 去掉多余的 <image>",
-    )
+    add("--fix_image_count", **FIX_FLAG)
     add("--max_seq_len", type=int, default=640, help="tokens of a sample / 最大长度 (%(default)s)")
     add(
         "--batch_size",

@@ -10,6 +10,13 @@ from dataset.examining.faults import LEAVES_FOLDER, UNREADABLE_FILE, Fault, faul
 from dataset.records.conversation import Record
 from dataset.records.reader import open_records
 
+FIX_FLAG: dict[str, Any] = {  # of `--fix_image_count`, which training has too
+    "type": int,
+    "choices": (0, 1),
+    "default": 0,
+    "help": "drop <image> tags for which a record has no picture / 去掉多余的 <image>",
+}
+
 
 def named_by(flag: str, error: Exception) -> str:
     """The message of a reader, with another flag than that of training."""

@@ -10,7 +10,6 @@ Source: https://github.com/google/snappy/blob/main/format_description.txt and
 https://parquet.apache.org/docs/file-format/data-pages/encodings/
 """
 
-import contextlib
 import itertools
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 import pyarrow
 
 from dataset.records.nesting import Entry
-from dataset.records.thrift import Reader, Struct
+from dataset.records.thrift import Reader, Struct, write_varint
 
 PIECE_BYTES = 1 << 16
 CODECS = ("UNCOMPRESSED", "SNAPPY")
@@ -72,7 +71,7 @@ class Values:
             return b""
         packed = read(self.start + int(self.pieces[first]), self.start + int(self.pieces[last]))
         size = min(last * PIECE_BYTES, int(self.offsets[-1])) - first * PIECE_BYTES
-        data = unpack(_varint(size) + packed, size)
+        data = unpack(write_varint(size) + packed, size)
         return data[begin - first * PIECE_BYTES : end - first * PIECE_BYTES]
 
 
@@ -238,7 +237,7 @@ def _locate(body: Body, num_values: int, *, skip: int = 0) -> Values | None:
     """Where values lie that were written plainly; None where Snappy's pieces depend on another."""
     pieces = None
     if body.data is not body.packed:
-        pieces = snappy_pieces(body.packed, body.data)
+        pieces = snappy_pieces(body.packed)
         if pieces is None:
             return None
     offsets = np.fromiter(_walk(body.data, num_values, skip=skip), np.uint32, num_values + 1)
@@ -250,20 +249,16 @@ def _walk(data: bytes, num_values: int, *, skip: int) -> Iterator[int]:
     for _ in range(num_values):
         yield position
         position += LENGTH.size + LENGTH.unpack_from(data, position)[0]
-    if position > len(data):
-        raise ValueError("a value ends behind its page")
+    if position != len(data):
+        raise ValueError("the values do not end where their page does")
     yield position
 
 
-def snappy_pieces(packed: bytes, data: bytes) -> Numbers | None:
+def snappy_pieces(packed: bytes) -> Numbers | None:
     """Where each 64 KiB of what Snappy packed begin, and where the last ends: (p + 1,); None where
-    they cannot be unpacked alone.
-
-    Args:
-        data: unpacked.
-    """
+    they cannot be unpacked alone."""
     reader = Reader(packed)
-    reader.varint()
+    length = reader.varint()
     position, end, done, limit = reader.position, len(packed), 0, PIECE_BYTES
     starts = [position]
     while position < end:
@@ -282,11 +277,11 @@ def snappy_pieces(packed: bytes, data: bytes) -> Numbers | None:
     if done % PIECE_BYTES:
         starts.append(end)
     for number, piece in enumerate(itertools.pairwise(starts)):
-        expected = data[number * PIECE_BYTES : (number + 1) * PIECE_BYTES]
-        with contextlib.suppress(OSError):  # pyarrow's, where it refers to a piece before it
-            if unpack(_varint(len(expected)) + packed[slice(*piece)], len(expected)) == expected:
-                continue
-        return None
+        size = min(PIECE_BYTES, length - number * PIECE_BYTES)
+        try:
+            unpack(write_varint(size) + packed[slice(*piece)], size)
+        except OSError:  # pyarrow's: it refers to a piece before it, or is of another size
+            return None
     return np.array(starts, dtype=np.uint32)
 
 
@@ -294,14 +289,6 @@ def unpack(packed: bytes, size: int) -> bytes:
     """What Snappy packed, of `size` bytes."""
     data: bytes = pyarrow.decompress(packed, size, "snappy", asbytes=True)
     return data
-
-
-def _varint(number: int) -> bytes:
-    found = bytearray()
-    while number > 0x7F:
-        found.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*found, number])
 
 
 def decode_runs(data: bytes, num_values: int, *, num_bits: int) -> Numbers:

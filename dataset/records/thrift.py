@@ -98,21 +98,24 @@ def _write(kind: int, value: Any) -> bytes:
     if kind in (TRUE, FALSE, BYTE):
         return bytes([value])
     if kind == BINARY:
-        return _unsigned(len(value)) + value
+        return write_varint(len(value)) + value
     if kind in (LIST, SET):
         inner, values = value
         size = len(values)
-        head = bytes([size << 4 | inner]) if size < 15 else bytes([0xF0 | inner]) + _unsigned(size)
+        head = (
+            bytes([size << 4 | inner]) if size < 15 else bytes([0xF0 | inner]) + write_varint(size)
+        )
         return head + b"".join(_write(inner, one) for one in values)
     assert kind in (DOUBLE, STRUCT)
     return value if kind == DOUBLE else write_struct(value)
 
 
 def _signed(value: int) -> bytes:
-    return _unsigned(value << 1 if value >= 0 else (-value << 1) - 1)
+    return write_varint(value << 1 if value >= 0 else (-value << 1) - 1)
 
 
-def _unsigned(value: int) -> bytes:
+def write_varint(value: int) -> bytes:
+    """An unsigned number, as `Reader.varint` reads it."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

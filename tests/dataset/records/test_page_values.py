@@ -11,6 +11,7 @@ import pytest
 
 from dataset.records import page_values, parquet_pages
 from dataset.records.parquet_pages import ParquetPages
+from dataset.records.thrift import write_varint
 
 PICTURE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
 KINDS = {
@@ -118,10 +119,28 @@ def test_pieces_that_refer_to_one_before_are_not_taken():
         bytes([62 << 2]) + (len(part) - 1).to_bytes(3, "little") + part for part in (first, second)
     )
     for distance, is_taken in ((100, True), (101, False), (65_636, False)):
-        packed = page_values._varint(65_640) + literals
+        packed = write_varint(65_640) + literals
         packed += bytes([3 << 2 | 3]) + distance.to_bytes(4, "little")
-        data = page_values.unpack(packed, 65_640)
-        assert (page_values.snappy_pieces(packed, data) is not None) == is_taken
+        assert len(page_values.unpack(packed, 65_640)) == 65_640
+        assert (page_values.snappy_pieces(packed) is not None) == is_taken
+
+
+def test_pieces_of_another_size_are_not_taken():
+    """A literal that goes on behind the first 64 KiB."""
+    packed = write_varint(70_000) + bytes([62 << 2]) + (69_999).to_bytes(3, "little")
+    assert page_values.snappy_pieces(packed + bytes(70_000)) is None
+
+
+@pytest.mark.parametrize("more", [b"x", b"", None])
+def test_values_that_do_not_fill_their_page_are_left_to_pyarrow(more):
+    data = b"\x01\0\0\0a\x02\0\0\0bc" + (more or b"")
+    data = data[:-1] if more is None else data
+    body = page_values.Body(0, data, data)
+    if more == b"":
+        assert page_values._locate(body, 2).offsets.tolist() == [0, 5, 11]
+    else:
+        with pytest.raises(ValueError, match="do not end where their page does"):
+            page_values._locate(body, 2)
 
 
 def test_a_damaged_page_is_an_error_that_names_the_column(tmp_path):
