@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.layouts import every_layout, read_lines
+from support.scripts import ROOT
 from support.shard_server import ShardServer
 
 from dataset.records.address import Address, StreamOptions
@@ -174,7 +175,7 @@ def test_what_a_killed_process_left_is_removed(layouts, tmp_path):
         "c.keep('ab' * 16, 'x', num_bytes=10**9, fetch=lambda p: (p.write_text('half'), "
         "os.kill(os.getpid(), 9)))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
     assert done.returncode == -9 and list(tmp_path.glob("part-*"))
     records = opened(url, tmp_path)
     assert contents(records, ids_of(records))
